@@ -1,0 +1,183 @@
+"""Text to token windows: the built-in corpora, a user's own files, and the three splits.
+
+The model is trained on the split `model`, routers on `router`, which the model never saw, and
+`evaluation` is only ever evaluated on. A document's split is a hash of its path, so it is the same
+on every Python version, and a module's docstrings stay in the split of its source.
+
+    windows = load_windows(["stdlib-code"], tokenizer, split="router", length=128)    # (W, 129)
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import sysconfig
+from collections.abc import Callable, Iterator, Sequence
+from glob import glob
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+Split = Literal["model", "router", "evaluation"]
+# Ends of the three splits on the unit interval of hashes.
+_SPLIT_ENDS = {"model": 0.7, "router": 0.85, "evaluation": 1.0}
+# Tables of code points, generated text (read as `stdlib-docs`), and packages that are not everywhere.
+_EXCLUDED_PACKAGES = {"encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
+_TEST_PACKAGES = {"test", "tests", "idle_test"}
+_LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+_BLOCK_CHARACTERS = 16384
+
+
+class Document(NamedTuple):
+    """One text; `path` names it across machines and decides its split."""
+
+    path: str
+    text: str
+
+
+def split_of(path: str) -> Split:
+    """The split of a document: 70 % model, 15 % router, 15 % evaluation, by a hash of its path."""
+    place = int.from_bytes(hashlib.sha256(path.encode()).digest()[:8], "big") / 2**64
+    return next(split for split in get_args(Split) if place < _SPLIT_ENDS[split])
+
+
+def _stdlib_files(tests: bool) -> Iterator[Document]:
+    root = Path(sysconfig.get_path("stdlib"))
+    for path in sorted(root.rglob("*.py")):
+        name = path.relative_to(root)
+        parts = set(name.parts)
+        if parts & _EXCLUDED_PACKAGES or bool(parts & _TEST_PACKAGES) != tests:
+            continue
+        text = path.read_text("utf8", errors="replace")
+        if text.strip():
+            yield Document(name.as_posix(), text)
+
+
+def _docstrings(document: Document) -> str:
+    try:
+        tree = ast.parse(document.text)
+    except (SyntaxError, ValueError):  # lib2to3 keeps Python 2 sources
+        return ""
+    holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders))
+    return "\n\n".join(text for text in found if text)
+
+
+def _stdlib_docs() -> Iterator[Document]:
+    for document in _stdlib_files(tests=False):
+        if text := _docstrings(document):
+            yield Document(document.path, text)
+    for topic, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()):
+        yield Document(f"pydoc_data/{topic}", text)
+
+
+BUILT_IN: dict[str, Callable[[], Iterator[Document]]] = {
+    "stdlib-code": lambda: _stdlib_files(tests=False),
+    "stdlib-docs": _stdlib_docs,
+    "stdlib-tests": lambda: _stdlib_files(tests=True),
+}
+
+
+def _text_blocks(name: str, text: str) -> Iterator[Document]:
+    """Cut a long file at line ends, so that a single file can serve all three splits."""
+    block, size = [], 0
+    for line in text.splitlines(keepends=True):
+        block.append(line)
+        size += len(line)
+        if size >= _BLOCK_CHARACTERS:
+            yield Document(f"{name}#{split_key(block)}", "".join(block))
+            block, size = [], 0
+    if block:
+        yield Document(f"{name}#{split_key(block)}", "".join(block))
+
+
+def split_key(lines: Sequence[str]) -> str:
+    """A short digest of some text: what names a block or row that has no path of its own."""
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+
+
+def _user_files(pattern: str) -> Iterator[Document]:
+    paths = sorted(path for path in map(Path, glob(pattern, recursive=True)) if path.is_file())
+    if not paths:
+        raise FileNotFoundError(
+            f"no text at {pattern!r}: give a file, a glob, or one of the built-in corpora {', '.join(BUILT_IN)}"
+        )
+    for path in paths:
+        yield from _user_file(path)
+
+
+def _user_file(path: Path) -> Iterator[Document]:
+    from datasets import disable_progress_bars, load_dataset
+
+    if path.suffix not in _LOADERS:
+        raise ValueError(f"cannot read {path}: text comes as {', '.join(_LOADERS)}")
+    if path.stat().st_size == 0:
+        raise ValueError(f"{path} is empty: give a file with text")
+    disable_progress_bars()
+    whole_file = {"sample_by": "document"} if path.suffix == ".txt" else {}
+    try:
+        rows = load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train", **whole_file)
+    except Exception as error:  # the loaders raise errors of their own, pyarrow's and pandas'
+        raise ValueError(f"cannot read {path} as {path.suffix}: {error}") from error
+    if "text" not in rows.column_names:
+        raise ValueError(f"{path} has no column 'text', only {', '.join(rows.column_names)}: rename one")
+    for text in rows["text"]:
+        yield from _text_blocks(path.name, text or "")
+
+
+def documents(sources: Sequence[str], split: Split) -> list[Document]:
+    """All documents of one split.
+
+    Args:
+        sources: names of built-in corpora (`BUILT_IN`), or paths and globs of .txt, .jsonl and .parquet
+            files, the latter two with a column `text`.
+        split: which part.
+
+    Returns:
+        The documents in the order of their hashes, a fixed shuffle.
+
+    Raises:
+        FileNotFoundError: a path or glob matches nothing.
+        ValueError: a file cannot be read, or is empty.
+    """
+    found = [
+        document
+        for source in sources
+        for document in (BUILT_IN[source]() if source in BUILT_IN else _user_files(source))
+        if split_of(document.path) == split
+    ]
+    return sorted(found, key=lambda document: hashlib.sha256(document.path.encode()).digest()[8:])
+
+
+def load_windows(sources: Sequence[str], tokenizer, *, split: Split, length: int) -> Tensor:
+    """The token windows of one split.
+
+    The documents are joined with an end-of-text token between them and cut into windows that
+    overlap by one token, so that every token but the first is predicted once.
+
+    Args:
+        sources: see `documents`.
+        tokenizer: a transformers tokenizer with an `eos_token_id`.
+        split: which part.
+        length: tokens to predict per window, T.
+
+    Returns:
+        Shape (W, T+1), int64; columns 0..T-1 are the inputs, 1..T the targets.
+
+    Raises:
+        FileNotFoundError: a path or glob matches nothing.
+        ValueError: a file cannot be read, or the split's text is shorter than one window.
+    """
+    texts = [document.text for document in documents(sources, split)]
+    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    end = tokenizer.eos_token_id
+    stream = torch.tensor([token for ids in encoded for token in (*ids, end)], dtype=torch.int64)
+    if len(stream) <= length:
+        raise ValueError(
+            f"the {split} split of {', '.join(sources)} has {len(stream)} tokens, shorter than one window of "
+            f"{length} + 1: give more text or a smaller window"
+        )
+    return stream.unfold(0, length + 1, length)

@@ -1,0 +1,126 @@
+"""Attention in the `reference` context: position t reads the stored keys and values before t, and its own.
+
+Registered with transformers' attention interface under `STEERED`. Without an active memory it is plain
+scaled-dot-product attention; with one, it first records the keys and values of an all-big pass, then lets
+any number of routes of the same tokens read them.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+STEERED = "duorl"
+
+
+@dataclass
+class Memory:
+    """Keys and values that an all-big pass left behind, by layer; `positions` (B, P) of the tokens that read them."""
+
+    positions: Tensor
+    stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    recording: bool = True
+
+
+_active: ContextVar[Memory | None] = ContextVar("memory", default=None)
+
+
+@contextmanager
+def remembering(memory: Memory | None):
+    """Let attention inside record into or read from `memory`; None is ordinary attention."""
+    token = _active.set(memory)
+    try:
+        yield
+    finally:
+        _active.reset(token)
+
+
+def _per_query_head(module: nn.Module, states: Tensor) -> Tensor:
+    return states.repeat_interleave(getattr(module, "num_key_value_groups", 1), dim=1)
+
+
+def steered_attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
+) -> tuple[Tensor, None]:
+    """An attention function in the sense of transformers' attention interface.
+
+    Args:
+        module: the attention block; its `layer_idx` finds its memory.
+        query: (n * B, H, P, k), n branches of the remembered B sequences.
+        key, value: (n * B, H_kv, P, k), of the same tokens.
+        attention_mask: used by ordinary attention only; windows have no padding.
+        options: `scaling`, `sliding_window`, `softcap` as the families pass them.
+
+    Returns:
+        Shape (n * B, P, H, k), and no weights.
+    """
+    memory = _active.get()
+    if memory is None or memory.recording:
+        if memory is not None:
+            memory.stored[module.layer_idx] = (_per_query_head(module, key), _per_query_head(module, value))
+        return _plain(module, query, key, value, attention_mask, options), None
+    key, value = _per_query_head(module, key), _per_query_head(module, value)
+    return _read(memory, module, query, key, value, options), None
+
+
+def _plain(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict
+) -> Tensor:
+    if options.get("softcap") is None:
+        return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    # transformers' sdpa has no softcap (Gemma 2).
+    key, value = _per_query_head(module, key), _per_query_head(module, value)
+    scores = _scaled(query @ key.transpose(2, 3), key.shape[-1], options)
+    if mask is None:
+        mask = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
+    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
+    stored_key, stored_value = memory.stored[module.layer_idx]  # (B, H, S, k)
+    if options.get("s_aux") is not None:
+        raise NotImplementedError(f"{type(module).__name__}: attention sinks have no reference context")
+    batch, heads, length, size = stored_key.shape
+    branches, queries = len(query) // batch, query.shape[2]
+
+    def fold(states: Tensor) -> Tensor:
+        # Branches join the query axis: one product per head serves them all, and keys are never copied.
+        states = states.view(branches, batch, heads, queries, -1).permute(1, 2, 0, 3, 4)
+        return states.reshape(batch, heads, branches * queries, -1)
+
+    query, key, value = fold(query), fold(key), fold(value)
+    scores = query @ stored_key.transpose(2, 3)  # (B, H, n * P, S)
+    own_scores = (query * key).sum(-1, keepdim=True)
+    index = memory.positions.repeat(1, branches)[:, None, :, None].expand(-1, heads, -1, 1)
+    scores = _scaled(scores.scatter(3, index, own_scores), size, options)
+    weights = scores.masked_fill_(_hidden(memory.positions, length, options).repeat(1, 1, branches, 1), -torch.inf)
+    weights = weights.softmax(-1)
+    own = weights.gather(3, index)
+    # The stored value at t itself is replaced by the token's own.
+    output = weights.scatter_(3, index, 0.0) @ stored_value + own * value
+    output = output.view(batch, heads, branches, queries, -1).permute(2, 0, 3, 1, 4)
+    return output.reshape(branches * batch, queries, heads, -1)
+
+
+def _scaled(scores: Tensor, size: int, options: dict) -> Tensor:
+    scores = scores * (options.get("scaling") or size**-0.5)
+    softcap = options.get("softcap")
+    return scores if softcap is None else softcap * torch.tanh(scores / softcap)
+
+
+def _hidden(positions: Tensor, length: int, options: dict) -> Tensor:
+    """Which stored positions a query may not see: (B, 1, P, S)."""
+    behind = positions[:, None, :, None] - torch.arange(length, device=positions.device)
+    window = options.get("sliding_window") or length
+    return (behind < 0) | (behind >= window)
+
+
+AttentionInterface.register(STEERED, steered_attention)
+AttentionMaskInterface.register(STEERED, sdpa_mask)

@@ -1,0 +1,63 @@
+"""From a Hugging Face causal language model to a duo: its own FFNs become the big ones."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from duorl.models.config import DuoConfig, inner_size
+from duorl.models.modeling import DuoForCausalLM
+from duorl.models.stack import find_layers
+
+_PROBE = 8  # tokens on which a converted model is compared with its original
+_TOLERANCE = 1e-4
+
+
+@torch.no_grad()
+def convert(model: PreTrainedModel, *, small_ratio: int = 16) -> DuoForCausalLM:
+    """Put a small feed-forward network beside each of a decoder's own.
+
+    The small networks are freshly initialised: train them with `duorl pretrain` before routing to them.
+
+    Args:
+        model: a transformers causal language model whose layers have an `mlp` module. It is left as it is.
+        small_ratio: inner size of big divided by that of small (the paper: 16).
+
+    Returns:
+        A trainable duo model with copies of the weights, on the same device and in the same precision.
+
+    Raises:
+        ValueError: the family cannot be walked layer by layer, or all-big does not give the original's logits.
+    """
+    if small_ratio < 1:
+        raise ValueError(f"small_ratio must be at least 1, not {small_ratio}")
+    small_size = max(1, inner_size(model.config) // small_ratio)
+    duo = DuoForCausalLM(DuoConfig(backbone=model.config.to_dict(), small_size=small_size))
+    for layer, original in zip(find_layers(duo.backbone), find_layers(model), strict=True):
+        layer.mlp.big.load_state_dict(original.mlp.state_dict())
+    rest = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
+    duo.backbone.load_state_dict(rest, strict=False)
+    duo.to(device=model.device, dtype=model.dtype).train(model.training)
+    check_all_big(duo, model)
+    return duo
+
+
+def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
+    """Compare a layer-by-layer all-big walk with the original's own forward pass.
+
+    Raises:
+        ValueError: they differ, so routing this family would be wrong.
+    """
+    inputs = torch.arange(1, _PROBE + 1, device=original.device)[None] % original.config.vocab_size
+    family = type(original).__name__
+    modes = duo.training, original.training
+    duo.eval(), original.eval()
+    try:
+        expected = original(input_ids=inputs).logits
+        error = (duo.stack.logits(duo.stack.all_big(inputs)) - expected).abs().max() / expected.abs().max()
+    except (AttributeError, IndexError, RuntimeError, TypeError) as problem:
+        raise ValueError(f"{family} cannot be walked layer by layer: {problem}") from problem
+    finally:
+        duo.train(modes[0]), original.train(modes[1])
+    if not error <= _TOLERANCE:
+        raise ValueError(f"{family}: all-big differs from the original's logits by {error:.1e} of their size")

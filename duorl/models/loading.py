@@ -1,0 +1,67 @@
+"""Loading a saved duo model, frozen, and checking that a model is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from duorl.models.modeling import DuoForCausalLM
+
+EMBEDDED = {"duo-tiny": Path(__file__).parent / "duo_tiny"}
+_NEEDED = ("config.json", "model.safetensors|model.safetensors.index.json", "tokenizer.json")
+
+
+def model_folder(name: str | Path) -> Path:
+    """The folder of a model.
+
+    Args:
+        name: an embedded model's name (`EMBEDDED`), or a folder.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or files are missing in it; names them.
+    """
+    folder = EMBEDDED.get(str(name), Path(name))
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no model {str(name)!r}: give a folder, or one of {', '.join(EMBEDDED)}")
+    missing = [names for names in _NEEDED if not any((folder / name).exists() for name in names.split("|"))]
+    if missing:
+        raise FileNotFoundError(f"model folder {folder} lacks {', '.join(n.split('|')[0] for n in missing)}")
+    return folder
+
+
+def load(name: str | Path = "duo-tiny", *, dtype: torch.dtype = torch.float32) -> DuoForCausalLM:
+    """A saved duo model, frozen and in evaluation mode.
+
+    Args:
+        name: `"duo-tiny"`, the model inside the package, or a folder.
+        dtype: of the weights in memory.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or files are missing in it.
+        ValueError: the folder holds another kind of model.
+    """
+    folder = model_folder(name)
+    try:
+        model = DuoForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder} holds no duo model ({error}): make one with duorl.convert") from error
+    return model.eval().requires_grad_(False)
+
+
+def load_tokenizer(name: str | Path = "duo-tiny") -> PreTrainedTokenizerBase:
+    """The tokenizer that was saved with a model; the same arguments and errors as `load`."""
+    return AutoTokenizer.from_pretrained(model_folder(name))
+
+
+def require_frozen(model: nn.Module) -> None:
+    """Refuse a model that would be trained along.
+
+    Raises:
+        ValueError: a parameter is trainable; names the first.
+    """
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            raise ValueError(f"the model must be frozen, but {name} is trainable: call model.requires_grad_(False)")

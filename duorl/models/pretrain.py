@@ -1,0 +1,199 @@
+"""Stage 1 of Duo-LLM: train a duo model under random routing.
+
+For every token and layer a coin sends the token to the big or to the small network, which keeps the two
+interchangeable and unbiased by any router (arXiv 2410.10846, section on training the duo). The loop is
+transformers' Trainer, so checkpoints, resuming and several GPUs come with it.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+from torch.utils.data import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint, set_seed
+
+from duorl.corpus import documents, load_windows
+from duorl.costs import BIG, SMALL
+from duorl.models.config import DuoConfig, inner_size
+from duorl.models.conversion import convert
+from duorl.models.modeling import DuoForCausalLM
+from duorl.models.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True)
+class PretrainOptions:
+    """What stage 1 trains, and on what.
+
+    Args:
+        out: folder for the model, its tokenizer, checkpoints and TensorBoard events.
+        corpus: built-in corpora, or paths and globs of .txt, .jsonl and .parquet files.
+        model: folder of a Hugging Face causal language model to convert, with its tokenizer; its own
+            networks become the big ones. Unless given, a model is built from `backbone`.
+        backbone: a transformers configuration as a dictionary with `model_type`.
+        vocab_size: tokens of the byte-level BPE that is trained for a model built from `backbone`.
+        small_ratio: inner size of the big network divided by that of the small one (the paper: 16).
+        window: tokens to predict per window.
+        skip_share: share of decisions that skip; the rest is small and big in equal parts (the paper: 0).
+        evaluation_windows: windows of the router split on which all-big and all-small are followed.
+        training: options of transformers' TrainingArguments.
+        seed: of initialisation, order of the text and routes.
+    """
+
+    out: str
+    corpus: list[str] = field(default_factory=lambda: ["stdlib-code", "stdlib-docs"])
+    model: str | None = None
+    backbone: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
+    vocab_size: int = 2048
+    small_ratio: int = 16
+    window: int = 256
+    skip_share: float = 0.0
+    evaluation_windows: int = 64
+    training: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+
+def random_routes(tokens: int, layers: int, *, skip_share: float, generator: torch.Generator) -> Tensor:
+    """A random route for every token, (tokens, layers) int64.
+
+    In every layer a share `skip_share` skips and half of the rest each takes small and big. Which tokens do is
+    random, how many is not: a processor's matrix kernels are compiled per shape, so group sizes that
+    change with every coin toss cost more than the products themselves.
+    """
+    skips = round(tokens * skip_share)
+    smalls = (tokens - skips) // 2
+    counts = torch.tensor([skips, smalls, tokens - skips - smalls])
+    shares = torch.arange(3).repeat_interleave(counts)
+    return shares[torch.rand(tokens, layers, generator=generator).argsort(dim=0)]
+
+
+def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of logits (B, T, V) against targets (B, T)."""
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+class _Windows(Dataset):
+    def __init__(self, windows: Tensor):
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"tokens": self.windows[index]}
+
+
+class StageOneTrainer(Trainer):
+    """transformers' Trainer with a fresh random route for every token of every batch."""
+
+    def __init__(self, *args, skip_share: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulated batches are averaged
+        self.skip_share = skip_share
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Next-token loss in nats under random routes, seeded by the step so that a resumed run draws the same."""
+        tokens = inputs["tokens"]
+        seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
+        generator = torch.Generator().manual_seed(seed)
+        inputs, layers = tokens[:, :-1], self.accelerator.unwrap_model(model).num_layers
+        routes = random_routes(inputs.numel(), layers, skip_share=self.skip_share, generator=generator)
+        output = model(input_ids=inputs, routes=routes.view(*inputs.shape, layers).to(inputs.device))
+        loss = next_token_loss(output.logits, tokens[:, 1:])
+        return (loss, output) if return_outputs else loss
+
+    @torch.no_grad()
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """Mean loss in nats of all-small and all-big on the evaluation windows."""
+        model = self.accelerator.unwrap_model(self.model).eval()
+        batches = self.eval_dataset.windows.split(self.args.eval_batch_size)
+        metrics = {}
+        for name, action in (("all_small", SMALL), ("all_big", BIG)):
+            total = 0.0
+            for tokens in batches:
+                inputs, targets = tokens[:, :-1].to(model.device), tokens[:, 1:].to(model.device)
+                routes = torch.full((*inputs.shape, model.num_layers), action, device=model.device)
+                total += next_token_loss(model(input_ids=inputs, routes=routes).logits, targets).item() * len(tokens)
+            metrics[f"{metric_key_prefix}_{name}"] = total / len(self.eval_dataset)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+
+def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizerBase]:
+    """The untrained duo model and its tokenizer.
+
+    Raises:
+        ValueError: the model cannot be converted, or `backbone` names no known family.
+    """
+    set_seed(options.seed)
+    if options.model is not None:
+        original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        return convert(original, small_ratio=options.small_ratio), AutoTokenizer.from_pretrained(options.model)
+    texts = (document.text for document in documents(options.corpus, "model"))
+    tokenizer = train_tokenizer(texts, options.vocab_size)
+    fields = {
+        **options.backbone,
+        "vocab_size": len(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    backbone = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    small_size = max(1, inner_size(backbone) // options.small_ratio)
+    return DuoForCausalLM(DuoConfig(backbone=backbone, small_size=small_size)), tokenizer
+
+
+def pretrain(options: PretrainOptions, *, resume: bool = False) -> DuoForCausalLM:
+    """Train a duo model and save it with its tokenizer and its training history under `options.out`.
+
+    Args:
+        options: see `PretrainOptions`.
+        resume: go on from the last checkpoint in the folder.
+
+    Returns:
+        The trained model. Its parts on disk: `config.json`, `model.safetensors` (bfloat16),
+        the tokenizer's files, `history.json` (the Trainer's log).
+
+    Raises:
+        ValueError: text is too short, the model cannot be converted, or there is no checkpoint to resume.
+        FileNotFoundError: text is missing.
+    """
+    out = Path(options.out)
+    checkpoint = get_last_checkpoint(str(out / "checkpoints")) if resume else None
+    if resume and checkpoint is None:
+        raise ValueError(f"no checkpoint in {out / 'checkpoints'}: start without --resume")
+    model, tokenizer = build(options)
+    training = load_windows(options.corpus, tokenizer, split="model", length=options.window)
+    held_out = load_windows(options.corpus, tokenizer, split="router", length=options.window)
+    trainer = StageOneTrainer(
+        model=model,
+        args=_training_arguments(options, out),
+        train_dataset=_Windows(training),
+        eval_dataset=_Windows(held_out[: options.evaluation_windows]),
+        skip_share=options.skip_share,
+    )
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.evaluate()
+    save(model, tokenizer, out)
+    (out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+    return model
+
+
+def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArguments:
+    # Without use_cpu the arguments refuse bf16 where there is no GPU, though CPUs autocast to it as well.
+    defaults = {"use_cpu": not torch.cuda.is_available(), "seed": options.seed, "remove_unused_columns": False}
+    return TrainingArguments(output_dir=str(out / "checkpoints"), **{**defaults, **options.training})
+
+
+def save(model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write the model in bfloat16, half of float32's bytes, and its tokenizer."""
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    model.float()

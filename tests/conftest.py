@@ -1,0 +1,67 @@
+"""Small random models of several families, and duo-tiny."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import duorl
+
+_LLAMA_LIKE = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "pad_token_id": None,
+    "bos_token_id": None,
+    "eos_token_id": None,
+}
+FAMILIES = {
+    "llama": _LLAMA_LIKE,
+    "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
+    "gpt2": {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "gpt_neox": _LLAMA_LIKE,
+    "mistral": {**_LLAMA_LIKE, "sliding_window": 4},
+    "gemma2": {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    "olmo2": _LLAMA_LIKE,
+    "phi": {**_LLAMA_LIKE, "num_key_value_heads": 4},
+    "granite": {**_LLAMA_LIKE, "residual_multiplier": 0.5, "logits_scaling": 2.0},
+    "smollm3": {**_LLAMA_LIKE, "no_rope_layer_interval": 2},
+}
+
+
+def make_original(family: str):
+    """A random model of a family, with weights large enough that every module matters."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    return model.eval()
+
+
+def make_duo(family: str, small_ratio: int = 4):
+    duo = duorl.convert(make_original(family), small_ratio=small_ratio)
+    for layer in range(duo.num_layers):
+        for parameter in duo.stack.ffn(layer).small.parameters():
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return duo.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def duo():
+    """A random Llama duo of 3 layers, vocabulary 61."""
+    return make_duo("llama")
+
+
+@pytest.fixture
+def tokens():
+    """Two windows of 7 tokens to predict."""
+    return torch.randint(61, (2, 8), generator=torch.Generator().manual_seed(1))
+
+
+def random_routes(model, tokens, seed=0):
+    shape = (len(tokens), tokens.shape[1] - 1, model.num_layers)
+    return torch.randint(3, shape, generator=torch.Generator().manual_seed(seed))
