@@ -73,6 +73,7 @@ class RoutedPass:
             end, what enters the final norm.
         layer: index of the layer to decide; L at the end.
         compute: (K * B, P), compute spent so far, in [0, 1].
+        entered: (K * B, P, d), the residual stream that entered this layer, before its attention.
         targets: (B, P), the tokens to predict.
     """
 
@@ -149,15 +150,18 @@ class RoutedPass:
         """The head on the residual stream: (K * B, P, V), at the end the model's prediction."""
         return self.stack.logits(self.residual)
 
-    def losses(self) -> Tensor:
-        """Next-token loss in nats of the head on the residual stream, (K * B, P).
+    def losses(self, stream: Tensor | None = None) -> Tensor:
+        """Next-token loss in nats of the head's prediction, (K * B, P).
 
-        At the end of the pass the model's loss; before it, what the intermediate prediction would lose.
+        Args:
+            stream: (K * B, P, d), any residual stream; the pass's own unless given, which at the end is the
+                model's loss.
         """
+        stream = self.residual if stream is None else stream
         vocabulary = self.stack.backbone.config.vocab_size
-        rows = max(1, _LOGITS_AT_ONCE // (vocabulary * self.residual.shape[1]))
+        rows = max(1, _LOGITS_AT_ONCE // (vocabulary * stream.shape[1]))
         targets = self.targets.repeat(self.copies, 1)
-        parts = zip(self.residual.split(rows), targets.split(rows), strict=True)
+        parts = zip(stream.split(rows), targets.split(rows), strict=True)
         return torch.cat([self._loss(hidden, target) for hidden, target in parts])
 
     def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -171,6 +175,7 @@ class RoutedPass:
         return entering
 
     def _attend(self, hidden: Tensor) -> None:
+        self.entered = hidden
         with remembering(self.memory):
             self.residual, self.hidden = self.stack.attend(self.layer, hidden, self._calls[self.layer])
 
@@ -179,7 +184,7 @@ class RoutedPass:
         self.compute = self.compute + spent
         self.layer += 1
         if self.done:
-            self.residual = self.hidden = completed
+            self.residual = self.hidden = self.entered = completed
         else:
             self._attend(completed)
 

@@ -1,0 +1,182 @@
+"""PPO: Stable-Baselines3's own algorithm, with this project's policy and a group baseline in its buffer."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.buffers import DictRolloutBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import CombinedExtractor
+from torch import Tensor
+
+from agents.advantages import explained_variance, leave_one_out, rewards_to_go
+from agents.base import Agent, Monitor
+from duorl.routers import HeadRouter
+from duorl.routers.heads import LayerHeads
+from envs.lockstep import Lockstep
+from envs.sb3 import RoutingVecEnv
+
+
+class RoutingPolicy(ActorCriticPolicy):
+    """Stable-Baselines3's actor-critic with a `HeadRouter` as actor and a value head per layer as critic.
+
+    Args:
+        router: the actor, trained in place.
+        seed: of the critic's initial weights.
+        args, kwargs: as Stable-Baselines3 gives them.
+    """
+
+    def __init__(self, *args, router: HeadRouter, seed: int, **kwargs):
+        self._parts = router, seed
+        super().__init__(*args, features_extractor_class=CombinedExtractor, **kwargs)
+
+    def _build(self, lr_schedule) -> None:
+        router, seed = self._parts
+        config = router.config
+        generator = torch.Generator().manual_seed(seed + 1)
+        self.router = router
+        self.critic = LayerHeads(config["layers"], config["hidden_size"], 1, config["width"], generator)
+        self.action_dist = CategoricalDistribution(len(config["actions"]))
+        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+
+    @staticmethod
+    def _inputs(obs) -> tuple[Tensor, Tensor, Tensor]:
+        return obs["hidden"], obs["layer"].long().flatten(), obs["compute"].flatten()
+
+    def get_distribution(self, obs) -> Distribution:
+        """The distribution over choices."""
+        return self.action_dist.proba_distribution(action_logits=self.router.logits(*self._inputs(obs)))
+
+    def predict_values(self, obs) -> Tensor:
+        """The critic's estimates, (N, 1)."""
+        return self.critic(*self._inputs(obs))
+
+    def forward(self, obs, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Choices (N,), values (N, 1), log-probabilities (N,)."""
+        distribution = self.get_distribution(obs)
+        choices = distribution.get_actions(deterministic=deterministic)
+        return choices, self.predict_values(obs), distribution.log_prob(choices)
+
+    def evaluate_actions(self, obs, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Values (N, 1), log-probabilities (N,) and entropies (N,) of past choices."""
+        distribution = self.get_distribution(obs)
+        return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
+
+
+class GroupRolloutBuffer(DictRolloutBuffer):
+    """A rollout of whole episodes whose advantages are measured against the other copies of the same token.
+
+    The leave-one-out mean of the group takes the critic's place in the advantage; it is unbiased and knows
+    the token's own difficulty, which the critic has to guess.
+
+    Args:
+        group_size: K copies of each token; 1 keeps Stable-Baselines3's advantages (GAE).
+        args, kwargs: as Stable-Baselines3 gives them.
+    """
+
+    def __init__(self, *args, group_size: int, **kwargs):
+        self.group_size = group_size
+        super().__init__(*args, **kwargs)
+
+    def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
+        """Fill `returns` and `advantages`, both (L, N)."""
+        super().compute_returns_and_advantage(last_values, dones)
+        if self.group_size > 1:
+            returns = rewards_to_go(torch.from_numpy(self.rewards))
+            self.advantages = (returns - leave_one_out(returns, self.group_size)).numpy()
+
+
+class _Report(BaseCallback):
+    """Hands the monitor each rollout's metrics."""
+
+    def __init__(self, env: RoutingVecEnv, monitor: Monitor | None):
+        super().__init__()
+        self.env, self.monitor = env, monitor
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.monitor is None:
+            return
+        assert self.env.outcome is not None
+        buffer = self.model.rollout_buffer
+        values, returns = (torch.from_numpy(x).flatten() for x in (buffer.values, buffer.returns))
+        metrics = {
+            **self.env.outcome.metrics(),
+            "train/entropy": self._entropy(buffer),
+            "train/explained_variance": explained_variance(values, returns),
+        }
+        self.monitor(self.num_timesteps, metrics, self.model.policy.router)
+
+    def _entropy(self, buffer) -> float:
+        """Mean entropy of the policy that made this rollout, in nats."""
+        with torch.no_grad():
+            policy = self.model.policy
+            observations = {k: torch.as_tensor(v).flatten(0, 1) for k, v in buffer.observations.items()}
+            return policy.get_distribution(observations).entropy().mean().item()
+
+
+class PPOAgent(Agent):
+    """Proximal policy optimization (Schulman et al. 2017) by Stable-Baselines3.
+
+    A rollout is one episode of all tokens, L steps of N environments. Where the environment holds K > 1 copies
+    of each token, advantages are relative to the group (`GroupRolloutBuffer`).
+
+    Args:
+        env: tokens in lockstep.
+        learning_rate: of Adam; falls linearly to 0.
+        epochs: passes over a rollout.
+        batch_size: decisions per gradient step.
+        clip_range: of the probability ratio.
+        gae_lambda: lambda of generalized advantage estimation, used without copies.
+        entropy_bonus: weight of the policy's entropy.
+        value_weight: weight of the critic's squared error.
+        width: hidden units of a head; 0 for linear heads.
+        seed: of initial weights and sampled actions.
+    """
+
+    def __init__(
+        self,
+        env: Lockstep,
+        *,
+        learning_rate: float = 3e-3,
+        epochs: int = 2,
+        batch_size: int = 4096,
+        clip_range: float = 0.2,
+        gae_lambda: float = 1.0,
+        entropy_bonus: float = 0.0,
+        value_weight: float = 0.5,
+        width: int = 32,
+        seed: int = 0,
+    ):
+        super().__init__(env, width, seed)
+        self.vec_env = RoutingVecEnv(env)
+        self.algorithm = PPO(
+            RoutingPolicy,
+            self.vec_env,
+            learning_rate=lambda remaining: learning_rate * remaining,
+            n_steps=env.layers,
+            batch_size=min(batch_size, self.decisions_per_update),
+            n_epochs=epochs,
+            gamma=1.0,
+            gae_lambda=gae_lambda,
+            clip_range=clip_range,
+            ent_coef=entropy_bonus,
+            vf_coef=value_weight,
+            rollout_buffer_class=GroupRolloutBuffer,
+            rollout_buffer_kwargs={"group_size": env.group_size},
+            policy_kwargs={"router": self.router, "seed": seed},
+            seed=seed,
+            device=env.model.device,
+        )
+        self.algorithm.set_logger(Logger(folder=None, output_formats=[]))
+
+    def learn(self, total_decisions: int, monitor: Monitor | None = None) -> HeadRouter:
+        """Train; see `Agent.learn`."""
+        self.algorithm.learn(total_decisions, callback=_Report(self.vec_env, monitor), reset_num_timesteps=True)
+        return self._finish()

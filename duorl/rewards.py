@@ -1,0 +1,136 @@
+"""Rewards: what a routing decision is worth.
+
+A reward sees one layer decision for all tokens at once. A class of your own is named by its import path,
+`--reward my_package.MyReward --reward.bonus 0.1`:
+
+    class MyReward(duorl.rewards.Reward):
+        def __init__(self, bonus: float = 0.1): self.bonus = bonus
+        def __call__(self, step): return self.bonus * (step.action == 1).float()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer decision of N tokens in lockstep.
+
+    Attributes:
+        layer: index of the layer that was decided.
+        action: (N,) int64, codes 0 skip, 1 small, 2 big.
+        compute: (N,), what the action costs, as a share of an all-big pass.
+        hidden: (N, d), the residual stream before the chosen network's output joined it.
+        next_hidden: (N, d), after.
+        last: this was the last layer.
+        loss: (N,) nats, the token's loss; None before the last decision.
+        reference_loss: (N,) nats, its loss in the same context under the reference route; None before the last.
+        previous: the decision before this one, None at the first.
+        lens: computes `lens_loss`; use that.
+    """
+
+    layer: int
+    action: Tensor
+    compute: Tensor
+    hidden: Tensor
+    next_hidden: Tensor
+    last: bool
+    loss: Tensor | None = None
+    reference_loss: Tensor | None = None
+    previous: Step | None = field(default=None, repr=False)
+    lens: Callable[[], Tensor] | None = field(default=None, repr=False)
+
+    @cached_property
+    def lens_loss(self) -> Tensor:
+        """(N,) nats: the loss of the prediction that the head would make from `next_hidden`; costs a head once."""
+        assert self.lens is not None
+        return self.lens()
+
+    @property
+    def gain(self) -> Tensor:
+        """(N,) nats: reference loss - loss; zeros before the last decision."""
+        if self.loss is None or self.reference_loss is None:
+            return torch.zeros_like(self.compute)
+        return self.reference_loss - self.loss
+
+
+class Reward:
+    """What one decision earns: a callable from a `Step` to (N,) rewards. Rewards add with `+`."""
+
+    def __call__(self, step: Step) -> Tensor:
+        """(N,) rewards of one decision."""
+        raise NotImplementedError(f"{type(self).__name__} must define __call__(self, step)")
+
+    def __add__(self, other: Reward) -> Sum:
+        return Sum([self, other])
+
+
+class LossImprovement(Reward):
+    """gain - price * compute, summed over an episode: the return that the oracle maximizes.
+
+    Every decision costs its compute; the last one also earns the gain, the improvement of the token's loss over
+    the reference route's. The paired reference matters: token losses spread far more than gains.
+
+    Args:
+        price: what an all-big pass costs, in nats; at least 0.
+    """
+
+    def __init__(self, price: float = 0.1):
+        if price < 0:
+            raise ValueError(f"price must be at least 0 nats per all-big pass, not {price}")
+        self.price = price
+
+    def __call__(self, step: Step) -> Tensor:
+        """(N,) nats."""
+        return step.gain - self.price * step.compute
+
+
+class LogitLensShaping(Reward):
+    """Potential-based shaping by the intermediate prediction's loss: earlier credit, the same optimal policy.
+
+    The potential of a state is minus the loss of what the head would predict there, and 0 at both ends, so
+    the rewards of an episode sum to 0 (Ng, Harada and Russell 1999, theorem 1, undiscounted).
+
+    Args:
+        scale: factor on the potential.
+    """
+
+    def __init__(self, scale: float = 1.0):
+        self.scale = scale
+
+    def __call__(self, step: Step) -> Tensor:
+        """(N,) nats, times `scale`."""
+        zero = torch.zeros_like(step.compute)
+        before = zero if step.previous is None else -step.previous.lens_loss
+        after = zero if step.last else -step.lens_loss
+        return self.scale * (after - before)
+
+
+class Sum(Reward):
+    """The sum of several rewards.
+
+    Args:
+        rewards: at least one.
+    """
+
+    def __init__(self, rewards: Sequence[Reward]):
+        if not rewards:
+            raise ValueError("a sum needs at least one reward")
+        self.rewards = list(rewards)
+
+    def __call__(self, step: Step) -> Tensor:
+        """(N,), the rewards added up."""
+        return torch.stack([reward(step) for reward in self.rewards]).sum(0)
+
+
+def price_of(reward: Reward) -> float:
+    """The price of compute inside a reward, in nats per all-big pass: its parts' sum, 0 where none has a price."""
+    if isinstance(reward, Sum):
+        return sum(price_of(part) for part in reward.rewards)
+    return float(getattr(reward, "price", 0.0))

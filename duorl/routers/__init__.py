@@ -1,0 +1,22 @@
+"""Routers: what maps hidden states to actions. Those that need no reinforcement learning are trained here."""
+
+from duorl.routers.base import Router, load
+from duorl.routers.heads import HeadRouter
+from duorl.routers.simple import ConstantRouter, OracleRouter, PatternRouter, RandomRouter, best_fixed
+from duorl.routers.soft import SoftOptions, train_soft
+from duorl.routers.supervised import SupervisedOptions, train_supervised
+
+__all__ = [
+    "ConstantRouter",
+    "HeadRouter",
+    "OracleRouter",
+    "PatternRouter",
+    "RandomRouter",
+    "Router",
+    "SoftOptions",
+    "SupervisedOptions",
+    "best_fixed",
+    "load",
+    "train_soft",
+    "train_supervised",
+]

@@ -1,0 +1,101 @@
+"""Routers that learn nothing: one action, chance, one fixed pattern, and the oracle, which sees the label."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duorl.costs import action_ids
+from duorl.models.modeling import DuoForCausalLM
+from duorl.oracle import exhaustive
+from duorl.routers.base import Router
+
+
+class ConstantRouter(Router):
+    """The same action for every token in every layer.
+
+    Args:
+        action: `skip`, `small` or `big`.
+    """
+
+    def __init__(self, action: str):
+        super().__init__(action=action)
+        self.code = int(action_ids([action]))
+
+    def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
+        """(...), all the same; see `Router.forward`."""
+        return torch.full(hidden.shape[:-1], self.code, device=hidden.device)
+
+
+class RandomRouter(Router):
+    """Each decision drawn uniformly.
+
+    Args:
+        actions: names of the actions to draw from.
+        seed: of the draws.
+    """
+
+    def __init__(self, actions: Sequence[str] = ("small", "big"), seed: int = 0):
+        super().__init__(actions=list(actions), seed=seed)
+        self.codes = action_ids(actions)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
+        """(...), drawn anew at every call; see `Router.forward`."""
+        drawn = torch.randint(len(self.codes), hidden.shape[:-1], generator=self.generator)
+        return self.codes[drawn].to(hidden.device)
+
+
+class PatternRouter(Router):
+    """One route for all tokens.
+
+    Args:
+        route: L action codes.
+    """
+
+    def __init__(self, route: Sequence[int]):
+        super().__init__(route=[int(action) for action in route])
+
+    def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
+        """(...), the route's action in this layer; see `Router.forward`."""
+        return torch.full(hidden.shape[:-1], self.config["route"][layer], device=hidden.device)
+
+
+class OracleRouter(Router):
+    """Each token's best route of an exhaustive search in the reference context. It sees the label: a bound, not a rival.
+
+    Deployed in the routed context its routes are no longer exactly optimal.
+
+    Args:
+        price: nats per all-big pass.
+        actions: names of the allowed actions.
+    """
+
+    def __init__(self, price: float = 0.0, actions: Sequence[str] = ("small", "big")):
+        super().__init__(price=price, actions=list(actions))
+
+    def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
+        """Search the windows' routes."""
+        table = exhaustive(model, tokens, context="reference", actions=self.config["actions"])
+        self.routes = table.routes[table.best(self.config["price"])]  # (B, T, L)
+
+    def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
+        """(B, T), the searched actions; see `Router.forward`."""
+        return self.routes[..., layer]
+
+
+def best_fixed(
+    model: DuoForCausalLM, tokens: Tensor, *, price: float, actions: Sequence[str] = ("small", "big")
+) -> PatternRouter:
+    """The best of all A^L fixed patterns, enumerated on text (Duo-LLM, Fig. 4b).
+
+    Args:
+        model: a duo model.
+        tokens: (B, T+1) windows to choose on: router-training text.
+        price: nats per all-big pass.
+        actions: names of the allowed actions.
+    """
+    table = exhaustive(model, tokens, context="uniform", actions=actions)
+    return PatternRouter(table.routes[table.best_fixed(price)].tolist())

@@ -1,0 +1,110 @@
+"""The soft router of Duo-LLM (arXiv 2410.10846, stage 3): a mixture of the modules, hardened over training.
+
+P = softmax(tau * h) with h the head's scores and tau a rising inverse temperature; a layer's output is the
+mixture of its modules' outputs; loss = cross-entropy + alpha * (mean compute - budget)^2. The paper states the
+budget as the share of big. Measured as compute it is the same for small / big up to a factor, and means
+something with skip as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duorl.models.loading import require_frozen
+from duorl.models.modeling import DuoForCausalLM
+from duorl.routed_pass import RoutedPass
+from duorl.routers.heads import HeadRouter
+
+
+@dataclass(frozen=True)
+class SoftOptions:
+    """How the soft router is trained. The paper does not give alpha, schedule or learning rate.
+
+    Args:
+        budget: mean compute to aim at, in [0, 1]; with none, compute is charged at the run's price instead.
+        alpha: weight of the budget's squared error, in nats.
+        updates: number of updates.
+        windows_per_batch: windows per update.
+        first_sharpness: inverse temperature at the start.
+        last_sharpness: at the end; it rises geometrically.
+        learning_rate: of Adam.
+        width: hidden units of a head; 0 for the paper's linear map.
+    """
+
+    budget: float | None = None
+    alpha: float = 10.0
+    updates: int = 120
+    windows_per_batch: int = 8
+    first_sharpness: float = 1.0
+    last_sharpness: float = 20.0
+    learning_rate: float = 3e-3
+    width: int = 32
+
+
+def sharpness(progress: float, first: float, last: float) -> float:
+    """The inverse temperature at `progress` in [0, 1]: geometric from first to last."""
+    return first * (last / first) ** progress
+
+
+def soft_loss(losses: Tensor, compute: Tensor, *, options: SoftOptions, price: float) -> Tensor:
+    """Cross-entropy plus alpha * (mean compute - budget)^2 (Duo-LLM, stage 3), or plus price * mean compute.
+
+    Args:
+        losses: nats per token.
+        compute: mixture's compute per token, the shape of `losses`.
+    """
+    if options.budget is None:
+        return losses.mean() + price * compute.mean()
+    return losses.mean() + options.alpha * (compute.mean() - options.budget) ** 2
+
+
+def train_soft(
+    model: DuoForCausalLM,
+    windows: Tensor,
+    *,
+    price: float,
+    actions: Sequence[str] = ("small", "big"),
+    options: SoftOptions | None = None,
+    seed: int = 0,
+) -> HeadRouter:
+    """Train the paper's learned router through the mixture, in the routed context.
+
+    Args:
+        model: a frozen duo model.
+        windows: (W, T+1) router-training text.
+        price: nats per all-big pass, charged where `options.budget` is None.
+        actions: names of the allowed actions.
+        options: see `SoftOptions`.
+        seed: of the initial weights and the order of the windows.
+
+    Raises:
+        ValueError: the model has a trainable parameter.
+    """
+    require_frozen(model)
+    options = options or SoftOptions()
+    router = HeadRouter(model.num_layers, model.hidden_size, actions, options.width, seed).to(model.device)
+    optimizer = torch.optim.Adam(router.parameters(), lr=options.learning_rate)
+    generator = torch.Generator().manual_seed(seed)
+    for update in range(options.updates):
+        picked = torch.randint(len(windows), (options.windows_per_batch,), generator=generator)
+        tau = sharpness(update / options.updates, options.first_sharpness, options.last_sharpness)
+        losses, compute = soft_pass(model, router, windows[picked].to(model.device), tau)
+        loss = soft_loss(losses, compute, options=options, price=price)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return router.eval().requires_grad_(False)
+
+
+def soft_pass(model: DuoForCausalLM, router: HeadRouter, tokens: Tensor, tau: float) -> tuple[Tensor, Tensor]:
+    """Losses and compute, both (B, T) and differentiable, of the mixture P = softmax(tau * h)."""
+    walk = RoutedPass(model, tokens)
+    while not walk.done:
+        shares = (tau * router.logits(walk.hidden, walk.layer, walk.compute)).softmax(-1)
+        weights = shares.new_zeros(*shares.shape[:-1], 3).index_copy(-1, router.codes, shares)
+        walk.mix(weights)
+    return walk.losses(), walk.compute

@@ -1,0 +1,288 @@
+"""The Gymnasium environments: `duorl/Routing-v0`, one token or many."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, Literal
+
+import gymnasium
+import numpy as np
+import torch
+from gymnasium import spaces
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+from torch import Tensor
+
+from duorl.corpus import load_windows
+from duorl.models import DuoForCausalLM, load, load_tokenizer
+from duorl.rewards import Reward
+from duorl.routed_pass import Context
+from envs.lockstep import RoutingDynamics, window_order
+
+
+@lru_cache(maxsize=2)
+def _load(name: str) -> DuoForCausalLM:
+    return load(name)
+
+
+@lru_cache(maxsize=2)
+def _windows(name: str, corpus: tuple[str, ...], length: int) -> Tensor:
+    return load_windows(corpus, load_tokenizer(name), split="router", length=length)
+
+
+def observation_space(hidden_size: int, layers: int) -> spaces.Dict:
+    """The observation of one token; see `DuoRoutingEnv`."""
+    return spaces.Dict(
+        {
+            "hidden": spaces.Box(-np.inf, np.inf, (hidden_size,), np.float32),
+            "layer": spaces.Discrete(layers + 1),
+            "compute": spaces.Box(0.0, 1.0, (1,), np.float32),
+        }
+    )
+
+
+def observe(dynamics: RoutingDynamics) -> dict[str, np.ndarray]:
+    """The observations of N tokens in lockstep: hidden (N, d), layer (N,), compute (N, 1)."""
+    hidden = dynamics.hidden.float().cpu().numpy()
+    compute = dynamics.compute.float().cpu().numpy()[:, None].clip(0.0, 1.0)
+    return {"hidden": hidden, "layer": np.full(len(hidden), dynamics.layer, np.int64), "compute": compute}
+
+
+def _build(
+    model: DuoForCausalLM | str, windows: Tensor | None, corpus: Sequence[str], window: int, **options
+) -> tuple[RoutingDynamics, Tensor]:
+    if windows is None:
+        if not isinstance(model, str):
+            raise ValueError("a model given as an object has no tokenizer: give windows (W, T+1) with it")
+        windows = _windows(model, tuple(corpus), window)
+    return RoutingDynamics(_load(model) if isinstance(model, str) else model, **options), windows
+
+
+class DuoRoutingEnv(gymnasium.Env):
+    r"""Route one token through a frozen duo model.
+
+    ## Description
+    A language model carries two feed-forward networks in every layer, a big and a small one (Duo-LLM, arXiv
+    2410.10846). An episode is one token of a text: layer by layer the agent decides whether the token passes the
+    layer's small network, its big one, or none. The tokens before it were routed all-big (context `reference`),
+    so episodes do not depend on each other and the exhaustive oracle is the exact optimum.
+
+    ## Action Space
+    `Discrete(A)`, an index into `actions`, cheapest first; by default 0 is small and 1 is big.
+
+    ## Observation Space
+    A `Dict`:
+
+    | key | space | meaning |
+    |---|---|---|
+    | `hidden` | `Box(-inf, inf, (d,))` | what this layer's FFN would read; after the last, the final residual stream |
+    | `layer` | `Discrete(L + 1)` | the layer to decide, L at the end |
+    | `compute` | `Box(0, 1, (1,))` | FFN FLOPs spent so far, as a share of an all-big pass |
+
+    ## Rewards
+    `LossImprovement(price=0.1)`: each decision costs price * its compute, the last one also earns the token's
+    reference loss (all-small, same context) minus its loss, in nats. Any `duorl.rewards.Reward` can be given.
+
+    ## Starting State
+    A window and a position in it, drawn uniformly with the environment's seeded generator, or given by
+    `reset(options={"window": i, "position": t})`.
+
+    ## Episode End
+    Terminates after L steps; never truncates. The last `info` has `loss`, `gain`, `compute` and `route`.
+
+    ## Arguments
+    - `model`: an embedded model's name, a folder, or a frozen `DuoForCausalLM` (then `windows` too).
+    - `windows`: (W, T+1) tokens; from `corpus` unless given.
+    - `corpus`, `window`: text of the router split, and tokens per window.
+    - `reward`, `actions`, `reference`: see `envs.lockstep.RoutingDynamics`.
+    - `render_mode`: `"ansi"` draws the route so far, a character per layer: `.` skip, `s` small, `B` big.
+
+    ## Version History
+    - v0: first version.
+    """
+
+    metadata = {"render_modes": ["ansi"]}  # noqa: RUF012  (Gymnasium's protocol)
+
+    def __init__(
+        self,
+        model: DuoForCausalLM | str = "duo-tiny",
+        *,
+        windows: Tensor | None = None,
+        corpus: Sequence[str] = ("stdlib-code",),
+        window: int = 128,
+        reward: Reward | None = None,
+        actions: Sequence[str] = ("small", "big"),
+        reference: str = "small",
+        render_mode: Literal["ansi"] | None = None,
+    ):
+        self.dynamics, self.windows = _build(
+            model, windows, corpus, window, reward=reward, actions=actions, context="reference", reference=reference
+        )
+        self.observation_space = observation_space(self.dynamics.model.hidden_size, self.dynamics.layers)
+        self.action_space = spaces.Discrete(len(self.dynamics.actions))
+        self.render_mode = render_mode
+        self._place = {"window": 0, "position": 0}
+        self._route: list[str] = []
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None):
+        """Begin with another token; `options` may name its `window` and `position`."""
+        super().reset(seed=seed)
+        drawn = draw_place(self.windows, self.np_random)
+        self._place = {key: int((options or {}).get(key, drawn[key])) for key in drawn}
+        tokens, positions = places_to_tensors(self.windows, [self._place])
+        self.dynamics.reset(tokens, positions)
+        self._route = []
+        return self._observation(), dict(self._place)
+
+    def step(self, action):
+        """Decide one layer; returns Gymnasium's (observation, reward, terminated, truncated, info)."""
+        reward = self.dynamics.step(torch.tensor([int(action)]))
+        self._route.append(self.dynamics.actions[int(action)])
+        return self._observation(), float(reward), self.dynamics.done, False, self._info()
+
+    def render(self) -> str | None:
+        """The route so far as text, e.g. `window 3 position 17: sBBs____`."""
+        if self.render_mode is None:
+            return None
+        marks = "".join({"skip": ".", "small": "s", "big": "B"}[name] for name in self._route)
+        route = marks.ljust(self.dynamics.layers, "_")
+        return f"window {self._place['window']} position {self._place['position']}: {route}"
+
+    def _observation(self) -> dict[str, Any]:
+        batch = observe(self.dynamics)
+        return {"hidden": batch["hidden"][0], "layer": np.int64(self.dynamics.layer), "compute": batch["compute"][0]}
+
+    def _info(self) -> dict[str, Any]:
+        if not self.dynamics.done:
+            return {}
+        outcome = self.dynamics.outcome
+        numbers = {name: float(getattr(outcome, name)) for name in ("loss", "gain", "compute")}
+        return {**numbers, "route": list(self._route)}
+
+
+class DuoRoutingVectorEnv(VectorEnv):
+    """`DuoRoutingEnv` for many tokens in lockstep, one batched pass through the model.
+
+    With `tokens_per_window=1` (the default) it is N independent `DuoRoutingEnv`s: token i, reset with seed s, is
+    the single environment reset with seed s + i. With `tokens_per_window=T` it takes whole windows: num_envs
+    must be a multiple of T * `group_size`, and the context may be `routed`, where the tokens of a window read each
+    other's routed keys and values, as in deployment.
+
+    All episodes end together; the step that ends them returns the next episode's first observations, and
+    `infos["final_obs"]` the last ones (autoreset mode SAME_STEP). `infos` then also has `loss`, `gain` and
+    `compute`, each (N,).
+
+    Args:
+        num_envs: N tokens.
+        tokens_per_window: 1, or T for whole windows.
+        group_size: K copies of each window side by side, as (K, B, T) in the first axis.
+        context: `reference`, or `routed` for whole windows.
+        model, windows, corpus, window, reward, actions, reference: see `DuoRoutingEnv`.
+
+    Raises:
+        ValueError: num_envs does not fit, or the context needs whole windows.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012  (Gymnasium's protocol)
+
+    def __init__(
+        self,
+        num_envs: int = 1,
+        model: DuoForCausalLM | str = "duo-tiny",
+        *,
+        tokens_per_window: int = 1,
+        group_size: int = 1,
+        context: Context = "reference",
+        windows: Tensor | None = None,
+        corpus: Sequence[str] = ("stdlib-code",),
+        window: int = 128,
+        reward: Reward | None = None,
+        actions: Sequence[str] = ("small", "big"),
+        reference: str = "small",
+        render_mode: None = None,
+    ):
+        self.dynamics, self.windows = _build(
+            model,
+            windows,
+            corpus,
+            window,
+            reward=reward,
+            actions=actions,
+            context=context,
+            group_size=group_size,
+            reference=reference,
+        )
+        length = self.windows.shape[1] - 1
+        if tokens_per_window not in (1, length):
+            raise ValueError(f"tokens_per_window must be 1 or the window's {length}, not {tokens_per_window}")
+        if context == "routed" and tokens_per_window != length:
+            raise ValueError(f"context 'routed' routes whole windows: give tokens_per_window={length}")
+        if num_envs % (tokens_per_window * group_size):
+            raise ValueError(f"num_envs must be a multiple of {tokens_per_window * group_size}, not {num_envs}")
+        self.num_envs = num_envs
+        self.whole_windows = tokens_per_window == length
+        self.batch = num_envs // (tokens_per_window * group_size)
+        self.single_observation_space = observation_space(self.dynamics.model.hidden_size, self.dynamics.layers)
+        self.single_action_space = spaces.Discrete(len(self.dynamics.actions))
+        self.observation_space = batch_space(self.single_observation_space, num_envs)
+        self.action_space = batch_space(self.single_action_space, num_envs)
+        self._generators: list[np.random.Generator] = []
+
+    def reset(self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None):
+        """Begin N episodes; token i is seeded with `seed + i`, or with its own of N seeds."""
+        if seed is not None or not self._generators:
+            self._seed(seed)
+        self._draw()
+        return observe(self.dynamics), {}
+
+    def step(self, actions):
+        """Decide one layer for all N tokens; actions (N,)."""
+        rewards = self.dynamics.step(torch.as_tensor(np.asarray(actions), dtype=torch.int64))
+        rewards = rewards.cpu().numpy().astype(np.float64)
+        ended = np.full(self.num_envs, self.dynamics.done)
+        infos: dict[str, Any] = {}
+        if self.dynamics.done:
+            outcome, final = self.dynamics.outcome, observe(self.dynamics)
+            infos = {name: getattr(outcome, name).cpu().numpy() for name in ("loss", "gain", "compute")}
+            rows = [{key: values[i] for key, values in final.items()} for i in range(self.num_envs)]
+            infos["final_obs"] = np.array([*rows, None], dtype=object)[:-1]
+            self._draw()
+        return observe(self.dynamics), rewards, ended, np.zeros_like(ended), infos
+
+    def _seed(self, seed: int | Sequence[int] | None) -> None:
+        if self.whole_windows:
+            first = seed if seed is None or isinstance(seed, int) else seed[0]
+            self._order = window_order(len(self.windows), self.batch, np.random.default_rng(first))
+            self._generators = [np.random.default_rng(first)]
+            return
+        if seed is None or isinstance(seed, int):
+            seed = [seed + i for i in range(self.num_envs)] if seed is not None else [None] * self.num_envs  # type: ignore[list-item]
+        self._generators = [gymnasium.utils.seeding.np_random(each)[0] for each in seed]
+
+    def _draw(self) -> None:
+        if self.whole_windows:
+            self.dynamics.reset(self.windows[torch.from_numpy(next(self._order))])
+            return
+        places = [draw_place(self.windows, generator) for generator in self._generators[: self.batch]]
+        self.dynamics.reset(*places_to_tensors(self.windows, places))
+
+
+def draw_place(windows: Tensor, generator: np.random.Generator) -> dict[str, int]:
+    """A uniformly drawn token: its window and its position there."""
+    count, length = windows.shape
+    return {"window": int(generator.integers(count)), "position": int(generator.integers(length - 1))}
+
+
+def places_to_tensors(windows: Tensor, places: Sequence[dict[str, int]]) -> tuple[Tensor, Tensor]:
+    """The windows (B, T+1) and positions (B, 1) of some tokens.
+
+    Raises:
+        ValueError: a window or position is out of range.
+    """
+    count, length = windows.shape
+    for place in places:
+        if not (0 <= place["window"] < count and 0 <= place["position"] < length - 1):
+            raise ValueError(f"{place} is out of range: there are {count} windows of {length - 1} tokens")
+    tokens = windows[[place["window"] for place in places]]
+    return tokens, torch.tensor([[place["position"]] for place in places])

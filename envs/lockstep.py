@@ -1,0 +1,204 @@
+"""The dynamics of routing, written once over tensors; the Gymnasium and SB3 environments are skins over it.
+
+All episodes have L steps, so any number of tokens go through the model in lockstep, one layer a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duorl.costs import ACTIONS, action_ids
+from duorl.models.loading import require_frozen
+from duorl.models.modeling import DuoForCausalLM
+from duorl.rewards import LossImprovement, Reward, Step
+from duorl.routed_pass import Context, RoutedPass, remember
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an episode of N tokens came to.
+
+    Attributes:
+        loss: (N,) nats.
+        gain: (N,) nats, reference loss - loss.
+        compute: (N,), in [0, 1].
+        rewards: (L, N).
+        routes: (N, L) int64, action codes.
+    """
+
+    loss: Tensor
+    gain: Tensor
+    compute: Tensor
+    rewards: Tensor
+    routes: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """Means over tokens, and each action's share in each layer, by TensorBoard tag."""
+        means = {
+            "rollout/return": self.rewards.sum(0).mean().item(),
+            "rollout/gain": self.gain.mean().item(),
+            "rollout/compute": self.compute.mean().item(),
+            "rollout/loss": self.loss.mean().item(),
+        }
+        for code, name in enumerate(ACTIONS):
+            shares = (self.routes == code).float().mean(0).tolist()
+            means |= {f"actions_{name}/layer_{layer}": share for layer, share in enumerate(shares)}
+        return means
+
+
+class RoutingDynamics:
+    """Tokens in lockstep through a frozen duo model: `reset`, then L times `step`.
+
+    Args:
+        model: a frozen duo model.
+        reward: what a decision earns; `LossImprovement()` unless given.
+        actions: names of the allowed actions, A of them; a choice is an index into them, cheapest first.
+        context: `routed` or `reference`, see `duorl.routed_pass`.
+        group_size: K copies of every window, side by side as (K, B, P) in the token axis.
+        reference: the action of the reference route, whose loss gains are measured against.
+
+    Raises:
+        ValueError: a parameter of the model is trainable, or an action is unknown.
+    """
+
+    def __init__(
+        self,
+        model: DuoForCausalLM,
+        *,
+        reward: Reward | None = None,
+        actions: Sequence[str] = ("small", "big"),
+        context: Context = "routed",
+        group_size: int = 1,
+        reference: str = "small",
+    ):
+        require_frozen(model)
+        self.model = model
+        self.reward = reward or LossImprovement()
+        self.actions = tuple(actions)
+        self.codes = action_ids(actions).to(model.device)
+        self.context: Context = context
+        self.group_size = group_size
+        self.reference = int(action_ids([reference]))
+        self.layers = model.num_layers
+        self.layer = self.layers
+
+    @torch.no_grad()
+    def reset(self, tokens: Tensor, positions: Tensor | None = None) -> None:
+        """Begin an episode.
+
+        Args:
+            tokens: (B, T+1) windows.
+            positions: (B, P), the tokens to route, in the reference context; all T unless given.
+        """
+        memory = remember(self.model, tokens, positions) if self.context == "reference" else None
+        base = RoutedPass(self.model, tokens, context=self.context, memory=memory)
+        while not base.done:
+            base.take(self.reference)
+        self.reference_loss = base.losses().repeat(self.group_size, 1).flatten()
+        self._walk = RoutedPass(
+            self.model, tokens, context=self.context, memory=memory, copies=self.group_size
+        )
+        self._steps: list[Step] = []
+        self._rewards: list[Tensor] = []
+        self.layer = 0
+
+    @property
+    def hidden(self) -> Tensor:
+        """(N, d), what the next FFN would read; after the last layer, the final residual stream."""
+        return self._walk.hidden.flatten(0, 1)
+
+    @property
+    def compute(self) -> Tensor:
+        """(N,), spent so far, in [0, 1]."""
+        return self._walk.compute.flatten()
+
+    @property
+    def done(self) -> bool:
+        """All layers are decided."""
+        return self.layer == self.layers
+
+    @torch.no_grad()
+    def step(self, choice: Tensor) -> Tensor:
+        """Decide one layer: choice (N,) int64 indexes `actions`; returns (N,) rewards."""
+        if self.done:
+            raise RuntimeError("the episode is over: call reset")
+        walk, actions = self._walk, self.codes[choice]
+        hidden, before = walk.residual.flatten(0, 1), self.compute
+        walk.step(actions.view_as(walk.compute))
+        self.layer += 1
+        last = walk.done
+        step = Step(
+            layer=self.layer - 1,
+            action=actions,
+            compute=self.compute - before,
+            hidden=hidden,
+            next_hidden=walk.entered.flatten(0, 1),
+            last=last,
+            loss=walk.losses().flatten() if last else None,
+            reference_loss=self.reference_loss if last else None,
+            previous=self._steps[-1] if self._steps else None,
+            lens=lambda entered=walk.entered: walk.losses(entered).flatten(),
+        )
+        self._steps.append(step)
+        self._rewards.append(self.reward(step))
+        return self._rewards[-1]
+
+    @property
+    def outcome(self) -> Outcome:
+        """The finished episode's."""
+        last = self._steps[-1]
+        assert last.loss is not None
+        routes = torch.stack([step.action for step in self._steps], dim=1)
+        return Outcome(last.loss, last.gain, self.compute, torch.stack(self._rewards), routes)
+
+
+def window_order(count: int, batch: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
+    """Endless batches of window indices; every window comes once before any comes again.
+
+    Raises:
+        ValueError: there are fewer windows than a batch takes.
+    """
+    if count < batch:
+        raise ValueError(f"the text has {count} windows, a batch takes {batch}: lower windows_per_batch")
+    while True:
+        order = generator.permutation(count)
+        for start in range(0, count - batch + 1, batch):
+            yield order[start : start + batch]
+
+
+class Lockstep(RoutingDynamics):
+    """Whole windows of a text in lockstep: N = K * B * T tokens an episode. What agents learn in.
+
+    Args:
+        model: a frozen duo model.
+        windows: (W, T+1) router-training text.
+        windows_per_batch: B.
+        seed: of the order of the windows.
+        options: as for `RoutingDynamics`.
+    """
+
+    def __init__(
+        self, model: DuoForCausalLM, windows: Tensor, *, windows_per_batch: int = 4, seed: int = 0, **options
+    ):
+        super().__init__(model, **options)
+        self.windows = windows.to(model.device)
+        self.windows_per_batch = windows_per_batch
+        self.seed(seed)
+
+    def seed(self, seed: int) -> None:
+        """Start the order of the windows anew."""
+        self._order = window_order(len(self.windows), self.windows_per_batch, np.random.default_rng(seed))
+
+    @property
+    def num_tokens(self) -> int:
+        """N, tokens per episode."""
+        return self.group_size * self.windows_per_batch * (self.windows.shape[1] - 1)
+
+    def draw(self) -> None:
+        """Begin an episode with the next windows."""
+        self.reset(self.windows[torch.from_numpy(next(self._order))])
