@@ -19,15 +19,13 @@ class Agent(ABC):
     curves lie over each other.
 
     Args:
-        env: tokens in lockstep.
+        env: tokens in lockstep; its seed also starts the weights and the sampled actions.
         width: hidden units of the policy's heads; 0 for linear ones.
-        seed: of initial weights and sampled actions.
     """
 
-    def __init__(self, env: Lockstep, width: int, seed: int):
+    def __init__(self, env: Lockstep, width: int):
         self.env = env
-        self.seed = seed
-        self.router = HeadRouter(env.layers, env.model.hidden_size, env.actions, width, seed).to(env.model.device)
+        self.router = HeadRouter(env.layers, env.model.hidden_size, env.actions, width, env.first_seed).to(env.model.device)
 
     @property
     def decisions_per_update(self) -> int:

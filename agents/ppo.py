@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
+import stable_baselines3
 import torch
-from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
@@ -121,14 +121,14 @@ class _Report(BaseCallback):
             return policy.get_distribution(observations).entropy().mean().item()
 
 
-class PPOAgent(Agent):
+class PPO(Agent):
     """Proximal policy optimization (Schulman et al. 2017) by Stable-Baselines3.
 
     A rollout is one episode of all tokens, L steps of N environments. Where the environment holds K > 1 copies
     of each token, advantages are relative to the group (`GroupRolloutBuffer`).
 
     Args:
-        env: tokens in lockstep.
+        env: tokens in lockstep; its seed also starts the weights and the sampled actions.
         learning_rate: of Adam; falls linearly to 0.
         epochs: passes over a rollout.
         batch_size: decisions per gradient step.
@@ -137,7 +137,6 @@ class PPOAgent(Agent):
         entropy_bonus: weight of the policy's entropy.
         value_weight: weight of the critic's squared error.
         width: hidden units of a head; 0 for linear heads.
-        seed: of initial weights and sampled actions.
     """
 
     def __init__(
@@ -152,11 +151,10 @@ class PPOAgent(Agent):
         entropy_bonus: float = 0.0,
         value_weight: float = 0.5,
         width: int = 32,
-        seed: int = 0,
     ):
-        super().__init__(env, width, seed)
+        super().__init__(env, width)
         self.vec_env = RoutingVecEnv(env)
-        self.algorithm = PPO(
+        self.algorithm = stable_baselines3.PPO(
             RoutingPolicy,
             self.vec_env,
             learning_rate=lambda remaining: learning_rate * remaining,
@@ -170,8 +168,8 @@ class PPOAgent(Agent):
             vf_coef=value_weight,
             rollout_buffer_class=GroupRolloutBuffer,
             rollout_buffer_kwargs={"group_size": env.group_size},
-            policy_kwargs={"router": self.router, "seed": seed},
-            seed=seed,
+            policy_kwargs={"router": self.router, "seed": env.first_seed},
+            seed=env.first_seed,
             device=env.model.device,
         )
         self.algorithm.set_logger(Logger(folder=None, output_formats=[]))

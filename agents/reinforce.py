@@ -17,17 +17,16 @@ from envs.lockstep import Lockstep
 Baseline = Literal["none", "mean", "leave-one-out", "value"]
 
 
-class ReinforceAgent(Agent):
+class REINFORCE(Agent):
     """Policy gradient: E[sum_l grad log pi(a_l | s_l) * (G_l - b_l)], one update per episode of all tokens.
 
     Args:
-        env: tokens in lockstep.
+        env: tokens in lockstep; its seed also starts the weights and the sampled actions.
         baseline: b_l: `none`; `mean` of the batch in that layer; `leave-one-out`, the mean of the same token's other
             copies (needs the environment's group_size of at least 2); `value`, a learned head per layer.
         learning_rate: of Adam; falls linearly to 0.
         entropy_bonus: weight of the policy's entropy, in nats of return per nat of entropy.
         width: hidden units of a head; 0 for linear heads.
-        seed: of initial weights and sampled actions.
 
     Raises:
         ValueError: `leave-one-out` without copies.
@@ -41,16 +40,15 @@ class ReinforceAgent(Agent):
         learning_rate: float = 3e-3,
         entropy_bonus: float = 0.0,
         width: int = 32,
-        seed: int = 0,
     ):
-        super().__init__(env, width, seed)
+        super().__init__(env, width)
         if baseline == "leave-one-out" and env.group_size < 2:
             raise ValueError("baseline 'leave-one-out' compares copies of a token: set group_size to at least 2")
         self.baseline = baseline
         self.entropy_bonus = entropy_bonus
         self.learning_rate = learning_rate
-        self.generator = torch.Generator(env.model.device).manual_seed(seed)
-        init = torch.Generator().manual_seed(seed + 1)
+        self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)
+        init = torch.Generator().manual_seed(env.first_seed + 1)
         self.critic = LayerHeads(env.layers, env.model.hidden_size, 1, width, init).to(env.model.device)
         self.optimizer = torch.optim.Adam([*self.router.parameters(), *self.critic.parameters()], lr=learning_rate)
 

@@ -74,6 +74,27 @@ class RouteTable:
         big = (self.routes == BIG).sum(1)
         return big <= count if at_most else big == count
 
+    def by_budget(self) -> list[dict[str, float]]:
+        """Per possible number of big layers: mean loss and compute of the oracle and of the best fixed route.
+
+        Returns:
+            Rows with `big`, `loss`, `compute`, `fixed_loss`, `fixed_compute` (Duo-LLM, Fig. 4b).
+        """
+        rows = []
+        for count in sorted(set((self.routes == BIG).sum(1).tolist())):
+            allowed = self.with_big(count)
+            best, fixed = self.best(allowed=allowed), self.best_fixed(allowed=allowed)
+            rows.append(
+                {
+                    "big": count,
+                    "loss": self.loss(best).mean().item(),
+                    "compute": self.compute[best].mean().item(),
+                    "fixed_loss": self.losses[..., fixed].mean().item(),
+                    "fixed_compute": self.compute[fixed].item(),
+                }
+            )
+        return rows
+
     def loss(self, index: Tensor) -> Tensor:
         """The losses of chosen routes: index (B, T) into `routes`, result (B, T), nats."""
         return self.losses.gather(-1, index[..., None]).squeeze(-1)

@@ -120,15 +120,17 @@ class RoutedPass:
         output = self.stack.ffn(self.layer).run(self.hidden, action)
         self._advance(output, self.action_compute[self.layer, action])
 
-    def mix(self, weights: Tensor) -> None:
-        """Let every token take a mixture of the three actions' outputs: weights (K * B, P, 3), differentiable.
+    def mix(self, weights: Tensor, actions: Sequence[int]) -> None:
+        """Let every token take a mixture of actions, differentiable: the learned router of Duo-LLM trains through it.
 
-        The learned router of Duo-LLM (stage 3) trains through it.
+        Args:
+            weights: (K * B, P, A), each action's share.
+            actions: the A actions' codes.
         """
-        output = sum(
-            weights[..., [action]] * self.stack.ffn(self.layer).run(self.hidden, action) for action in range(1, 3)
-        )
-        self._advance(output, weights @ self.action_compute[self.layer])
+        ffn = self.stack.ffn(self.layer)
+        outputs = torch.stack([ffn.run(self.hidden, action) for action in actions], dim=-1)  # (K * B, P, d, A)
+        output = (outputs @ weights[..., None]).squeeze(-1)
+        self._advance(output, weights @ self.action_compute[self.layer, list(actions)])
 
     def branch(self, actions: Sequence[int]) -> None:
         """Split every branch into one per action, the newest varying fastest: K becomes K * A."""

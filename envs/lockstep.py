@@ -178,7 +178,7 @@ class Lockstep(RoutingDynamics):
         model: a frozen duo model.
         windows: (W, T+1) router-training text.
         windows_per_batch: B.
-        seed: of the order of the windows.
+        seed: of the order of the windows; agents start from it too.
         options: as for `RoutingDynamics`.
     """
 
@@ -188,6 +188,7 @@ class Lockstep(RoutingDynamics):
         super().__init__(model, **options)
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch
+        self.first_seed = seed
         self.seed(seed)
 
     def seed(self, seed: int) -> None:

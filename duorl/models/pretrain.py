@@ -8,7 +8,8 @@ transformers' Trainer, so checkpoints, resuming and several GPUs come with it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -139,51 +140,60 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
         return convert(original, small_ratio=options.small_ratio), AutoTokenizer.from_pretrained(options.model)
     texts = (document.text for document in documents(options.corpus, "model"))
     tokenizer = train_tokenizer(texts, options.vocab_size)
-    fields = {
+    settings = {
         **options.backbone,
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    backbone = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    backbone = AutoConfig.for_model(settings.pop("model_type"), **settings)
     small_size = max(1, inner_size(backbone) // options.small_ratio)
     return DuoForCausalLM(DuoConfig(backbone=backbone, small_size=small_size)), tokenizer
 
 
-def pretrain(options: PretrainOptions, *, resume: bool = False) -> DuoForCausalLM:
-    """Train a duo model and save it with its tokenizer and its training history under `options.out`.
+class Pretraining:
+    """A stage-1 training, ready to run: its input has been read and found good.
 
     Args:
         options: see `PretrainOptions`.
         resume: go on from the last checkpoint in the folder.
 
-    Returns:
-        The trained model. Its parts on disk: `config.json`, `model.safetensors` (bfloat16),
-        the tokenizer's files, `history.json` (the Trainer's log).
-
     Raises:
-        ValueError: text is too short, the model cannot be converted, or there is no checkpoint to resume.
+        ValueError: text is too short, the model cannot be converted, an option of `training` is unknown, or
+            there is no checkpoint to resume.
         FileNotFoundError: text is missing.
     """
-    out = Path(options.out)
-    checkpoint = get_last_checkpoint(str(out / "checkpoints")) if resume else None
-    if resume and checkpoint is None:
-        raise ValueError(f"no checkpoint in {out / 'checkpoints'}: start without --resume")
-    model, tokenizer = build(options)
-    training = load_windows(options.corpus, tokenizer, split="model", length=options.window)
-    held_out = load_windows(options.corpus, tokenizer, split="router", length=options.window)
-    trainer = StageOneTrainer(
-        model=model,
-        args=_training_arguments(options, out),
-        train_dataset=_Windows(training),
-        eval_dataset=_Windows(held_out[: options.evaluation_windows]),
-        skip_share=options.skip_share,
-    )
-    trainer.train(resume_from_checkpoint=checkpoint)
-    trainer.evaluate()
-    save(model, tokenizer, out)
-    (out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-    return model
+
+    def __init__(self, options: PretrainOptions, *, resume: bool = False):
+        self.out = Path(options.out)
+        checkpoints = self.out / "checkpoints"
+        self.checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
+        if resume and self.checkpoint is None:
+            raise ValueError(f"no checkpoint in {checkpoints}: start without --resume")
+        known = {field.name for field in fields(TrainingArguments)}
+        if unknown := sorted(set(options.training) - known):
+            raise ValueError(f"training: transformers.TrainingArguments has no option {unknown[0]!r}")
+        self.options = options
+        self.model, self.tokenizer = build(options)
+        read = partial(load_windows, options.corpus, self.tokenizer, length=options.window)
+        self.training, self.held_out = read(split="model"), read(split="router")
+
+    def run(self) -> DuoForCausalLM:
+        """Train, and save under `options.out`: `config.json`, `model.safetensors` (bfloat16), the tokenizer's files,
+        and `history.json`, the Trainer's log. Returns the trained model.
+        """
+        trainer = StageOneTrainer(
+            model=self.model,
+            args=_training_arguments(self.options, self.out),
+            train_dataset=_Windows(self.training),
+            eval_dataset=_Windows(self.held_out[: self.options.evaluation_windows]),
+            skip_share=self.options.skip_share,
+        )
+        trainer.train(resume_from_checkpoint=self.checkpoint)
+        trainer.evaluate()
+        save(self.model, self.tokenizer, self.out)
+        (self.out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        return self.model
 
 
 def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArguments:

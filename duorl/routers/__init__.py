@@ -2,7 +2,7 @@
 
 from duorl.routers.base import Router, load
 from duorl.routers.heads import HeadRouter
-from duorl.routers.simple import ConstantRouter, OracleRouter, PatternRouter, RandomRouter, best_fixed
+from duorl.routers.simple import ConstantRouter, OracleRouter, PatternRouter, RandomRouter
 from duorl.routers.soft import SoftOptions, train_soft
 from duorl.routers.supervised import SupervisedOptions, train_supervised
 
@@ -15,7 +15,6 @@ __all__ = [
     "Router",
     "SoftOptions",
     "SupervisedOptions",
-    "best_fixed",
     "load",
     "train_soft",
     "train_supervised",

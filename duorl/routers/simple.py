@@ -9,7 +9,7 @@ from torch import Tensor
 
 from duorl.costs import action_ids
 from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle import exhaustive
+from duorl.oracle import RouteTable, exhaustive
 from duorl.routers.base import Router
 
 
@@ -58,6 +58,16 @@ class PatternRouter(Router):
     def __init__(self, route: Sequence[int]):
         super().__init__(route=[int(action) for action in route])
 
+    @classmethod
+    def best_of(cls, table: RouteTable, price: float) -> PatternRouter:
+        """The best of all A^L fixed patterns at a price (Duo-LLM, Fig. 4b).
+
+        Args:
+            table: a search of router-training text in the `uniform` context, where one route serves all tokens.
+            price: nats per all-big pass.
+        """
+        return cls(table.routes[table.best_fixed(price)].tolist())
+
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
         """(...), the route's action in this layer; see `Router.forward`."""
         return torch.full(hidden.shape[:-1], self.config["route"][layer], device=hidden.device)
@@ -75,27 +85,15 @@ class OracleRouter(Router):
 
     def __init__(self, price: float = 0.0, actions: Sequence[str] = ("small", "big")):
         super().__init__(price=price, actions=list(actions))
+        self._tokens: Tensor | None = None
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
-        """Search the windows' routes."""
-        table = exhaustive(model, tokens, context="reference", actions=self.config["actions"])
-        self.routes = table.routes[table.best(self.config["price"])]  # (B, T, L)
+        """Search the windows' routes, once for the same windows; `table` keeps what was found."""
+        if self._tokens is None or not torch.equal(self._tokens, tokens):
+            self.table = exhaustive(model, tokens, context="reference", actions=self.config["actions"])
+            self.routes = self.table.routes[self.table.best(self.config["price"])]  # (B, T, L)
+            self._tokens = tokens
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
         """(B, T), the searched actions; see `Router.forward`."""
         return self.routes[..., layer]
-
-
-def best_fixed(
-    model: DuoForCausalLM, tokens: Tensor, *, price: float, actions: Sequence[str] = ("small", "big")
-) -> PatternRouter:
-    """The best of all A^L fixed patterns, enumerated on text (Duo-LLM, Fig. 4b).
-
-    Args:
-        model: a duo model.
-        tokens: (B, T+1) windows to choose on: router-training text.
-        price: nats per all-big pass.
-        actions: names of the allowed actions.
-    """
-    table = exhaustive(model, tokens, context="uniform", actions=actions)
-    return PatternRouter(table.routes[table.best_fixed(price)].tolist())

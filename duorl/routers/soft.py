@@ -105,6 +105,5 @@ def soft_pass(model: DuoForCausalLM, router: HeadRouter, tokens: Tensor, tau: fl
     walk = RoutedPass(model, tokens)
     while not walk.done:
         shares = (tau * router.logits(walk.hidden, walk.layer, walk.compute)).softmax(-1)
-        weights = shares.new_zeros(*shares.shape[:-1], 3).index_copy(-1, router.codes, shares)
-        walk.mix(weights)
+        walk.mix(shares, router.codes.tolist())
     return walk.losses(), walk.compute

@@ -1,0 +1,508 @@
+"""The command line: `duorl train | compare | evaluate | oracle | pretrain`; `train.py` is `duorl train`.
+
+Every option is typed, has the same name in YAML (`--config FILE`) and as a flag, and is explained by `--help`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import count
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import transformers
+import yaml
+from jsonargparse import ArgumentParser, Namespace, lazy_instance
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn
+from torch import Tensor
+
+import agents
+from agents import PPO, Agent
+from duorl.corpus import load_windows
+from duorl.costs import ACTIONS, action_ids
+from duorl.evaluate import Comparer, Comparison, EvaluationOptions, evaluate, flatten, measure
+from duorl.figures import budget_table, frontier, heat_map, table
+from duorl.journal import Journal
+from duorl.models import DuoForCausalLM, load, load_tokenizer
+from duorl.models.pretrain import Pretraining, PretrainOptions
+from duorl.oracle import SearchContext, exhaustive
+from duorl.rewards import LossImprovement, Reward, price_of
+from duorl.routed_pass import Context
+from duorl.routers import ConstantRouter, RandomRouter, Router, SoftOptions, SupervisedOptions
+from duorl.routers import load as load_router
+from duorl.routers import train_soft, train_supervised
+from envs import Lockstep
+
+_VALIDATION_WINDOWS = 16
+
+console = Console()
+AgentFactory = Callable[[Lockstep], Agent]
+
+
+@dataclass(frozen=True)
+class EnvironmentOptions:
+    """The tokens that an agent learns on.
+
+    Args:
+        window: tokens per window, T.
+        context: which keys and values a token reads: `routed`, those of the tokens' own passes, or `reference`,
+            those of an all-big pass.
+        windows_per_batch: windows in lockstep, B.
+        group_size: copies of each window side by side, K; leave-one-out and group-relative baselines compare them.
+    """
+
+    window: int = 128
+    context: Context = "routed"
+    windows_per_batch: int = 4
+    group_size: int = 4
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Train routers by reinforcement and compare them, on held-out text, with the oracle and all other routers.
+
+    Args:
+        agents: learners by the name that tables and pictures give them.
+        reward: what a decision earns: a class by its import path, with its arguments. Built in, all in nats:
+            LossImprovement (price), LogitLensShaping (scale), Sum (rewards). See docs/rewards.md.
+        model: `duo-tiny`, the model inside the package, or a folder.
+        corpus: built-in corpora (stdlib-code, stdlib-docs, stdlib-tests), or paths and globs of .txt, .jsonl
+            and .parquet files.
+        actions: names of the allowed actions, out of skip, small, big.
+        reference: action of the reference route, whose loss gains are measured against.
+        total_decisions: layer decisions that each agent learns from.
+        env: the tokens that agents learn on.
+        supervised: training of the supervised router.
+        soft: training of the paper's soft router.
+        evaluation: how routers are compared.
+        validations: how often during training a router is measured on held-out router text for TensorBoard.
+        seed: of everything random.
+        out: the run's folder; the first free `runs/NAME-N` unless given.
+    """
+
+    agents: dict[str, AgentFactory]
+    reward: Reward = field(default_factory=LossImprovement)
+    model: str = "duo-tiny"
+    corpus: list[str] = field(default_factory=lambda: ["stdlib-code"])
+    actions: list[str] = field(default_factory=lambda: ["small", "big"])
+    reference: str = "small"
+    total_decisions: int = 4_000_000
+    env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
+    supervised: SupervisedOptions = field(default_factory=SupervisedOptions)
+    soft: SoftOptions = field(default_factory=SoftOptions)
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    validations: int = 10
+    seed: int = 0
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class EvaluateOptions:
+    """Measure one saved router on held-out text, beside the best fixed pattern and the oracle.
+
+    Args:
+        router: folder of a saved router.
+        model: `duo-tiny` or a folder.
+        corpus: built-in corpora, or paths and globs.
+        actions: names of the actions that the oracle and the fixed pattern may take.
+        reference: action of the reference route, whose loss gains are measured against.
+        price: what an all-big pass costs, in nats.
+        window: tokens per window.
+        evaluation: how many tokens, and intervals.
+        out: folder for comparison.json, comparison.csv and the figure; the first free `runs/evaluate-N` unless given.
+    """
+
+    router: str
+    model: str = "duo-tiny"
+    corpus: list[str] = field(default_factory=lambda: ["stdlib-code"])
+    actions: list[str] = field(default_factory=lambda: ["small", "big"])
+    reference: str = "small"
+    price: float = 0.1
+    window: int = 128
+    evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class OracleOptions:
+    """Search all routes of held-out tokens and print the best loss per number of big layers.
+
+    Args:
+        model: `duo-tiny` or a folder.
+        corpus: built-in corpora, or paths and globs.
+        actions: names of the allowed actions.
+        context: `reference` (the tokens before were routed all-big) or `uniform` (the same route for all tokens).
+        window: tokens per window.
+        windows: windows of the evaluation split to search.
+        seed: of the random routes it is compared with.
+        out: folder for oracle.json; the first free `runs/oracle-N` unless given.
+    """
+
+    model: str = "duo-tiny"
+    corpus: list[str] = field(default_factory=lambda: ["stdlib-code"])
+    actions: list[str] = field(default_factory=lambda: ["small", "big"])
+    context: SearchContext = "reference"
+    window: int = 128
+    windows: int = 8
+    seed: int = 0
+    out: str | None = None
+
+
+class _Parser(ArgumentParser):
+    """Errors in one line, with the nearest valid name, and exit code 2."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Print one line and exit."""
+        line = " ".join(str(message).split()).replace('Parser key "', 'option "')
+        unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", line)
+        if unknown:
+            near = difflib.get_close_matches(unknown[1], self._names(), n=1, cutoff=0.4)
+            line += f" (did you mean {near[0]}?)" if near else " (see --help)"
+        if 'option "agent"' in line:
+            line += f" (choose from {', '.join(sorted(agents.__all__[:2]))}, or give an import path)"
+        fail(line)
+
+    def _names(self) -> list[str]:
+        """Names of all options, those of the subcommands too."""
+        parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else [])]
+        return sorted({name.lstrip("-") for parser in parsers for name in parser._option_string_actions})
+
+
+def fail(line: str) -> NoReturn:
+    """One line on standard error, exit code 2."""
+    print(f"duorl: error: {line}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def _subparser(options: type, skip: set[str] | None = None) -> _Parser:
+    parser = _Parser(description=(options.__doc__ or "").split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file with the options below")
+    parser.add_class_arguments(options, skip=skip)
+    parser.add_argument("--overwrite", action="store_true", help="replace a run that the output folder holds")
+    return parser
+
+
+class Run:
+    """`duorl train` and `duorl compare`: everything that can be wrong with the input is found before a folder is made.
+
+    Args:
+        options: `RunOptions`, with `agent` in place of `agents` for a single one, and the folder flags.
+        config: the resolved options as YAML.
+
+    Raises:
+        ValueError, OSError: the input cannot be used; the message names the thing and the fix.
+    """
+
+    def __init__(self, options: Namespace, config: str):
+        self.options, self.config = options, config
+        check_folder(options)
+        action_ids(options.actions)
+        self.price = price_of(options.reward)
+        self.model, tokenizer = load(options.model), load_tokenizer(options.model)
+        read = partial(load_windows, options.corpus, tokenizer, length=options.env.window)
+        self.training, self.validation = _hold_back(read(split="router"))
+        self.held_out = read(split="evaluation")
+        self.agents = self._make_agents()
+
+    def __call__(self) -> None:
+        """Train what the folder does not hold yet, compare, and say where everything is."""
+        self.folder = make_folder(self.options, "-".join(self.agents).lower(), self.config)
+        with _progress() as progress:
+            learned = {
+                name: self._kept(name, partial(self._learn, name, agent, progress))
+                for name, agent in self.agents.items()
+            }
+            comparison = self._compare(learned, progress)
+        write(comparison, self.folder)
+        self._say_where()
+
+    @property
+    def _single(self) -> bool:
+        return "agent" in self.options
+
+    def _make_agents(self) -> dict[str, Agent]:
+        if self._single:
+            agent = self.options.agent(self._lockstep())
+            return {type(agent).__name__: agent}
+        if not self.options.agents:
+            raise ValueError("no agents to compare: name at least one in `agents`")
+        return {name: factory(self._lockstep()) for name, factory in self.options.agents.items()}
+
+    def _lockstep(self) -> Lockstep:
+        options = self.options
+        return Lockstep(
+            self.model,
+            self.training,
+            windows_per_batch=options.env.windows_per_batch,
+            seed=options.seed,
+            reward=options.reward,
+            actions=options.actions,
+            context=options.env.context,
+            group_size=options.env.group_size,
+            reference=options.reference,
+        )
+
+    def _kept(self, name: str, make: Callable[[], Router]) -> Router:
+        """The folder's router of that name where the run resumes, else a new one, saved."""
+        place = self.folder / "router" if self._single and name in self.agents else self.folder / "routers" / name
+        if self.options.resume and (place / "router.json").is_file():
+            return load_router(place).to(self.model.device)
+        router = make()
+        router.save_pretrained(place)
+        return router
+
+    def _learn(self, name: str, agent: Agent, progress: Progress) -> Router:
+        total = self.options.total_decisions
+        task = progress.add_task(f"train {name}", total=total, note="")
+        journal = Journal(self.folder / "tensorboard" / name)
+        every = max(1, total // max(1, self.options.validations))
+
+        def monitor(decisions: int, metrics: Mapping[str, float], router: Router) -> None:
+            journal.scalars(decisions, metrics)
+            progress.update(task, completed=decisions, note=f"return {metrics['rollout/return']:+.4f}")
+            if decisions // every > (decisions - agent.decisions_per_update) // every:
+                journal.scalars(decisions, self._validate(router))
+
+        router = agent.learn(total, monitor)
+        routes = measure(self.model, router, self.validation).routes
+        journal.picture(total, "routes/share_of_big", heat_map(routes, f"{name} on held-out router text"))
+        journal.hparams(_scalars(self.config), self._validate(router))
+        journal.close()
+        return router
+
+    def _validate(self, router: Router) -> dict[str, float]:
+        """Metrics on router text that no agent trains on; the evaluation split stays untouched until the end."""
+        found = evaluate(self.model, router, self.validation, price=self.price, reference=self.options.reference)
+        return {f"validation/{key}": value for key, value in found.items()}
+
+    def _compare(self, learned: dict[str, Router], progress: Progress) -> Comparison:
+        options, model = self.options, self.model
+        task = progress.add_task("compare", total=3, note="train the supervised router")
+        teach = {"price": self.price, "actions": options.actions, "seed": options.seed}
+        imitate = partial(train_supervised, model, self.training, options=options.supervised, **teach)
+        supervised = self._kept("supervised", imitate)
+        progress.update(task, advance=1, note="train the soft router")
+        soft = self._kept("soft", partial(train_soft, model, self.training, options=options.soft, **teach))
+        progress.update(task, advance=1, note="measure on held-out text")
+        comparer = _comparer(options, model, self.training, self.held_out, self.price)
+        routers = {
+            "random": RandomRouter(options.actions, options.seed),
+            **{f"all-{action}": ConstantRouter(action) for action in ACTIONS},
+            "best fixed": comparer.fixed,
+            "supervised": supervised,
+            "soft": soft,
+            **learned,
+            "oracle": comparer.oracle,
+        }
+        comparison = comparer.compare(routers, self._settings())
+        progress.update(task, advance=1, note="")
+        return comparison
+
+    def _settings(self) -> dict[str, Any]:
+        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        return {"command": command, "price": self.price, **yaml.safe_load(self.config)}
+
+    def _say_where(self) -> None:
+        routers = "router/ and routers/" if self._single else "routers/"
+        console.print(f"\nwrote {self.folder}/: comparison.json, comparison.csv, figures/, {routers}, config.yaml")
+        console.print(f"{_tensorboard()} --logdir {self.folder / 'tensorboard'}", soft_wrap=True)
+
+
+def _comparer(
+    options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor, price: float
+) -> Comparer:
+    return Comparer(
+        model,
+        training,
+        held_out,
+        price=price,
+        actions=options.actions,
+        reference=options.reference,
+        options=options.evaluation,
+    )
+
+
+def write(comparison: Comparison, folder: Path) -> None:
+    """Print a comparison's table and write its numbers and its figure."""
+    console.print(table(comparison))
+    comparison.save(folder)
+    figures = folder / "figures"
+    figures.mkdir(exist_ok=True)
+    frontier(comparison).savefig(figures / "frontier.png", dpi=150)
+
+
+def check_folder(options: Namespace) -> None:
+    """Refuse an output folder that already holds something, unless told what to do with it.
+
+    Raises:
+        FileExistsError: neither `overwrite` nor `resume` is set, or what would be overwritten is not a run.
+        FileNotFoundError: there is nothing to resume.
+    """
+    folder = Path(options.out) if options.out else None
+    held = folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    resume = options.get("resume", False)
+    if resume and not held:
+        raise FileNotFoundError(f"nothing to resume: --out {folder} holds no run")
+    if held and not (options.overwrite or resume):
+        raise FileExistsError(f"{folder} already holds files: give --overwrite to replace a run, or another --out")
+    if held and folder is not None and not (folder / "config.yaml").is_file():
+        raise FileExistsError(f"{folder} holds files but no run (no config.yaml): give another --out")
+
+
+def make_folder(options: Namespace, name: str, config: str) -> Path:
+    """The output folder, emptied where it is overwritten, with the resolved configuration in it."""
+    folder = Path(options.out) if options.out else _free_folder(name)
+    if options.overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(config)
+    return folder
+
+
+def _free_folder(name: str) -> Path:
+    return next(folder for n in count(1) if not (folder := Path("runs") / f"{name}-{n}").exists())
+
+
+def _hold_back(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Router-training text without its last windows, and those, on which training is only watched."""
+    held = min(_VALIDATION_WINDOWS, len(windows) // 8)
+    if held == 0:
+        raise ValueError(f"the router split has {len(windows)} windows, too few to learn on: give more text")
+    return windows[:-held], windows[-held:]
+
+
+def _scalars(config: str) -> dict[str, str | float | bool]:
+    """The leaves of a YAML configuration by dotted name, for TensorBoard's table of hyper-parameters."""
+    return {key: value for key, value in flatten(yaml.safe_load(config)) if isinstance(value, (str, int, float))}
+
+
+def _progress() -> Progress:
+    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), "{task.fields[note]}")
+    return Progress(*columns, console=console)
+
+
+def _tensorboard() -> str:
+    """TensorBoard's command as it can be typed here, whether or not the virtual environment is activated."""
+    return "tensorboard" if shutil.which("tensorboard") else str(Path(sys.executable).with_name("tensorboard"))
+
+
+def evaluate_command(options: Namespace, config: str) -> Callable[[], None]:
+    """Prepare `duorl evaluate`."""
+    action_ids(options.actions)
+    price = LossImprovement(options.price).price
+    model, tokenizer = load(options.model), load_tokenizer(options.model)
+    router = load_router(options.router).to(model.device)
+    read = partial(load_windows, options.corpus, tokenizer, length=options.window)
+    training, held_out = read(split="router"), read(split="evaluation")
+    check_folder(options)
+
+    def run() -> None:
+        comparer = _comparer(options, model, training, held_out, price)
+        routers = {Path(options.router).name: router, "best fixed": comparer.fixed, "oracle": comparer.oracle}
+        comparison = comparer.compare(routers, yaml.safe_load(config))
+        folder = make_folder(options, "evaluate", config)
+        write(comparison, folder)
+        console.print(f"wrote {folder}/")
+
+    return run
+
+
+def oracle_command(options: Namespace, config: str) -> Callable[[], None]:
+    """Prepare `duorl oracle`."""
+    action_ids(options.actions)
+    model, tokenizer = load(options.model), load_tokenizer(options.model)
+    tokens = load_windows(options.corpus, tokenizer, split="evaluation", length=options.window)[: options.windows]
+    check_folder(options)
+
+    def run() -> None:
+        found = exhaustive(model, tokens, context=options.context, actions=options.actions)
+        rows = found.by_budget()
+        lucky = found.best_of_random(100, generator=torch.Generator().manual_seed(options.seed))
+        title = f"{options.context} context, {lucky.numel():,} held-out tokens"
+        console.print(budget_table(rows, title))
+        random_loss = found.loss(lucky).mean().item()
+        console.print(f"best of 100 random routes per token: {random_loss:.4f}")
+        folder = make_folder(options, "oracle", config)
+        numbers = {"settings": yaml.safe_load(config), "rows": rows, "best_of_100_random": random_loss}
+        (folder / "oracle.json").write_text(json.dumps(numbers, indent=1))
+        console.print(f"wrote {folder / 'oracle.json'}")
+
+    return run
+
+
+def pretrain_command(options: Namespace, config: str) -> Callable[[], None]:
+    """Prepare `duorl pretrain`."""
+    check_folder(options)
+    fields = {name: getattr(options, name) for name in PretrainOptions.__dataclass_fields__}
+    job = Pretraining(PretrainOptions(**fields), resume=options.resume)
+
+    def run() -> None:
+        folder = make_folder(options, "pretrain", config)
+        job.run()
+        console.print(f"wrote {folder}/: load it with --model {folder}")
+
+    return run
+
+
+COMMANDS: dict[str, Callable[[Namespace, str], Callable[[], None]]] = {
+    "train": Run,
+    "compare": Run,
+    "evaluate": evaluate_command,
+    "oracle": oracle_command,
+    "pretrain": pretrain_command,
+}
+
+
+def build_parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The whole command line, and its subcommands' parsers by name."""
+    subparsers = {
+        "train": _subparser(RunOptions, skip={"agents"}),
+        "compare": _subparser(RunOptions),
+        "evaluate": _subparser(EvaluateOptions),
+        "oracle": _subparser(OracleOptions),
+        "pretrain": _subparser(PretrainOptions),
+    }
+    subparsers["train"].add_argument("--agent", type=AgentFactory, default=PPO, help="the learner, PPO or REINFORCE")
+    for name in ("train", "compare"):
+        subparsers[name].set_defaults({"reward": lazy_instance(LossImprovement)})
+    for name in ("train", "compare", "pretrain"):
+        subparsers[name].add_argument(
+            "--resume", action="store_true", help="go on where the run in the output folder stopped"
+        )
+    parser = _Parser(prog="duorl", description="Reinforcement-learning routers for duo models.", allow_abbrev=False)
+    commands = parser.add_subcommands()
+    for name, subparser in subparsers.items():
+        commands.add_subcommand(name, subparser, help=subparser.description)
+    return parser, subparsers
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; bad input ends in one line on standard error and exit code 2."""
+    sys.path.insert(0, os.getcwd())  # a reward named by import path may lie where the user stands
+    transformers.logging.disable_progress_bar()
+    parser, subparsers = build_parser()
+    parsed = parser.parse_args(arguments)
+    name = parsed.subcommand
+    text = subparsers[name].dump(parsed[name], skip_none=False)
+    try:
+        options = parser.instantiate(parsed)[name]
+        command = COMMANDS[name](options, text)
+    except (ValueError, OSError) as error:
+        fail(" ".join(str(error).split()))
+    command()
+
+
+def train_main() -> None:
+    """`python train.py ...` is `duorl train ...`."""
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,316 @@
+"""Router -> metrics, and the comparison of routers, with intervals.
+
+Losses, compute and returns are those of the *routed* context, which is deployment. Regret and agreement are
+measured in the *reference* context, where the oracle is exact, on fewer tokens. Every row says which is which.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from duorl.costs import ACTIONS, BIG
+from duorl.models.attention import Memory
+from duorl.models.modeling import DuoForCausalLM
+from duorl.oracle import exhaustive
+from duorl.routed_pass import Context, RoutedPass, remember
+from duorl.routers import ConstantRouter, OracleRouter, PatternRouter, Router
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How routers are compared.
+
+    Args:
+        windows: windows of the evaluation split for losses in the routed context.
+        reference_windows: windows of it for regret and agreement in the reference context, searched exhaustively.
+        fixed_windows: windows of the router split on which the best fixed pattern is enumerated.
+        batch: windows per pass.
+        resamples: bootstrap resamples of windows for the 95 % intervals.
+    """
+
+    windows: int = 128
+    reference_windows: int = 16
+    fixed_windows: int = 32
+    batch: int = 16
+    resamples: int = 2000
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One router on W windows of T tokens.
+
+    Attributes:
+        loss: (W, T) nats.
+        compute: (W, T), in [0, 1].
+        routes: (W, T, L) int64, action codes.
+        seconds: (W,), wall time of each window's share of its batch.
+    """
+
+    loss: Tensor
+    compute: Tensor
+    routes: Tensor
+    seconds: Tensor
+
+
+@torch.no_grad()
+def measure(
+    model: DuoForCausalLM,
+    router: Router,
+    windows: Tensor,
+    *,
+    context: Context = "routed",
+    batch: int = 16,
+    memories: Sequence[Memory] | None = None,
+) -> Measurement:
+    """Let a router decide for every token of some windows.
+
+    Args:
+        model: a duo model.
+        router: decides.
+        windows: (W, T+1).
+        context: `routed` is deployment.
+        batch: windows per pass.
+        memories: one per batch for the reference context, where several routers share them.
+    """
+    parts = []
+    for index, tokens in enumerate(windows.to(model.device).split(batch)):
+        started = time.perf_counter()
+        router.begin(model, tokens)
+        walk = RoutedPass(model, tokens, context=context, memory=memories[index] if memories else None)
+        actions = []
+        while not walk.done:
+            actions.append(router(walk.hidden, walk.layer, walk.compute))
+            walk.step(actions[-1])
+        loss = walk.losses()
+        seconds = torch.full((len(tokens),), (time.perf_counter() - started) / len(tokens))
+        parts.append((loss, walk.compute, torch.stack(actions, dim=-1), seconds))
+    return Measurement(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+
+
+def bootstrap_interval(
+    values: Tensor, *, resamples: int = 2000, statistic: Callable[[np.ndarray], np.ndarray] | None = None, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile 95 % interval of a statistic of the mean over windows.
+
+    Args:
+        values: (W,), one number per window.
+        resamples: draws of W windows with replacement.
+        statistic: applied to the resampled means; the mean itself unless given.
+        seed: of the draws; the same for all routers, so that intervals are comparable.
+    """
+    array = values.double().numpy()
+    draws = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
+    means = array[draws].mean(1)
+    low, high = np.percentile(statistic(means) if statistic else means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def evaluate(
+    model: DuoForCausalLM, router: Router, windows: Tensor, *, price: float, reference: str = "small"
+) -> dict[str, float]:
+    """A router's mean loss, gain, compute and return on some windows, in the routed context.
+
+    Args:
+        model: a duo model.
+        router: decides.
+        windows: (W, T+1).
+        price: nats per all-big pass.
+        reference: the action of the reference route, whose loss gains are measured against.
+    """
+    measured, cheap = measure(model, router, windows), measure(model, ConstantRouter(reference), windows)
+    gain, compute = (cheap.loss - measured.loss).mean().item(), measured.compute.mean().item()
+    return {"loss": measured.loss.mean().item(), "gain": gain, "compute": compute, "return": gain - price * compute}
+
+
+@dataclass
+class Comparison:
+    """Routers side by side.
+
+    Attributes:
+        settings: model, corpus, price, token counts, command: what a reader needs to repeat it.
+        rows: one per router; see docs/metrics.md for every key.
+        frontiers: loss against compute of the best fixed pattern and of the oracle, per number of big layers.
+    """
+
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    frontiers: dict[str, list[dict[str, Any]]]
+
+    def save(self, folder: Path) -> None:
+        """Write `comparison.json` and `comparison.csv` (one line per router, nested keys joined by a dot)."""
+        (folder / "comparison.json").write_text(json.dumps(asdict(self), indent=1))
+        flat = [dict(flatten(row)) for row in self.rows]
+        names = list(dict.fromkeys(name for row in flat for name in row))
+        with open(folder / "comparison.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(flat)
+
+
+def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a nested dictionary with their dotted names; intervals become `.low` and `.high`."""
+    for key, value in row.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)) and len(value) == 2:
+            yield from (((f"{prefix}{key}.{end}"), bound) for end, bound in zip(("low", "high"), value, strict=True))
+        else:
+            yield f"{prefix}{key}", value
+
+
+class Comparer:
+    """Measures routers on the same windows, paired with the best fixed pattern.
+
+    Args:
+        model: a frozen duo model.
+        training: (W, T+1) of the router split, on which the fixed patterns are enumerated.
+        held_out: (W, T+1) of the evaluation split.
+        price: nats per all-big pass.
+        actions: the allowed actions' names.
+        reference: the action of the reference route, whose loss gains are measured against.
+        options: see `EvaluationOptions`.
+
+    Attributes:
+        fixed: the best fixed pattern, with which differences are paired.
+        oracle: the exhaustive oracle, on the first `options.reference_windows` windows.
+    """
+
+    def __init__(
+        self,
+        model: DuoForCausalLM,
+        training: Tensor,
+        held_out: Tensor,
+        *,
+        price: float,
+        actions: Sequence[str],
+        reference: str,
+        options: EvaluationOptions,
+    ):
+        self.model, self.price, self.options = model, price, options
+        self.windows = held_out[: options.windows]
+        self.searched = held_out[: options.reference_windows]
+        enumerated = training[: options.fixed_windows].to(model.device)
+        self._patterns = exhaustive(model, enumerated, context="uniform", actions=actions)
+        self.fixed = PatternRouter.best_of(self._patterns, price)
+        self.oracle = OracleRouter(price, actions)
+        self.oracle.begin(model, self.searched.to(model.device))
+        self._memory = remember(model, self.searched.to(model.device))
+        cheap = ConstantRouter(reference)
+        self._cheap = measure(model, cheap, self.windows, batch=options.batch)
+        self._cheap_reference = self._measure_reference(cheap)
+        self._fixed = measure(model, self.fixed, self.windows, batch=options.batch)
+
+    def compare(self, routers: Mapping[str, Router], settings: dict[str, Any]) -> Comparison:
+        """A row per router, by the name it is given, and the two frontiers."""
+        rows = [self.row(name, router) for name, router in routers.items()]
+        return Comparison(settings, rows, {"fixed": self.fixed_frontier(), "oracle": self.oracle_frontier()})
+
+    def row(self, name: str, router: Router) -> dict[str, Any]:
+        """Measure one router; see docs/metrics.md for the keys. The oracle, which is searched, sees fewer windows."""
+        sees_label = isinstance(router, OracleRouter)
+        windows = self.searched if sees_label else self.windows
+        measured = measure(self.model, router, windows, batch=len(windows) if sees_label else self.options.batch)
+        return {
+            "router": name,
+            "context": "routed",
+            "sees_label": sees_label,
+            "tokens": measured.loss.numel(),
+            **self._deployed(measured),
+            **self._against_fixed(measured),
+            **self._reference(self._measure_reference(router)),
+        }
+
+    def _measure_reference(self, router: Router) -> Measurement:
+        size = len(self.searched)
+        return measure(
+            self.model, router, self.searched, context="reference", batch=size, memories=[self._memory]
+        )
+
+    def _interval(self, values: Tensor, statistic: Callable[[np.ndarray], np.ndarray] | None = None):
+        return bootstrap_interval(values, resamples=self.options.resamples, statistic=statistic)
+
+    def _returns(self, measured: Measurement, cheap: Measurement) -> Tensor:
+        """(W,) mean return per window."""
+        gain = cheap.loss[: len(measured.loss)] - measured.loss
+        return (gain - self.price * measured.compute).mean(1)
+
+    def _deployed(self, measured: Measurement) -> dict[str, Any]:
+        loss, compute = measured.loss.mean(1), measured.compute.mean(1)
+        returns = self._returns(measured, self._cheap)
+        length = measured.loss.shape[1]
+        flops = self.model.flops_per_token(compute, (length + 1) / 2)
+        shares = {name: (measured.routes == code).float().mean((1, 2)) for code, name in enumerate(ACTIONS)}
+        seconds = measured.seconds
+        return {
+            "loss": loss.mean().item(),
+            "loss_interval": self._interval(loss),
+            "perplexity": loss.mean().exp().item(),
+            "perplexity_interval": self._interval(loss, np.exp),
+            "compute": compute.mean().item(),
+            "compute_interval": self._interval(compute),
+            "flops_per_token": flops.mean().item(),
+            "flops_per_token_interval": self._interval(flops),
+            "return": returns.mean().item(),
+            "return_interval": self._interval(returns),
+            "actions": {name: share.mean().item() for name, share in shares.items()},
+            "actions_interval": {name: self._interval(share) for name, share in shares.items()},
+            "tokens_per_second": length / seconds.mean().item(),
+            "tokens_per_second_interval": self._interval(seconds, lambda mean: length / mean),
+        }
+
+    def _against_fixed(self, measured: Measurement) -> dict[str, Any]:
+        count = len(measured.loss)
+        returns = self._returns(measured, self._cheap) - self._returns(self._fixed, self._cheap)[:count]
+        losses = measured.loss.mean(1) - self._fixed.loss[:count].mean(1)
+        return {
+            "return_minus_fixed": returns.mean().item(),
+            "return_minus_fixed_interval": self._interval(returns),
+            "loss_minus_fixed": losses.mean().item(),
+            "loss_minus_fixed_interval": self._interval(losses),
+        }
+
+    def _reference(self, measured: Measurement) -> dict[str, Any]:
+        table = self.oracle.table
+        best = table.best(self.price)
+        loss, compute = table.loss(best).cpu(), table.compute[best].cpu()
+        gain = self._cheap_reference.loss - loss
+        regret = (gain - self.price * compute).mean(1) - self._returns(measured, self._cheap_reference)
+        agreement = (measured.routes == self.oracle.routes.cpu()).float().mean((1, 2))
+        return {
+            "regret": regret.mean().item(),
+            "regret_interval": self._interval(regret),
+            "agreement": agreement.mean().item(),
+            "agreement_interval": self._interval(agreement),
+            "reference": {
+                "context": "reference",
+                "tokens": measured.loss.numel(),
+                "loss": measured.loss.mean().item(),
+                "loss_interval": self._interval(measured.loss.mean(1)),
+                "compute": measured.compute.mean().item(),
+            },
+        }
+
+    def oracle_frontier(self) -> list[dict[str, Any]]:
+        """The oracle's loss in the reference context with exactly k big layers, per possible k."""
+        rows = self.oracle.table.by_budget()
+        return [{"context": "reference", **{key: row[key] for key in ("big", "loss", "compute")}} for row in rows]
+
+    def fixed_frontier(self) -> list[dict[str, Any]]:
+        """The best fixed pattern's loss in the routed context per number of big layers, chosen on router text."""
+        table, points = self._patterns, []
+        for count in sorted(set((table.routes == BIG).sum(1).tolist())):
+            route = table.routes[table.best_fixed(allowed=table.with_big(count))].tolist()
+            measured = measure(self.model, PatternRouter(route), self.windows, batch=self.options.batch)
+            loss, compute = measured.loss.mean().item(), measured.compute.mean().item()
+            points.append({"big": count, "context": "routed", "route": route, "loss": loss, "compute": compute})
+        return points

@@ -1,0 +1,101 @@
+"""Tables and pictures of a comparison: loss against compute, and where the big networks are used."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from torch import Tensor
+
+from duorl.costs import ACTIONS, BIG
+from duorl.evaluate import Comparison
+
+
+def frontier(comparison: Comparison) -> Figure:
+    """Loss against compute: every router with its 95 % interval, the fixed frontier and the oracle's."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, label, style in (
+        ("fixed", "best fixed pattern per budget (routed)", "o-"),
+        ("oracle", "oracle per budget (reference)", "s--"),
+    ):
+        points = comparison.frontiers[name]
+        xs, ys = [p["compute"] for p in points], [p["loss"] for p in points]
+        axes.plot(xs, ys, style, color="0.55" if name == "fixed" else "0.75", label=label, markersize=4, zorder=1)
+    shown = [row for row in comparison.rows if not row["sees_label"]]
+    limit = max([point["loss"] for point in comparison.frontiers["fixed"]], default=0) + 0.15
+    for number, row in enumerate(row for row in shown if row["loss"] <= limit):  # all-skip would flatten the rest
+        low, high = row["loss_minus_fixed_interval"]
+        middle = row["loss_minus_fixed"]
+        spread = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
+        axes.errorbar(
+            row["compute"], row["loss"], yerr=spread, fmt="D", color=f"C{number}", label=row["router"], capsize=3
+        )
+    axes.set_xlabel("compute (FFN FLOPs / all-big)")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Held-out loss against compute; bars: 95 % interval of the paired difference to best fixed")
+    axes.title.set_size(9)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.2)
+    return figure
+
+
+def heat_map(routes: Tensor, title: str) -> Figure:
+    """Share of big per layer and position (Duo-LLM, Fig. 2 and 3): routes (W, T, L)."""
+    share = (routes == BIG).float().mean(0).T.cpu()  # (L, T)
+    figure, axes = plt.subplots(figsize=(8, 2.5), layout="constrained")
+    image = axes.imshow(share, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.set_xlabel("position in the window")
+    axes.set_ylabel("layer")
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axes, label="share of big")
+    return figure
+
+
+def table(comparison: Comparison) -> Table:
+    """The comparison for a terminal of 80 columns; the caption says in which context each column was measured."""
+    routed = max(row["tokens"] for row in comparison.rows)
+    searched = min(row["reference"]["tokens"] for row in comparison.rows)
+    caption = (
+        f"Routed context, {routed:,} held-out tokens; regret and agreement in the reference context, {searched:,} of "
+        "them. In brackets the 95 % interval over windows of the paired difference to best fixed. * sees the label: "
+        "a bound, not a rival, on the searched tokens only."
+    )
+    title = f"price {comparison.settings['price']:g} nats per all-big pass"
+    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown.add_column("router", no_wrap=True)
+    for name in ("loss", "com-\npute", "skip/small/\nbig %", "return", "minus best fixed", "regret", "agree"):
+        shown.add_column(name, justify="right", no_wrap=True)
+    for row in comparison.rows:
+        shown.add_row(*_cells(row))
+    return shown
+
+
+def _cells(row: dict) -> list[str]:
+    low, high = row["return_minus_fixed_interval"]
+    difference = f"{row['return_minus_fixed']:+.3f} ({low:+.3f}, {high:+.3f})"
+    return [
+        row["router"] + ("*" if row["sees_label"] else ""),
+        f"{row['loss']:.3f}",
+        f"{row['compute']:.2f}",
+        "/".join(f"{100 * row['actions'][action]:.0f}" for action in ACTIONS),
+        f"{row['return']:+.3f}",
+        difference if row["router"] != "best fixed" else "",
+        f"{row['regret']:.3f}",
+        f"{100 * row['agreement']:.0f} %",
+    ]
+
+
+def budget_table(rows: list[dict[str, float]], title: str) -> Table:
+    """An oracle's losses per number of big layers, beside the best fixed route's (`RouteTable.by_budget`)."""
+    shown = Table(title=title)
+    for name in ("big layers", "oracle's loss", "compute", "best fixed route's loss", "its compute"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        numbers = (row["loss"], row["compute"], row["fixed_loss"], row["fixed_compute"])
+        shown.add_row(str(row["big"]), *(f"{number:.4f}" for number in numbers))
+    return shown
