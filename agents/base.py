@@ -25,7 +25,9 @@ class Agent(ABC):
 
     def __init__(self, env: Lockstep, width: int):
         self.env = env
-        self.router = HeadRouter(env.layers, env.model.hidden_size, env.actions, width, env.first_seed).to(env.model.device)
+        self.router = HeadRouter(env.layers, env.model.hidden_size, env.actions, width, env.first_seed).to(
+            env.model.device
+        )
 
     @property
     def decisions_per_update(self) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import stable_baselines3
 import torch
@@ -9,11 +11,12 @@ from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import CategoricalDistribution, Distribution
 from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor
 from torch import Tensor
 
-from agents.advantages import explained_variance, leave_one_out, rewards_to_go
+from agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
 from agents.base import Agent, Monitor
 from duorl.routers import HeadRouter
 from duorl.routers.heads import LayerHeads
@@ -32,7 +35,8 @@ class RoutingPolicy(ActorCriticPolicy):
 
     def __init__(self, *args, router: HeadRouter, seed: int, **kwargs):
         self._parts = router, seed
-        super().__init__(*args, features_extractor_class=CombinedExtractor, **kwargs)
+        kwargs["features_extractor_class"] = CombinedExtractor  # the default cannot take a Dict
+        super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule) -> None:
         router, seed = self._parts
@@ -41,7 +45,7 @@ class RoutingPolicy(ActorCriticPolicy):
         self.router = router
         self.critic = LayerHeads(config["layers"], config["hidden_size"], 1, config["width"], generator)
         self.action_dist = CategoricalDistribution(len(config["actions"]))
-        self.optimizer = self.optimizer_class(self.parameters(), lr=lr_schedule(1), **self.optimizer_kwargs)
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1))
 
     @staticmethod
     def _inputs(obs) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,6 +101,11 @@ class _Report(BaseCallback):
         super().__init__()
         self.env, self.monitor = env, monitor
 
+    @property
+    def algorithm(self) -> OnPolicyAlgorithm:
+        """The algorithm that calls back."""
+        return cast(OnPolicyAlgorithm, self.model)
+
     def _on_step(self) -> bool:
         return True
 
@@ -104,21 +113,24 @@ class _Report(BaseCallback):
         if self.monitor is None:
             return
         assert self.env.outcome is not None
-        buffer = self.model.rollout_buffer
+        buffer = cast(DictRolloutBuffer, self.algorithm.rollout_buffer)
+        policy = cast(RoutingPolicy, self.algorithm.policy)
         values, returns = (torch.from_numpy(x).flatten() for x in (buffer.values, buffer.returns))
         metrics = {
             **self.env.outcome.metrics(),
-            "train/entropy": self._entropy(buffer),
+            "train/entropy": _mean_entropy(policy, buffer),
             "train/explained_variance": explained_variance(values, returns),
         }
-        self.monitor(self.num_timesteps, metrics, self.model.policy.router)
+        self.monitor(self.num_timesteps, metrics, policy.router)
 
-    def _entropy(self, buffer) -> float:
-        """Mean entropy of the policy that made this rollout, in nats."""
-        with torch.no_grad():
-            policy = self.model.policy
-            observations = {k: torch.as_tensor(v).flatten(0, 1) for k, v in buffer.observations.items()}
-            return policy.get_distribution(observations).entropy().mean().item()
+
+@torch.no_grad()
+def _mean_entropy(policy: RoutingPolicy, buffer: DictRolloutBuffer) -> float:
+    """Mean entropy of the policy that made a rollout, in nats."""
+    observations = {
+        key: torch.as_tensor(values, device=policy.device).flatten(0, 1) for key, values in buffer.observations.items()
+    }
+    return entropy(policy.router.logits(*policy._inputs(observations))).mean().item()
 
 
 class PPO(Agent):

@@ -39,9 +39,16 @@ from duorl.models.pretrain import Pretraining, PretrainOptions
 from duorl.oracle import SearchContext, exhaustive
 from duorl.rewards import LossImprovement, Reward, price_of
 from duorl.routed_pass import Context
-from duorl.routers import ConstantRouter, RandomRouter, Router, SoftOptions, SupervisedOptions
+from duorl.routers import (
+    ConstantRouter,
+    RandomRouter,
+    Router,
+    SoftOptions,
+    SupervisedOptions,
+    train_soft,
+    train_supervised,
+)
 from duorl.routers import load as load_router
-from duorl.routers import train_soft, train_supervised
 from envs import Lockstep
 
 _VALIDATION_WINDOWS = 16
@@ -319,9 +326,7 @@ class Run:
         console.print(f"{_tensorboard()} --logdir {self.folder / 'tensorboard'}", soft_wrap=True)
 
 
-def _comparer(
-    options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor, price: float
-) -> Comparer:
+def _comparer(options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor, price: float) -> Comparer:
     return Comparer(
         model,
         training,

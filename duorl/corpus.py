@@ -49,7 +49,8 @@ def _stdlib_files(tests: bool) -> Iterator[Document]:
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         parts = set(name.parts)
-        if parts & _EXCLUDED_PACKAGES or bool(parts & _TEST_PACKAGES) != tests:
+        built_here = any(part.startswith(("_sysconfigdata", "config-")) for part in name.parts)
+        if built_here or parts & _EXCLUDED_PACKAGES or bool(parts & _TEST_PACKAGES) != tests:
             continue
         text = path.read_text("utf8", errors="replace")
         if text.strip():

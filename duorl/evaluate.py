@@ -232,9 +232,7 @@ class Comparer:
 
     def _measure_reference(self, router: Router) -> Measurement:
         size = len(self.searched)
-        return measure(
-            self.model, router, self.searched, context="reference", batch=size, memories=[self._memory]
-        )
+        return measure(self.model, router, self.searched, context="reference", batch=size, memories=[self._memory])
 
     def _interval(self, values: Tensor, statistic: Callable[[np.ndarray], np.ndarray] | None = None):
         return bootstrap_interval(values, resamples=self.options.resamples, statistic=statistic)

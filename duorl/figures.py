@@ -37,8 +37,7 @@ def frontier(comparison: Comparison) -> Figure:
         )
     axes.set_xlabel("compute (FFN FLOPs / all-big)")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title("Held-out loss against compute; bars: 95 % interval of the paired difference to best fixed")
-    axes.title.set_size(9)
+    axes.set_title("Held-out loss; bars: 95 % interval of the paired difference to best fixed", fontsize=9)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.2)
     return figure

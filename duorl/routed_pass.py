@@ -96,6 +96,9 @@ class RoutedPass:
         pick = (lambda x: x) if self._positions is None else lambda x: x.gather(1, self._positions)
         self.inputs, self.targets = pick(tokens[:, :-1]), pick(tokens[:, 1:])
         self.layer = 0
+        self.residual: Tensor
+        self.hidden: Tensor
+        self.entered: Tensor
         entering = self._embed(copies)
         self.compute = entering.new_zeros(entering.shape[:2])
         self._attend(entering)
@@ -112,12 +115,12 @@ class RoutedPass:
 
     def step(self, actions: Tensor) -> None:
         """Let every token take its own action: (K * B, P) int64; only the chosen networks run."""
-        output = self.stack.ffn(self.layer).route(self.hidden, actions)
+        output = self.stack.ffns[self.layer].route(self.hidden, actions)
         self._advance(output, self.action_compute[self.layer][actions])
 
     def take(self, action: int) -> None:
         """Let all tokens take one action."""
-        output = self.stack.ffn(self.layer).run(self.hidden, action)
+        output = self.stack.ffns[self.layer].run(self.hidden, action)
         self._advance(output, self.action_compute[self.layer, action])
 
     def mix(self, weights: Tensor, actions: Sequence[int]) -> None:
@@ -127,14 +130,14 @@ class RoutedPass:
             weights: (K * B, P, A), each action's share.
             actions: the A actions' codes.
         """
-        ffn = self.stack.ffn(self.layer)
+        ffn = self.stack.ffns[self.layer]
         outputs = torch.stack([ffn.run(self.hidden, action) for action in actions], dim=-1)  # (K * B, P, d, A)
         output = (outputs @ weights[..., None]).squeeze(-1)
         self._advance(output, weights @ self.action_compute[self.layer, list(actions)])
 
     def branch(self, actions: Sequence[int]) -> None:
         """Split every branch into one per action, the newest varying fastest: K becomes K * A."""
-        ffn, size, count = self.stack.ffn(self.layer), len(self.inputs), len(actions)
+        ffn, size, count = self.stack.ffns[self.layer], len(self.inputs), len(actions)
         shape = self.residual.shape[1:]
         outputs = [ffn.run(self.hidden, action).view(-1, 1, size, *shape) for action in actions]
         output = torch.cat(outputs, dim=1).flatten(0, 2)

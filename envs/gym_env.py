@@ -238,8 +238,8 @@ class DuoRoutingVectorEnv(VectorEnv):
 
     def step(self, actions):
         """Decide one layer for all N tokens; actions (N,)."""
-        rewards = self.dynamics.step(torch.as_tensor(np.asarray(actions), dtype=torch.int64))
-        rewards = rewards.cpu().numpy().astype(np.float64)
+        choice = torch.as_tensor(np.asarray(actions), dtype=torch.int64)
+        rewards = self.dynamics.step(choice).cpu().numpy().astype(np.float64)
         ended = np.full(self.num_envs, self.dynamics.done)
         infos: dict[str, Any] = {}
         if self.dynamics.done:

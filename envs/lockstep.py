@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -100,9 +101,7 @@ class RoutingDynamics:
         while not base.done:
             base.take(self.reference)
         self.reference_loss = base.losses().repeat(self.group_size, 1).flatten()
-        self._walk = RoutedPass(
-            self.model, tokens, context=self.context, memory=memory, copies=self.group_size
-        )
+        self._walk = RoutedPass(self.model, tokens, context=self.context, memory=memory, copies=self.group_size)
         self._steps: list[Step] = []
         self._rewards: list[Tensor] = []
         self.layer = 0
@@ -142,7 +141,7 @@ class RoutingDynamics:
             loss=walk.losses().flatten() if last else None,
             reference_loss=self.reference_loss if last else None,
             previous=self._steps[-1] if self._steps else None,
-            lens=lambda entered=walk.entered: walk.losses(entered).flatten(),
+            lens=partial(_lens, walk, walk.entered),
         )
         self._steps.append(step)
         self._rewards.append(self.reward(step))
@@ -155,6 +154,11 @@ class RoutingDynamics:
         assert last.loss is not None
         routes = torch.stack([step.action for step in self._steps], dim=1)
         return Outcome(last.loss, last.gain, self.compute, torch.stack(self._rewards), routes)
+
+
+def _lens(walk: RoutedPass, stream: Tensor) -> Tensor:
+    with torch.no_grad():
+        return walk.losses(stream).flatten()
 
 
 def window_order(count: int, batch: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
@@ -182,9 +186,7 @@ class Lockstep(RoutingDynamics):
         options: as for `RoutingDynamics`.
     """
 
-    def __init__(
-        self, model: DuoForCausalLM, windows: Tensor, *, windows_per_batch: int = 4, seed: int = 0, **options
-    ):
+    def __init__(self, model: DuoForCausalLM, windows: Tensor, *, windows_per_batch: int = 4, seed: int = 0, **options):
         super().__init__(model, **options)
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch

@@ -45,7 +45,7 @@ def make_original(family: str):
 def make_duo(family: str, small_ratio: int = 4):
     duo = duorl.convert(make_original(family), small_ratio=small_ratio)
     for layer in range(duo.num_layers):
-        for parameter in duo.stack.ffn(layer).small.parameters():
+        for parameter in duo.stack.ffns[layer].small.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return duo.eval().requires_grad_(False)
 

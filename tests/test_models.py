@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from conftest import FAMILIES, make_duo, make_original, random_routes
 from transformers import AutoModelForCausalLM, OPTConfig
 
 import duorl
-from conftest import FAMILIES, make_duo, make_original, random_routes
 from duorl.models import require_frozen
 
 
@@ -32,7 +32,7 @@ def test_all_small_is_a_plain_model_with_the_small_networks(family, tokens):
 def test_grouped_execution_equals_computing_everything_and_selecting(duo):
     hidden = torch.randn(5, 7, 32)
     actions = torch.randint(3, (5, 7))
-    ffn = duo.stack.ffn(0)
+    ffn = duo.stack.ffns[0]
     everything = torch.stack([ffn.run(hidden, action) for action in range(3)], -1)
     expected = everything.gather(-1, actions[..., None, None].expand(5, 7, 32, 1)).squeeze(-1)
     assert torch.allclose(ffn.route(hidden, actions), expected, atol=1e-6)
@@ -41,7 +41,7 @@ def test_grouped_execution_equals_computing_everything_and_selecting(duo):
 def test_only_the_chosen_networks_run_and_only_on_their_tokens(duo, tokens, monkeypatch):
     seen = {}
     for name in ("small", "big"):
-        module = getattr(duo.stack.ffn(1), name)
+        module = getattr(duo.stack.ffns[1], name)
         monkeypatch.setattr(module, "forward", lambda x, n=name, f=module.forward: (seen.update({n: len(x)}), f(x))[1])
     routes = torch.zeros(2, 8, 3, dtype=torch.long)
     routes[0, :5, 1] = 2
@@ -66,7 +66,7 @@ def test_missing_files_are_named(tmp_path):
 
 def test_a_trainable_model_is_refused_by_name(duo):
     unfrozen = make_duo("llama")
-    unfrozen.stack.ffn(1).big.up_proj.weight.requires_grad_(True)
+    unfrozen.stack.ffns[1].big.up_proj.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"layers\.1\.mlp\.big\.up_proj\.weight is trainable"):
         require_frozen(unfrozen)
 

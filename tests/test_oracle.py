@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
-
-import duorl.oracle as oracle
 from conftest import make_duo
 from test_routed_pass import reference_losses, routed_losses
+
+import duorl.oracle as oracle
 
 NAIVE = {"reference": reference_losses, "uniform": routed_losses}
 

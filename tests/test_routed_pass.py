@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from conftest import FAMILIES, make_duo, random_routes
 from torch.nn.functional import cross_entropy
 
-from conftest import FAMILIES, make_duo, random_routes
 from duorl.routed_pass import RoutedPass, remember
 
 

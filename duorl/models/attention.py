@@ -10,6 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -64,15 +65,13 @@ def steered_attention(
     memory = _active.get()
     if memory is None or memory.recording:
         if memory is not None:
-            memory.stored[module.layer_idx] = (_per_query_head(module, key), _per_query_head(module, value))
+            memory.stored[cast(int, module.layer_idx)] = (_per_query_head(module, key), _per_query_head(module, value))
         return _plain(module, query, key, value, attention_mask, options), None
     key, value = _per_query_head(module, key), _per_query_head(module, value)
     return _read(memory, module, query, key, value, options), None
 
 
-def _plain(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict
-) -> Tensor:
+def _plain(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, options: dict) -> Tensor:
     if options.get("softcap") is None:
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     # transformers' sdpa has no softcap (Gemma 2).
@@ -84,7 +83,7 @@ def _plain(
 
 
 def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
-    stored_key, stored_value = memory.stored[module.layer_idx]  # (B, H, S, k)
+    stored_key, stored_value = memory.stored[cast(int, module.layer_idx)]  # (B, H, S, k)
     if options.get("s_aux") is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention sinks have no reference context")
     batch, heads, length, size = stored_key.shape

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from duorl.models.config import DuoConfig, inner_size
@@ -33,11 +36,12 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16) -> DuoForCausalLM:
         raise ValueError(f"small_ratio must be at least 1, not {small_ratio}")
     small_size = max(1, inner_size(model.config) // small_ratio)
     duo = DuoForCausalLM(DuoConfig(backbone=model.config.to_dict(), small_size=small_size))
-    for layer, original in zip(find_layers(duo.backbone), find_layers(model), strict=True):
-        layer.mlp.big.load_state_dict(original.mlp.state_dict())
+    for ffn, layer in zip(duo.stack.ffns, find_layers(model), strict=True):
+        ffn.big.load_state_dict(cast(nn.Module, layer.mlp).state_dict())
     rest = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
     duo.backbone.load_state_dict(rest, strict=False)
-    duo.to(device=model.device, dtype=model.dtype).train(model.training)
+    duo.train(model.training)
+    nn.Module.to(duo, device=model.device, dtype=model.dtype)
     check_all_big(duo, model)
     return duo
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class DuoForCausalLM(PreTrainedModel, GenerationMixin):
-    """The duo model of Duo-LLM (arXiv 2410.10846, stage 1) over any decoder of transformers that `DecoderStack` can walk.
+    """The duo model of Duo-LLM (arXiv 2410.10846) over any decoder of transformers that `DecoderStack` can walk.
 
     Without `routes` or `router` every token takes the big network in every layer: the model it was made from.
 
@@ -42,7 +42,7 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         self.backbone = AutoModelForCausalLM.from_config(config.backbone, attn_implementation=STEERED)
         small = _small_ffns(config)
         for layer, small_ffn in zip(find_layers(self.backbone), small, strict=True):
-            layer.mlp = DuoFFN(big=layer.mlp, small=small_ffn)
+            layer.mlp = DuoFFN(big=cast(nn.Module, layer.mlp), small=small_ffn)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -66,8 +66,7 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     @property
     def action_compute(self) -> Tensor:
         """Compute of each action in each layer, (L, 3); big sums to 1 over the layers (see `duorl.costs`)."""
-        table = action_compute((layer.mlp.small, layer.mlp.big) for layer in find_layers(self.backbone))
-        return table.to(self.device)
+        return action_compute((ffn.small, ffn.big) for ffn in self.stack.ffns).to(self.device)
 
     def flops_per_token(self, compute: Tensor, context_length: float) -> Tensor:
         """All FLOPs of a token: attention, head, and its share of the feed-forward networks.
@@ -79,12 +78,12 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         Returns:
             The shape of `compute`, in FLOPs.
         """
-        config, layers = self.config.backbone, find_layers(self.backbone)
+        config, stack = self.config.backbone, self.stack
         width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         width *= config.num_attention_heads
-        attention = sum(attention_flops(_attention(layer), width, context_length) for layer in layers)
+        attention = sum(attention_flops(_attention(layer), width, context_length) for layer in stack.layers)
         head = linear_flops(self.backbone.get_output_embeddings())
-        return attention + head + compute * sum(linear_flops(layer.mlp.big) for layer in layers)
+        return attention + head + compute * sum(linear_flops(ffn.big) for ffn in stack.ffns)
 
     def forward(
         self,
@@ -129,7 +128,7 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         if routes is None and router is None:
             yield
             return
-        ffns = [layer.mlp for layer in find_layers(self.backbone)]
+        ffns = self.stack.ffns
         spent = _Spending(self.action_compute)
         for index, ffn in enumerate(ffns):
             ffn.decide = _replay(routes, index) if router is None else spent.decide_with(router, index)
@@ -179,7 +178,7 @@ def _small_ffns(config: DuoConfig) -> list[nn.Module]:
     """The layers' `mlp` modules of the same decoder with the small inner size, freshly initialised."""
     with torch.device("meta"):  # the rest of that decoder is never allocated
         skeleton = AutoModelForCausalLM.from_config(config.small_backbone)
-    ffns = [layer.mlp for layer in find_layers(skeleton)]
+    ffns = [cast(nn.Module, layer.mlp) for layer in find_layers(skeleton)]
     if torch.empty(0).device.type == "meta":  # from_pretrained builds on meta and loads the weights itself
         return ffns
     for ffn in ffns:

@@ -11,14 +11,20 @@ import json
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers import Trainer, TrainingArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from duorl.corpus import documents, load_windows
@@ -114,7 +120,8 @@ class StageOneTrainer(Trainer):
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss in nats of all-small and all-big on the evaluation windows."""
         model = self.accelerator.unwrap_model(self.model).eval()
-        batches = self.eval_dataset.windows.split(self.args.eval_batch_size)
+        windows = cast(_Windows, self.eval_dataset).windows
+        batches = windows.split(self.args.eval_batch_size)
         metrics = {}
         for name, action in (("all_small", SMALL), ("all_big", BIG)):
             total = 0.0
@@ -122,7 +129,7 @@ class StageOneTrainer(Trainer):
                 inputs, targets = tokens[:, :-1].to(model.device), tokens[:, 1:].to(model.device)
                 routes = torch.full((*inputs.shape, model.num_layers), action, device=model.device)
                 total += next_token_loss(model(input_ids=inputs, routes=routes).logits, targets).item() * len(tokens)
-            metrics[f"{metric_key_prefix}_{name}"] = total / len(self.eval_dataset)
+            metrics[f"{metric_key_prefix}_{name}"] = total / len(windows)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -204,6 +211,6 @@ def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArgument
 
 def save(model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
     """Write the model in bfloat16, half of float32's bytes, and its tokenizer."""
-    model.to(torch.bfloat16).save_pretrained(out)
+    nn.Module.to(model, dtype=torch.bfloat16)
+    model.save_pretrained(out)
     tokenizer.save_pretrained(out)
-    model.float()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -37,15 +37,18 @@ class DecoderStack:
     """The steps of a forward pass over a decoder whose layers' `mlp` are `DuoFFN`s.
 
     `embed`, then per layer `attend` and `complete`, then `logits`.
+
+    Attributes:
+        layers: the decoder's layers.
+        ffns: their two networks.
     """
 
     def __init__(self, backbone: PreTrainedModel):
         self.backbone = backbone
         self.layers = find_layers(backbone)
+        self._decoder = cast(nn.Module, backbone.base_model)
 
-    def ffn(self, layer: int) -> DuoFFN:
-        """The networks of one layer."""
-        return self.layers[layer].mlp
+        self.ffns = [cast(DuoFFN, layer.mlp) for layer in self.layers]
 
     def embed(self, input_ids: Tensor, positions: Tensor | None = None) -> tuple[Tensor, list[Call]]:
         """What enters layer 0, (B, P, d), and how the model calls each layer.
@@ -63,12 +66,12 @@ class DecoderStack:
 
         entered: list[Tensor] = []
         with self._instead_of_layers(record):
-            self.backbone.base_model(input_ids=input_ids, position_ids=positions, use_cache=False)
+            self._decoder(input_ids=input_ids, position_ids=positions, use_cache=False)
         return entered[0], calls
 
     def attend(self, layer: int, hidden: Tensor, call: Call) -> tuple[Tensor, Tensor]:
         """Run a layer up to its FFN: (the residual stream after attention, the FFN's input), both (B, P, d)."""
-        ffn = self.ffn(layer)
+        ffn = self.ffns[layer]
         ffn.muted = True
         try:
             output = self.layers[layer](hidden, *call[0], **call[1])
@@ -82,7 +85,7 @@ class DecoderStack:
         """What leaves the layer, (B, P, d): the FFN's output joins the residual stream."""
         module = self.layers[layer]
         if hasattr(module, "post_feedforward_layernorm"):  # Gemma, OLMo 2
-            ffn_output = module.post_feedforward_layernorm(ffn_output)
+            ffn_output = cast(nn.Module, module.post_feedforward_layernorm)(ffn_output)
         return residual + ffn_output * getattr(module, "residual_multiplier", 1.0)  # Granite scales it
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -95,7 +98,7 @@ class DecoderStack:
         hidden, calls = self.embed(input_ids)
         for layer, call in enumerate(calls):
             residual, heard = self.attend(layer, hidden, call)
-            hidden = self.complete(layer, residual, self.ffn(layer).big(heard))
+            hidden = self.complete(layer, residual, self.ffns[layer].big(heard))
         return hidden
 
     @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ class LayerHeads(nn.Module):
         super().__init__()
         sizes = [hidden_size + 1, width, outputs] if width else [hidden_size + 1, outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in pairwise(sizes):
             scale = 0.01 if fan_out == outputs else 2**0.5  # start near the uniform policy
             weight = torch.randn(layers, fan_in, fan_out, generator=generator) * scale * fan_in**-0.5
             self.weights.append(nn.Parameter(weight))
@@ -79,6 +80,7 @@ class HeadRouter(Router):
         seed: int = 0,
     ):
         super().__init__(layers=layers, hidden_size=hidden_size, actions=list(actions), width=width, seed=seed)
+        self.codes: Tensor
         self.register_buffer("codes", action_ids(actions), persistent=False)
         self.heads = LayerHeads(layers, hidden_size, len(actions), width, torch.Generator().manual_seed(seed))
 
@@ -89,5 +91,3 @@ class HeadRouter(Router):
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
         """(...), the likeliest action; see `Router.forward`."""
         return self.codes[self.logits(hidden, layer, compute).argmax(-1)]
-
-

@@ -74,7 +74,7 @@ class PatternRouter(Router):
 
 
 class OracleRouter(Router):
-    """Each token's best route of an exhaustive search in the reference context. It sees the label: a bound, not a rival.
+    """Each token's best route of an exhaustive search in the reference context. A bound: it sees the label.
 
     Deployed in the routed context its routes are no longer exactly optimal.
 

@@ -1,0 +1,133 @@
+"""The Gymnasium and SB3 environments."""
+
+import gymnasium
+import numpy as np
+import pytest
+import stable_baselines3.common.env_checker
+import torch
+from gymnasium.utils.env_checker import check_env
+
+import envs
+from conftest import make_duo
+from duorl.oracle import exhaustive
+from duorl.rewards import LossImprovement
+from envs import DuoRoutingEnv, DuoRoutingVectorEnv, Lockstep, RoutingVecEnv
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(61, (6, 8), generator=torch.Generator().manual_seed(2))
+
+
+def finish(env, actions):
+    """Play fixed actions; returns the rewards and the last info."""
+    rewards = []
+    for action in actions:
+        observation, reward, terminated, truncated, info = env.step(action)
+        assert env.observation_space.contains(observation) and not truncated
+        rewards.append(reward)
+    assert terminated
+    return rewards, info
+
+
+def test_both_env_checkers_pass(duo, windows):
+    env = gymnasium.make("duorl/Routing-v0", model=duo, windows=windows, render_mode="ansi")
+    check_env(env.unwrapped)
+    assert stable_baselines3.common.env_checker.check_env(env.unwrapped) is None
+
+
+def test_an_episode_is_the_oracles_table_entry(duo, windows):
+    """Every route of one token, played, gives the loss that the exhaustive search found."""
+    env = DuoRoutingEnv(duo, windows=windows, reward=LossImprovement(0.3))
+    table = exhaustive(duo, windows[2:3], context="reference")
+    for number, route in enumerate(table.routes):
+        env.reset(options={"window": 2, "position": 5})
+        rewards, info = finish(env, (route - 1).tolist())
+        assert info["loss"] == pytest.approx(table.losses[0, 5, number].item(), abs=1e-5)
+        assert info["compute"] == pytest.approx(table.compute[number].item())
+        assert sum(rewards) == pytest.approx(info["gain"] - 0.3 * info["compute"], abs=1e-5)
+        assert info["route"] == ["small" if action == 1 else "big" for action in route]
+
+
+def test_a_batch_of_n_equals_n_single_episodes(duo, windows):
+    batch = gymnasium.make_vec("duorl/Routing-v0", num_envs=5, model=duo, windows=windows)
+    observations, _ = batch.reset(seed=11)
+    actions = np.random.default_rng(0).integers(2, size=(3, 5))
+    batch_rewards = []
+    for layer in range(3):
+        observations, rewards, terminated, _, infos = batch.step(actions[layer])
+        batch_rewards.append(rewards)
+    assert terminated.all()
+    for number in range(5):
+        env = DuoRoutingEnv(duo, windows=windows)
+        env.reset(seed=11 + number)
+        rewards, info = finish(env, actions[:, number])
+        assert np.allclose(rewards, np.array(batch_rewards)[:, number], atol=1e-5)
+        assert infos["loss"][number] == pytest.approx(info["loss"], abs=1e-5)
+        assert infos["final_obs"][number]["layer"] == 3
+
+
+@pytest.mark.parametrize("context", ["routed", "reference"])
+def test_whole_windows_with_copies(duo, windows, context):
+    options = {"tokens_per_window": 7, "group_size": 2, "context": context}
+    env = DuoRoutingVectorEnv(28, duo, windows=windows, **options)
+    observations, _ = env.reset(seed=0)
+    assert env.observation_space.contains(observations)
+    copies = observations["hidden"].reshape(2, 14, -1)
+    assert np.array_equal(copies[0], copies[1])
+    for _ in range(3):
+        _, rewards, terminated, _, _ = env.step(np.ones(28, int))
+    assert terminated.all()
+    assert np.allclose(rewards[:14], rewards[14:], atol=1e-6)
+
+
+def test_seeds_repeat_and_differ(duo, windows):
+    def episode(seed):
+        env = DuoRoutingVectorEnv(4, duo, windows=windows)
+        first = env.reset(seed=seed)[0]["hidden"]
+        return np.concatenate([first.ravel(), *(env.step(np.ones(4, int))[1] for _ in range(6))])
+
+    assert np.array_equal(episode(3), episode(3))
+    assert not np.array_equal(episode(3), episode(4))
+
+
+def test_render_draws_the_route(duo, windows):
+    env = gymnasium.make("duorl/Routing-v0", model=duo, windows=windows, actions=("skip", "big"), render_mode="ansi")
+    env.reset(options={"window": 1, "position": 2})
+    assert env.render() == "window 1 position 2: ___"
+    env.step(0)
+    env.step(1)
+    assert env.render() == "window 1 position 2: .B_"
+
+
+def test_the_sb3_skin_steps_all_tokens_and_begins_again(duo, windows):
+    env = RoutingVecEnv(Lockstep(duo, windows, windows_per_batch=2, group_size=2))
+    assert env.num_envs == 28
+    first = env.reset()
+    for layer in range(3):
+        observations, rewards, dones, infos = env.step(np.zeros(28, int))
+        assert dones.all() == (layer == 2)
+    assert env.outcome is not None and torch.allclose(env.outcome.gain, torch.zeros(28), atol=1e-6)
+    assert (observations["layer"] == 0).all() and not np.array_equal(first["hidden"], observations["hidden"])
+
+
+def test_every_window_comes_once_before_any_comes_again(windows):
+    order = envs.lockstep.window_order(6, 2, np.random.default_rng(0))
+    assert sorted(np.concatenate([next(order) for _ in range(3)])) == list(range(6))
+
+
+def test_bad_arguments_are_refused(duo, windows):
+    for options, message in (
+        ({"num_envs": 5, "tokens_per_window": 7}, "multiple of 7"),
+        ({"num_envs": 7, "tokens_per_window": 3}, "must be 1 or the window's 7"),
+        ({"num_envs": 7, "context": "routed"}, "whole windows"),
+        ({"num_envs": 7, "actions": ("small", "huge")}, "unknown action 'huge'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DuoRoutingVectorEnv(model=duo, windows=windows, **options)
+    with pytest.raises(ValueError, match="out of range"):
+        DuoRoutingEnv(duo, windows=windows).reset(options={"window": 6, "position": 0})
+    with pytest.raises(ValueError, match="a batch takes 9"):
+        Lockstep(duo, windows, windows_per_batch=9).draw()
+    with pytest.raises(ValueError, match="is trainable"):
+        DuoRoutingEnv(make_duo("gpt2").requires_grad_(True), windows=windows)
