@@ -68,7 +68,7 @@ class REINFORCE(Agent):
         """One episode of all tokens and one gradient step; returns its metrics by tag."""
         logits, log_chosen, values = self._episode()
         outcome = self.env.outcome
-        returns = rewards_to_go(outcome.rewards)  # (L, N)
+        returns = rewards_to_go(outcome.credits)  # (L, N)
         spread = entropy(logits).mean()
         advantages = returns - self._baseline(returns, values)
         loss = -(log_chosen * advantages).sum(0).mean() - self.entropy_bonus * spread

@@ -67,12 +67,15 @@ class EnvironmentOptions:
             those of an all-big pass.
         windows_per_batch: windows in lockstep, B.
         group_size: copies of each window side by side, K; leave-one-out and group-relative baselines compare them.
+        token_discount: a learner is also credited with the gains of later tokens, which read what a token's route
+            wrote, times this per token of distance; 0 credits a token with its own gain alone.
     """
 
     window: int = 128
     context: Context = "routed"
     windows_per_batch: int = 4
     group_size: int = 4
+    token_discount: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -257,6 +260,7 @@ class Run:
             actions=options.actions,
             context=options.env.context,
             group_size=options.env.group_size,
+            token_discount=options.env.token_discount,
             reference=options.reference,
         )
 

@@ -29,6 +29,7 @@ class Outcome:
         gain: (N,) nats, reference loss - loss.
         compute: (N,), in [0, 1].
         rewards: (L, N).
+        credits: (L, N), the rewards that a learner is told: with what a token's route did for later tokens.
         routes: (N, L) int64, action codes.
     """
 
@@ -36,6 +37,7 @@ class Outcome:
     gain: Tensor
     compute: Tensor
     rewards: Tensor
+    credits: Tensor
     routes: Tensor
 
     def metrics(self) -> dict[str, float]:
@@ -62,9 +64,11 @@ class RoutingDynamics:
         context: `routed` or `reference`, see `duorl.routed_pass`.
         group_size: K copies of every window, side by side as (K, B, P) in the token axis.
         reference: the action of the reference route, whose loss gains are measured against.
+        token_discount: in the routed context a token's route also changes what later tokens read. The learner is
+            credited with their gains, times this per token of distance; 0 credits a token with its own alone.
 
     Raises:
-        ValueError: a parameter of the model is trainable, or an action is unknown.
+        ValueError: the discount is not in [0, 1), a parameter of the model is trainable, or an action is unknown.
     """
 
     def __init__(
@@ -76,8 +80,12 @@ class RoutingDynamics:
         context: Context = "routed",
         group_size: int = 1,
         reference: str = "small",
+        token_discount: float = 0.0,
     ):
         require_frozen(model)
+        if not 0 <= token_discount < 1:
+            raise ValueError(f"token_discount must be in [0, 1), not {token_discount}")
+        self.token_discount = token_discount
         self.model = model
         self.reward = reward or LossImprovement()
         self.actions = tuple(actions)
@@ -104,6 +112,7 @@ class RoutingDynamics:
         self._walk = RoutedPass(self.model, tokens, context=self.context, memory=memory, copies=self.group_size)
         self._steps: list[Step] = []
         self._rewards: list[Tensor] = []
+        self._credits: list[Tensor] = []
         self.layer = 0
 
     @property
@@ -123,7 +132,7 @@ class RoutingDynamics:
 
     @torch.no_grad()
     def step(self, choice: Tensor) -> Tensor:
-        """Decide one layer: choice (N,) int64 indexes `actions`; returns (N,) rewards."""
+        """Decide one layer: choice (N,) int64 indexes `actions`; returns (N,) rewards, with later tokens' credit."""
         if self.done:
             raise RuntimeError("the episode is over: call reset")
         walk, actions = self._walk, self.codes[choice]
@@ -144,8 +153,16 @@ class RoutingDynamics:
             lens=partial(_lens, walk, walk.entered),
         )
         self._steps.append(step)
-        self._rewards.append(self.reward(step))
-        return self._rewards[-1]
+        reward = self.reward(step)
+        self._rewards.append(reward)
+        self._credits.append(reward + self._later_gains(step.gain) if last and self.token_discount else reward)
+        return self._credits[-1]
+
+    def _later_gains(self, gain: Tensor) -> Tensor:
+        """What each token is credited with beyond its own gain: both (N,)."""
+        if self.context == "reference":
+            return torch.zeros_like(gain)  # there, tokens do not read each other's routes
+        return later_sum(gain.view_as(self._walk.compute), self.token_discount).flatten()
 
     @property
     def outcome(self) -> Outcome:
@@ -153,7 +170,16 @@ class RoutingDynamics:
         last = self._steps[-1]
         assert last.loss is not None
         routes = torch.stack([step.action for step in self._steps], dim=1)
-        return Outcome(last.loss, last.gain, self.compute, torch.stack(self._rewards), routes)
+        rewards, credits = torch.stack(self._rewards), torch.stack(self._credits)
+        return Outcome(last.loss, last.gain, self.compute, rewards, credits, routes)
+
+
+def later_sum(values: Tensor, discount: float) -> Tensor:
+    """sum over s > t of discount^(s - t) * values_s: (W, T) to (W, T)."""
+    distance = torch.arange(values.shape[1], device=values.device)
+    distance = distance[:, None] - distance  # (T, T), s - t for s down and t across
+    weights = torch.where(distance > 0, discount ** distance.clamp(min=0), 0.0)
+    return values @ weights
 
 
 def _lens(walk: RoutedPass, stream: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import stable_baselines3.common.env_checker
 import torch
+from conftest import make_duo
 from gymnasium.utils.env_checker import check_env
 
 import envs
-from conftest import make_duo
 from duorl.oracle import exhaustive
 from duorl.rewards import LossImprovement
 from envs import DuoRoutingEnv, DuoRoutingVectorEnv, Lockstep, RoutingVecEnv
@@ -114,6 +114,20 @@ def test_the_sb3_skin_steps_all_tokens_and_begins_again(duo, windows):
 def test_every_window_comes_once_before_any_comes_again(windows):
     order = envs.lockstep.window_order(6, 2, np.random.default_rng(0))
     assert sorted(np.concatenate([next(order) for _ in range(3)])) == list(range(6))
+
+
+def test_a_token_is_credited_with_later_gains_of_its_own_window_only(duo, windows):
+    dynamics = envs.RoutingDynamics(duo, group_size=2, token_discount=0.5)
+    dynamics.reset(windows[:2])
+    generator = torch.Generator().manual_seed(0)
+    while not dynamics.done:
+        dynamics.step(torch.randint(2, (28,), generator=generator))
+    outcome = dynamics.outcome
+    gain = outcome.gain.view(4, 7)
+    for t in range(7):
+        later = sum(0.5 ** (s - t) * gain[:, s] for s in range(t + 1, 7))
+        credit = (outcome.credits - outcome.rewards).sum(0).view(4, 7)[:, t]
+        assert torch.allclose(credit, later + torch.zeros(4), atol=1e-6)
 
 
 def test_bad_arguments_are_refused(duo, windows):

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-
 from conftest import random_routes
+
 from duorl.rewards import LogitLensShaping, LossImprovement, Reward, Step, Sum, price_of
 from envs import RoutingDynamics
 

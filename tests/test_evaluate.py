@@ -1,0 +1,123 @@
+"""Measurements, intervals and the comparison."""
+
+import csv
+import json
+
+import pytest
+import torch
+from test_routed_pass import routed_losses
+
+from duorl.evaluate import Comparer, EvaluationOptions, bootstrap_interval, evaluate, measure
+from duorl.figures import budget_table, frontier, heat_map, table
+from duorl.oracle import exhaustive
+from duorl.routers import ConstantRouter, HeadRouter, RandomRouter
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return torch.randint(61, (24, 8), generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def comparison(duo, windows):
+    options = EvaluationOptions(windows=12, reference_windows=4, fixed_windows=8, batch=5, resamples=200)
+    comparer = Comparer(
+        duo, windows[:12], windows[12:], price=0.1, actions=("small", "big"), reference="small", options=options
+    )
+    routers = {
+        "random": RandomRouter(),
+        "all-small": ConstantRouter("small"),
+        "all-big": ConstantRouter("big"),
+        "best fixed": comparer.fixed,
+        "heads": HeadRouter(3, 32),
+        "oracle": comparer.oracle,
+    }
+    return comparer.compare(routers, {"price": 0.1})
+
+
+def rows(comparison):
+    return {row["router"]: row for row in comparison.rows}
+
+
+def test_measured_losses_are_the_models(duo, windows):
+    router = HeadRouter(3, 32, seed=1)
+    measured = measure(duo, router, windows, batch=7)
+    assert torch.allclose(measured.loss, routed_losses(duo, windows, measured.routes), atol=1e-5)
+    assert (measured.seconds > 0).all()
+
+
+def test_known_rows(comparison):
+    found = rows(comparison)
+    assert found["all-small"]["return"] == pytest.approx(-0.1 * 0.25)
+    assert found["all-big"]["compute"] == pytest.approx(1.0)
+    assert found["all-big"]["actions"] == {"skip": 0, "small": 0, "big": 1}
+    assert found["best fixed"]["return_minus_fixed_interval"] == (0, 0)
+    assert found["oracle"]["regret"] == pytest.approx(0, abs=1e-5) and found["oracle"]["agreement"] == 1
+    for row in comparison.rows:
+        assert row["regret"] >= -1e-5
+        for name in ("loss", "perplexity", "compute", "return", "regret", "agreement", "tokens_per_second"):
+            low, high = row[f"{name}_interval"]
+            assert low - 1e-6 <= row[name] <= high + 1e-6
+    assert found["heads"]["tokens"] == 84 and found["heads"]["reference"]["tokens"] == 28
+
+
+def test_regret_is_the_oracles_return_minus_the_routers(duo, windows, comparison):
+    held_out = windows[12:16]
+    searched = exhaustive(duo, held_out, context="reference")
+    best = searched.best(0.1)
+    ideal = (searched.loss(best) + 0.1 * searched.compute[best]).mean()
+    big = measure(duo, ConstantRouter("big"), held_out, context="reference")
+    assert rows(comparison)["all-big"]["regret"] == pytest.approx((big.loss.mean() + 0.1 - ideal).item(), abs=1e-5)
+
+
+def test_files_hold_the_same_numbers(comparison, tmp_path):
+    comparison.save(tmp_path)
+    saved = json.loads((tmp_path / "comparison.json").read_text())
+    lines = list(csv.DictReader(open(tmp_path / "comparison.csv")))
+    assert [row["router"] for row in saved["rows"]] == [line["router"] for line in lines]
+    for row, line in zip(saved["rows"], lines, strict=True):
+        assert float(line["loss"]) == row["loss"]
+        assert float(line["actions.big"]) == row["actions"]["big"]
+        assert float(line["return_interval.low"]) == row["return_interval"][0]
+    assert {
+        "router",
+        "context",
+        "loss",
+        "perplexity",
+        "compute",
+        "return",
+        "regret",
+        "actions",
+        "tokens_per_second",
+    } <= set(saved["rows"][0])
+
+
+def test_frontiers_reach_from_all_small_to_all_big(comparison):
+    fixed, oracle = comparison.frontiers["fixed"], comparison.frontiers["oracle"]
+    assert [point["big"] for point in fixed] == [point["big"] for point in oracle] == [0, 1, 2, 3]
+    assert fixed[0]["loss"] == pytest.approx(rows(comparison)["all-small"]["loss"])
+    assert fixed[3]["loss"] == pytest.approx(rows(comparison)["all-big"]["loss"])
+
+
+def test_pictures_and_tables_show_every_router(comparison, duo, windows):
+    labels = frontier(comparison).axes[0].get_legend_handles_labels()[1]
+    assert {"random", "heads", "best fixed"} <= set(labels) and "oracle" not in labels
+    assert table(comparison).row_count == 6
+    routes = measure(duo, ConstantRouter("big"), windows).routes
+    assert heat_map(routes, "title").axes[0].images[0].get_array().shape == (3, 7)
+    assert budget_table(exhaustive(duo, windows[:1]).by_budget(), "title").row_count == 4
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for seed in range(200):
+        values = torch.randn(50, generator=generator) + 3
+        low, high = bootstrap_interval(values, resamples=500, seed=seed)
+        hits += low <= 3 <= high
+    assert 180 <= hits <= 199
+
+
+def test_evaluate_is_zero_for_the_reference_itself(duo, windows):
+    found = evaluate(duo, ConstantRouter("small"), windows, price=0.4)
+    assert found["gain"] == 0 and found["return"] == pytest.approx(-0.1)

@@ -1,0 +1,132 @@
+"""Routers: what they decide, that they survive saving, and that the taught ones learn."""
+
+import json
+
+import pytest
+import torch
+
+from duorl import routers
+from duorl.evaluate import measure
+from duorl.oracle import exhaustive
+from duorl.routers import (
+    ConstantRouter,
+    HeadRouter,
+    OracleRouter,
+    PatternRouter,
+    RandomRouter,
+    SoftOptions,
+    SupervisedOptions,
+    train_soft,
+    train_supervised,
+)
+from duorl.routers.heads import LayerHeads
+from duorl.routers.soft import sharpness, soft_loss, soft_pass
+from duorl.routers.supervised import oracle_decisions
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(61, (8, 8), generator=torch.Generator().manual_seed(2))
+
+
+def test_simple_routers_take_their_actions(duo, windows):
+    assert (measure(duo, ConstantRouter("skip"), windows).routes == 0).all()
+    assert measure(duo, PatternRouter([2, 0, 1]), windows).routes.flatten(0, 1).unique(dim=0).tolist() == [[2, 0, 1]]
+    drawn = measure(duo, RandomRouter(("skip", "big"), seed=1), windows).routes
+    assert drawn.unique().tolist() == [0, 2] and 0.3 < (drawn == 2).float().mean() < 0.7
+    assert torch.equal(drawn, measure(duo, RandomRouter(("skip", "big"), seed=1), windows).routes)
+
+
+def test_the_oracle_router_takes_each_tokens_best_route(duo, windows):
+    table = exhaustive(duo, windows, context="reference")
+    measured = measure(duo, OracleRouter(price=0.1), windows, context="reference")
+    assert torch.allclose(measured.loss, table.loss(table.best(0.1)), atol=1e-5)
+
+
+def test_the_best_pattern_is_the_tables(duo, windows):
+    table = exhaustive(duo, windows, context="uniform")
+    losses = [measure(duo, PatternRouter(route.tolist()), windows).loss.mean() for route in table.routes]
+    best = PatternRouter.best_of(table, 0.0)
+    assert best.config["route"] == table.routes[torch.stack(losses).argmin()].tolist()
+
+
+@pytest.mark.parametrize(
+    "router",
+    [
+        ConstantRouter("big"),
+        PatternRouter([2, 1, 0]),
+        RandomRouter(seed=3),
+        HeadRouter(3, 32, seed=4),
+        HeadRouter(3, 32, width=0),
+    ],
+    ids=lambda router: type(router).__name__,
+)
+def test_saved_routers_decide_as_before(duo, windows, router, tmp_path):
+    router.save_pretrained(tmp_path)
+    loaded = routers.load(tmp_path)
+    assert torch.equal(measure(duo, loaded, windows).routes, measure(duo, router, windows).routes)
+
+
+def test_bad_router_folders_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"router\.json is missing"):
+        routers.load(tmp_path)
+    (tmp_path / "router.json").write_text(json.dumps({"router": "os.system", "config": {}}))
+    with pytest.raises(ValueError, match=r"unknown router 'os\.system'"):
+        routers.load(tmp_path)
+    HeadRouter(3, 32).save_pretrained(tmp_path)
+    (tmp_path / "router.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match=r"lacks router\.safetensors"):
+        routers.load(tmp_path)
+
+
+def test_mixed_layers_equal_layer_by_layer():
+    heads = LayerHeads(4, 16, 3, 8, torch.Generator().manual_seed(0))
+    hidden, layer, compute = torch.randn(50, 16), torch.randint(4, (50,)), torch.rand(50)
+    one_by_one = torch.cat([heads(hidden[[i]], int(layer[i]), compute[[i]]) for i in range(50)])
+    assert torch.allclose(heads(hidden, layer, compute), one_by_one, atol=1e-6)
+
+
+def test_oracle_decisions_are_the_oracles(duo, windows):
+    hidden, compute, labels = oracle_decisions(duo, windows, price=0.1, actions=("small", "big"))
+    table = exhaustive(duo, windows, context="reference")
+    routes = table.routes[table.best(0.1)].flatten(0, 1)
+    assert torch.equal(labels.T + 1, routes)
+    spent = torch.stack([duo.action_compute[i][routes[:, i]] for i in range(3)]).cumsum(0)
+    assert torch.allclose(compute[1:], spent[:-1]) and (compute[0] == 0).all()
+    assert hidden.shape == (3, 56, 32)
+
+
+def test_supervised_learns_the_oracles_actions(duo, windows):
+    """On the text it was taught on it agrees with the oracle far more often than an untrained router does."""
+    options = SupervisedOptions(windows=8, epochs=300, batch_size=168, learning_rate=0.01)
+    oracle = measure(duo, OracleRouter(price=0.0), windows, context="reference").routes
+
+    def agreement(router):
+        return (measure(duo, router, windows, context="reference").routes == oracle).float().mean()
+
+    taught = train_supervised(duo, windows, price=0.0, options=options)
+    assert agreement(HeadRouter(3, 32)) < 0.7 < agreement(taught)
+
+
+def test_soft_loss_is_the_papers():
+    losses, compute = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.2, 0.6]])
+    assert soft_loss(losses, compute, options=SoftOptions(budget=0.5, alpha=10.0), price=9.0) == pytest.approx(2.1)
+    assert soft_loss(losses, compute, options=SoftOptions(), price=0.5) == pytest.approx(2.2)
+    assert [sharpness(x, 1.0, 16.0) for x in (0.0, 0.5, 1.0)] == [1, 4, 16]
+
+
+def test_a_sharp_mixture_is_the_deployed_router(duo, windows):
+    router = HeadRouter(3, 32, seed=1)
+    losses, compute = soft_pass(duo, router, windows, tau=1e6)
+    measured = measure(duo, router, windows)
+    assert torch.allclose(losses, measured.loss, atol=1e-3)
+    assert torch.allclose(compute, measured.compute, atol=1e-3)
+
+
+def test_the_soft_router_reaches_its_budget_and_obeys_a_price(duo, windows):
+    options = {"updates": 150, "windows_per_batch": 8, "learning_rate": 0.03}
+    for budget in (0.4, 0.8):
+        router = train_soft(duo, windows, price=0.0, options=SoftOptions(budget=budget, alpha=30.0, **options))
+        assert measure(duo, router, windows).compute.mean() == pytest.approx(budget, abs=0.1)
+    dear = train_soft(duo, windows, price=50.0, options=SoftOptions(**options))
+    assert (measure(duo, dear, windows).routes == 1).float().mean() > 0.95
