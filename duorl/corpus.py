@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from glob import glob
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
@@ -31,6 +32,10 @@ _LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
 _BLOCK_CHARACTERS = 16384
 
 
+Keep = Callable[[str], bool]
+"""Whether a document of that path is wanted; asked before its text is looked at."""
+
+
 class Document(NamedTuple):
     """One text; `path` names it across machines and decides its split."""
 
@@ -44,13 +49,15 @@ def split_of(path: str) -> Split:
     return next(split for split in get_args(Split) if place < _SPLIT_ENDS[split])
 
 
-def _stdlib_files(tests: bool) -> Iterator[Document]:
+def _stdlib_files(keep: Keep, *, tests: bool) -> Iterator[Document]:
     root = Path(sysconfig.get_path("stdlib"))
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root)
         parts = set(name.parts)
         built_here = any(part.startswith(("_sysconfigdata", "config-")) for part in name.parts)
         if built_here or parts & _EXCLUDED_PACKAGES or bool(parts & _TEST_PACKAGES) != tests:
+            continue
+        if not keep(name.as_posix()):
             continue
         text = path.read_text("utf8", errors="replace")
         if text.strip():
@@ -67,18 +74,19 @@ def _docstrings(document: Document) -> str:
     return "\n\n".join(text for text in found if text)
 
 
-def _stdlib_docs() -> Iterator[Document]:
-    for document in _stdlib_files(tests=False):
+def _stdlib_docs(keep: Keep) -> Iterator[Document]:
+    for document in _stdlib_files(keep, tests=False):
         if text := _docstrings(document):
             yield Document(document.path, text)
     for topic, text in sorted(importlib.import_module("pydoc_data.topics").topics.items()):
-        yield Document(f"pydoc_data/{topic}", text)
+        if keep(f"pydoc_data/{topic}"):
+            yield Document(f"pydoc_data/{topic}", text)
 
 
-BUILT_IN: dict[str, Callable[[], Iterator[Document]]] = {
-    "stdlib-code": lambda: _stdlib_files(tests=False),
+BUILT_IN: dict[str, Callable[[Keep], Iterator[Document]]] = {
+    "stdlib-code": partial(_stdlib_files, tests=False),
     "stdlib-docs": _stdlib_docs,
-    "stdlib-tests": lambda: _stdlib_files(tests=True),
+    "stdlib-tests": partial(_stdlib_files, tests=True),
 }
 
 
@@ -100,14 +108,14 @@ def split_key(lines: Sequence[str]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
 
 
-def _user_files(pattern: str) -> Iterator[Document]:
+def _user_files(pattern: str, keep: Keep) -> Iterator[Document]:
     paths = sorted(path for path in map(Path, glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise FileNotFoundError(
             f"no text at {pattern!r}: give a file, a glob, or one of the built-in corpora {', '.join(BUILT_IN)}"
         )
     for path in paths:
-        yield from _user_file(path)
+        yield from (document for document in _user_file(path) if keep(document.path))
 
 
 def _user_file(path: Path) -> Iterator[Document]:
@@ -144,12 +152,13 @@ def documents(sources: Sequence[str], split: Split) -> list[Document]:
         FileNotFoundError: a path or glob matches nothing.
         ValueError: a file cannot be read, or is empty.
     """
-    found = [
-        document
-        for source in sources
-        for document in (BUILT_IN[source]() if source in BUILT_IN else _user_files(source))
-        if split_of(document.path) == split
-    ]
+
+    def keep(path: str) -> bool:
+        return split_of(path) == split
+
+    found: list[Document] = []
+    for source in sources:
+        found += BUILT_IN[source](keep) if source in BUILT_IN else _user_files(source, keep)
     return sorted(found, key=lambda document: hashlib.sha256(document.path.encode()).digest()[8:])
 
 

@@ -84,7 +84,7 @@ def test_reinforce_gradient_equals_the_enumerated_policy_gradient():
     windows = torch.randint(61, (1, 2), generator=torch.Generator().manual_seed(5))  # T = 1
     env = Lockstep(duo, windows, windows_per_batch=1, group_size=2000, reward=LossImprovement(0.1))
     agent = agents.REINFORCE(env, baseline="leave-one-out", width=0)
-    logits, log_chosen, _ = agent._episode()
+    _logits, log_chosen, _ = agent._episode()
     returns = rewards_to_go(env.outcome.rewards)
     parameter = agent.router.heads.biases[0]
     surrogate = (log_chosen * (returns - leave_one_out(returns, 2000))).sum(0).mean()

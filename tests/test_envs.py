@@ -51,11 +51,11 @@ def test_an_episode_is_the_oracles_table_entry(duo, windows):
 
 def test_a_batch_of_n_equals_n_single_episodes(duo, windows):
     batch = gymnasium.make_vec("duorl/Routing-v0", num_envs=5, model=duo, windows=windows)
-    observations, _ = batch.reset(seed=11)
+    batch.reset(seed=11)
     actions = np.random.default_rng(0).integers(2, size=(3, 5))
     batch_rewards = []
     for layer in range(3):
-        observations, rewards, terminated, _, infos = batch.step(actions[layer])
+        _observations, rewards, terminated, _, infos = batch.step(actions[layer])
         batch_rewards.append(rewards)
     assert terminated.all()
     for number in range(5):
@@ -105,7 +105,7 @@ def test_the_sb3_skin_steps_all_tokens_and_begins_again(duo, windows):
     assert env.num_envs == 28
     first = env.reset()
     for layer in range(3):
-        observations, rewards, dones, infos = env.step(np.zeros(28, int))
+        observations, _rewards, dones, _infos = env.step(np.zeros(28, int))
         assert dones.all() == (layer == 2)
     assert env.outcome is not None and torch.allclose(env.outcome.gain, torch.zeros(28), atol=1e-6)
     assert (observations["layer"] == 0).all() and not np.array_equal(first["hidden"], observations["hidden"])

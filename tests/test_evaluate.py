@@ -73,7 +73,7 @@ def test_regret_is_the_oracles_return_minus_the_routers(duo, windows, comparison
 def test_files_hold_the_same_numbers(comparison, tmp_path):
     comparison.save(tmp_path)
     saved = json.loads((tmp_path / "comparison.json").read_text())
-    lines = list(csv.DictReader(open(tmp_path / "comparison.csv")))
+    lines = list(csv.DictReader((tmp_path / "comparison.csv").read_text().splitlines()))
     assert [row["router"] for row in saved["rows"]] == [line["router"] for line in lines]
     for row, line in zip(saved["rows"], lines, strict=True):
         assert float(line["loss"]) == row["loss"]

@@ -1,0 +1,207 @@
+"""The command line, as a user types it."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import duorl
+from duorl import routers
+from duorl.cli import build_parser, main
+
+ROOT = Path(__file__).parent.parent
+TINY = """
+total_decisions: 20000
+validations: 2
+env: {windows_per_batch: 1, group_size: 2, window: 64}
+evaluation: {windows: 4, reference_windows: 1, fixed_windows: 1, batch: 4, resamples: 50}
+supervised: {windows: 1, epochs: 1}
+soft: {updates: 2, windows_per_batch: 1}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A configuration that runs in seconds, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def refused(arguments, capsys) -> str:
+    """The one line with which a command refuses its input."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("duorl: error: "), lines
+    return lines[0]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_config_is_valid(path):
+    command = {"compare": "compare", "pretrain-tiny": "pretrain"}.get(path.stem, "train")
+    parser, _ = build_parser()
+    assert parser.parse_args([command, "--config", str(path)]).subcommand == command
+
+
+def test_the_default_config_is_the_default():
+    parser, subparsers = build_parser()
+    spelled_out = parser.parse_args(["train", "--config", str(ROOT / "configs" / "train.yaml")]).train
+    default = parser.parse_args(["train"]).train
+    assert subparsers["train"].dump(spelled_out) == subparsers["train"].dump(default)
+
+
+@pytest.mark.slow
+def test_train_writes_the_whole_run_folder(tiny, capsys):
+    main(["train", "--config", "tiny.yaml", "--out", "here", "--seed", "3"])
+    printed = capsys.readouterr().out
+    assert "--logdir here/tensorboard" in printed and "best fixed" in printed
+    saved = json.loads(Path("here/comparison.json").read_text())
+    names = [row["router"] for row in saved["rows"]]
+    fixed = ["random", "all-skip", "all-small", "all-big", "best fixed", "supervised", "soft"]
+    assert names == [*fixed, "PPO", "oracle"]
+    assert Path("here/figures/frontier.png").stat().st_size > 10_000
+    assert yaml.safe_load(Path("here/config.yaml").read_text())["seed"] == 3
+    assert isinstance(routers.load("here/router"), routers.HeadRouter)
+
+    events = EventAccumulator("here/tensorboard/PPO", size_guidance={"tensors": 0}).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {f"rollout/{name}" for name in ("return", "gain", "compute", "loss")} <= tags
+    assert {f"validation/{name}" for name in ("return", "gain", "compute", "loss")} <= tags
+    assert {"train/entropy", "train/explained_variance", "actions_big/layer_7", "actions_skip/layer_0"} <= tags
+    assert events.Tags()["images"] == ["routes/share_of_big"]
+    curve = events.Scalars("rollout/return")
+    assert [point.step for point in curve] == [8 * 2 * 64 * k for k in range(1, len(curve) + 1)]
+    assert curve[-1].step >= 20_000
+
+    # the saved router deploys, and another evaluation of it gives the run's own numbers
+    evaluation = yaml.safe_load(TINY)["evaluation"]
+    flags = [f"--evaluation.{name}={value}" for name, value in evaluation.items()]
+    main(["evaluate", "--router", "here/router", "--window=64", "--out", "again", *flags])
+    again = json.loads(Path("again/comparison.json").read_text())["rows"]
+    expected = next(row for row in saved["rows"] if row["router"] == "PPO")
+    for key in ("loss", "compute", "return", "regret", "actions"):
+        assert again[0][key] == pytest.approx(expected[key]), key
+
+
+@pytest.mark.slow
+def test_compare_trains_all_agents_and_resumes(tiny, capsys):
+    arguments = ["compare", "--config", str(ROOT / "configs" / "compare.yaml"), "--config", "tiny.yaml", "--out", "all"]
+    main(arguments)
+    first = json.loads(Path("all/comparison.json").read_text())
+    assert [row["router"] for row in first["rows"]][7:] == ["PPO", "REINFORCE", "oracle"]
+    weights = Path("all/routers/PPO/router.safetensors").read_bytes()
+    Path("all/routers/REINFORCE/router.json").unlink()
+    capsys.readouterr()
+    main([*arguments, "--resume"])
+    printed = capsys.readouterr().out
+    assert "train REINFORCE" in printed and "train PPO" not in printed
+    assert Path("all/routers/PPO/router.safetensors").read_bytes() == weights
+    again = json.loads(Path("all/comparison.json").read_text())
+    for before, after in zip(first["rows"], again["rows"], strict=True):
+        assert before["loss"] == after["loss"] and before["return_interval"] == after["return_interval"]
+
+
+@pytest.mark.slow
+def test_a_users_reward_outside_the_repository_changes_training(tiny):
+    """From the command line alone: a bonus for small ends in a router that only takes small."""
+    (tiny / "mine.py").write_text(
+        "import duorl.rewards\n"
+        "class Thrifty(duorl.rewards.Reward):\n"
+        "    def __init__(self, bonus: float = 0.0):\n"
+        "        self.bonus = bonus\n"
+        "    def __call__(self, step):\n"
+        "        return self.bonus * (step.action == 1).float()\n"
+    )
+    command = [sys.executable, str(ROOT / "train.py"), "--config", "tiny.yaml", "--total_decisions", "60000"]
+    options = ["--reward", "mine.Thrifty", "--reward.bonus", "1.0", "--out", "run"]
+    subprocess.run([*command, *options], check=True, capture_output=True)
+    rows = json.loads(Path("run/comparison.json").read_text())["rows"]
+    assert next(row for row in rows if row["router"] == "PPO")["actions"]["small"] > 0.9
+
+
+@pytest.mark.slow
+def test_oracle_command(tiny):
+    main(["oracle", "--windows", "1", "--window", "32", "--out", "found"])
+    found = json.loads(Path("found/oracle.json").read_text())
+    assert [row["big"] for row in found["rows"]] == list(range(9))
+    assert found["oracle"] <= found["best_of_100_random"]
+    for row in found["rows"]:
+        assert found["oracle"] <= row["loss"] <= row["fixed_loss"] + 1e-6
+
+
+@pytest.mark.slow
+def test_pretrain_makes_a_model_that_loads_and_resumes(tiny):
+    backbone = (
+        "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}"
+    )
+    training = "{max_steps: 4, per_device_train_batch_size: 2, save_steps: 2, report_to: none, disable_tqdm: true}"
+    text = (
+        f"out: model\ncorpus: [stdlib-docs]\nvocab_size: 300\nwindow: 32\nbackbone: {backbone}\ntraining: {training}\n"
+    )
+    Path("stage1.yaml").write_text(text)
+    main(["pretrain", "--config", "stage1.yaml"])
+    model, tokenizer = duorl.load("model"), duorl.load_tokenizer("model")
+    assert model.num_layers == 2 and tokenizer.decode(tokenizer("def f():")["input_ids"]) == "def f():"
+    history = json.loads(Path("model/history.json").read_text())
+    assert {"eval_all_small", "eval_all_big"} <= set(history[-1])
+    Path("stage1.yaml").write_text(text.replace("max_steps: 4", "max_steps: 6"))
+    main(["pretrain", "--config", "stage1.yaml", "--resume"])
+    assert json.loads(Path("model/history.json").read_text())[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--total_decision", "3"], "did you mean total_decisions"),
+        (["--agent.learnin_rate", "3"], "did you mean learning_rate"),
+        (["--config", "wrong.yaml"], "'total_decison'.*did you mean total_decisions"),
+        (["--config", "gone.yaml"], "gone.yaml"),
+        (["--agent", "FOO"], "PPO, REINFORCE"),
+        (["--seed", "x"], "seed.*Got value: x"),
+        (["--corpus", '["gone.txt"]'], "no text at 'gone.txt'"),
+        (["--corpus", '["zero.txt"]'], "zero.txt is empty"),
+        (["--corpus", '["short.txt"]'], "shorter than one window of 128"),
+        (["--reward", "gone.Gone"], "No module named 'gone'"),
+        (["--reward", "json.JSONDecoder"], "not correspond to a subclass of Reward"),
+        (["--reward.price", "-1"], "price must be at least 0"),
+        (["--actions", '["small", "huge"]'], "unknown action 'huge'"),
+        (["--model", "nowhere"], "no model 'nowhere'.*duo-tiny"),
+        (["--model", "empty"], "lacks config.json, model.safetensors, tokenizer.json"),
+        (["--out", "full"], "full already holds files: give --overwrite"),
+        (["--out", "full", "--overwrite"], "no run"),
+        (["--out", "fresh", "--resume"], "nothing to resume"),
+        (["--agent", "REINFORCE", "--env.group_size", "1"], "group_size to at least 2"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, capsys):
+    (tiny / "zero.txt").touch()
+    (tiny / "short.txt").write_text("short")
+    (tiny / "wrong.yaml").write_text("total_decison: 3\n")
+    (tiny / "empty").mkdir()
+    (tiny / "full").mkdir()
+    (tiny / "full" / "precious").touch()
+    before = sorted(tiny.rglob("*"))
+    assert re.search(message, refused(["train", *arguments], capsys))
+    assert sorted(tiny.rglob("*")) == before
+
+
+def test_help_explains_every_option(capsys):
+    for command in ("train", "compare", "evaluate", "oracle", "pretrain"):
+        with pytest.raises(SystemExit) as stopped:
+            main([command, "--help"])
+        assert stopped.value.code == 0
+        _, subparsers = build_parser()
+        unexplained = [
+            action.dest
+            for action in subparsers[command]._actions
+            if action.option_strings and not action.help and action.dest not in ("help",)
+        ]
+        assert not unexplained, unexplained
