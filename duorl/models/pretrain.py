@@ -29,8 +29,10 @@ from transformers.trainer_utils import get_last_checkpoint, set_seed
 
 from duorl.corpus import documents, load_windows
 from duorl.costs import BIG, SMALL
+from duorl.models.card import write_card
 from duorl.models.config import DuoConfig, inner_size
 from duorl.models.conversion import convert
+from duorl.models.loading import load, load_tokenizer
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.tokenizer import train_tokenizer
 
@@ -86,6 +88,21 @@ def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
+@torch.no_grad()
+def constant_losses(model: DuoForCausalLM, windows: Tensor, *, batch: int = 32) -> dict[str, float]:
+    """Mean loss in nats of `all_small` and `all_big` on windows (W, T+1)."""
+    model.eval()
+    losses = {}
+    for name, action in (("all_small", SMALL), ("all_big", BIG)):
+        total = 0.0
+        for tokens in windows.to(model.device).split(batch):
+            inputs = tokens[:, :-1]
+            routes = torch.full((*inputs.shape, model.num_layers), action, device=model.device)
+            total += next_token_loss(model(input_ids=inputs, routes=routes).logits, tokens[:, 1:]).item() * len(tokens)
+        losses[name] = total / len(windows)
+    return losses
+
+
 class _Windows(Dataset):
     def __init__(self, windows: Tensor):
         self.windows = windows
@@ -116,20 +133,12 @@ class StageOneTrainer(Trainer):
         loss = next_token_loss(output.logits, tokens[:, 1:])
         return (loss, output) if return_outputs else loss
 
-    @torch.no_grad()
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss in nats of all-small and all-big on the evaluation windows."""
-        model = self.accelerator.unwrap_model(self.model).eval()
+        model = self.accelerator.unwrap_model(self.model)
         windows = cast(_Windows, self.eval_dataset).windows
-        batches = windows.split(self.args.eval_batch_size)
-        metrics = {}
-        for name, action in (("all_small", SMALL), ("all_big", BIG)):
-            total = 0.0
-            for tokens in batches:
-                inputs, targets = tokens[:, :-1].to(model.device), tokens[:, 1:].to(model.device)
-                routes = torch.full((*inputs.shape, model.num_layers), action, device=model.device)
-                total += next_token_loss(model(input_ids=inputs, routes=routes).logits, targets).item() * len(tokens)
-            metrics[f"{metric_key_prefix}_{name}"] = total / len(windows)
+        found = constant_losses(model, windows, batch=self.args.eval_batch_size)
+        metrics = {f"{metric_key_prefix}_{name}": loss for name, loss in found.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -187,7 +196,7 @@ class Pretraining:
 
     def run(self) -> DuoForCausalLM:
         """Train, and save under `options.out`: `config.json`, `model.safetensors` (bfloat16), the tokenizer's files,
-        and `history.json`, the Trainer's log. Returns the trained model.
+        `history.json` (the Trainer's log) and a model card, `README.md`. Returns the trained model.
         """
         trainer = StageOneTrainer(
             model=self.model,
@@ -200,6 +209,7 @@ class Pretraining:
         trainer.evaluate()
         save(self.model, self.tokenizer, self.out)
         (self.out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        describe(self.options, self.out, trainer.args)
         return self.model
 
 
@@ -207,6 +217,35 @@ def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArgument
     # Without use_cpu the arguments refuse bf16 where there is no GPU, though CPUs autocast to it as well.
     defaults = {"use_cpu": not torch.cuda.is_available(), "seed": options.seed, "remove_unused_columns": False}
     return TrainingArguments(output_dir=str(out / "checkpoints"), **{**defaults, **options.training})
+
+
+def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments) -> None:
+    """Write the model card of a trained model; its losses are those of the model as saved."""
+    model, tokenizer = load(out), load_tokenizer(out)
+    losses = {}
+    for source in options.corpus:
+        windows = load_windows([source], tokenizer, split="evaluation", length=options.window)
+        losses[source] = {"tokens": windows[:, 1:].numel(), **constant_losses(model, windows)}
+    backbone, last = model.config.backbone, json.loads((out / "history.json").read_text())[-1]
+    facts = {
+        "name": out.name,
+        "family": backbone.model_type,
+        "big": inner_size(backbone),
+        "small": model.config.small_size,
+        "corpus": ", ".join(options.corpus),
+        "command": "duorl pretrain --config config.yaml",
+        "layers": model.num_layers,
+        "hidden": model.hidden_size,
+        "vocabulary": backbone.vocab_size,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "steps": last["step"],
+        "epochs": last["epoch"],
+        "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * options.window,
+        "skip": options.skip_share,
+        "window": options.window,
+        "windows": options.evaluation_windows,
+    }
+    write_card(out, facts=facts, losses=losses)
 
 
 def save(model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:

@@ -1,0 +1,72 @@
+"""The model card that stage 1 leaves beside a model: how it was made, on what, its curve and its numbers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+_TEXT = """# {name}
+
+A duo model: every layer of this {family} holds a big feed-forward network (inner size {big}) and a small one
+({small}) behind one shared attention, after Duo-LLM (arXiv 2410.10846). Trained from random initialisation under
+random routing, on the `model` split of {corpus}.
+
+    {command}
+
+| | |
+|---|---|
+| layers, hidden size, vocabulary | {layers}, {hidden}, {vocabulary} |
+| parameters | {parameters:,} |
+| training | {steps:,} updates of {batch:,} tokens, {epochs:.1f} passes over the text |
+| random routing | {skip:.0%} skip, the rest half small and half big, per token and layer |
+
+Loss in nats per token on the `evaluation` split, which neither this model nor any router was trained on
+(windows of {window} tokens):
+
+| text | tokens | all-small | all-big | difference |
+|---|---|---|---|---|
+{rows}
+
+![loss during training](curve.png)
+
+The curve follows {windows} windows of the `router` split. Its numbers are in `history.json`.
+"""
+
+
+def write_card(out: Path, *, facts: dict[str, Any], losses: dict[str, dict[str, float]]) -> None:
+    """Write `README.md` and `curve.png` from `history.json` in the model's folder.
+
+    Args:
+        out: the model's folder.
+        facts: what the text names; see `_TEXT`.
+        losses: per text `tokens`, `all_small` and `all_big` on its evaluation split.
+    """
+    lines = [
+        f"| {name} | {found['tokens']:,} | {found['all_small']:.3f} | {found['all_big']:.3f} "
+        f"| {found['all_small'] - found['all_big']:.3f} |"
+        for name, found in losses.items()
+    ]
+    (out / "README.md").write_text(_TEXT.format(**facts, rows="\n".join(lines)))
+    _curve(json.loads((out / "history.json").read_text())).savefig(out / "curve.png", dpi=100)
+
+
+def _curve(history: list[dict[str, float]]):
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for key, label in (
+        ("loss", "random routing, training text"),
+        ("eval_all_small", "all-small, held out"),
+        ("eval_all_big", "all-big, held out"),
+    ):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        axes.plot(*zip(*points, strict=True), label=label)
+    axes.set(xlabel="update", ylabel="loss (nats per token)")
+    axes.legend()
+    axes.grid(alpha=0.2)
+    return figure
