@@ -33,7 +33,9 @@ class EvaluationOptions:
     Args:
         windows: windows of the evaluation split for losses in the routed context.
         reference_windows: windows of it for regret and agreement in the reference context, searched exhaustively.
-        fixed_windows: windows of the router split on which the best fixed pattern is enumerated.
+        fixed_windows: windows of the router split on which all fixed patterns are enumerated.
+        finalists: the best of them, measured again on `final_windows` windows of it to find the best one.
+        final_windows: see `finalists`.
         batch: windows per pass.
         resamples: bootstrap resamples of windows for the 95 % intervals.
     """
@@ -41,6 +43,8 @@ class EvaluationOptions:
     windows: int = 128
     reference_windows: int = 16
     fixed_windows: int = 32
+    finalists: int = 8
+    final_windows: int = 128
     batch: int = 16
     resamples: int = 2000
 
@@ -201,7 +205,7 @@ class Comparer:
         self.searched = held_out[: options.reference_windows]
         enumerated = training[: options.fixed_windows].to(model.device)
         self._patterns = exhaustive(model, enumerated, context="uniform", actions=actions)
-        self.fixed = PatternRouter.best_of(self._patterns, price)
+        self.fixed = self._best_fixed(training[: options.final_windows])
         self.oracle = OracleRouter(price, actions)
         self.oracle.begin(model, self.searched.to(model.device))
         self._memory = remember(model, self.searched.to(model.device))
@@ -209,6 +213,16 @@ class Comparer:
         self._cheap = measure(model, cheap, self.windows, batch=options.batch)
         self._cheap_reference = self._measure_reference(cheap)
         self._fixed = measure(model, self.fixed, self.windows, batch=options.batch)
+
+    def _best_fixed(self, windows: Tensor) -> PatternRouter:
+        """The finalist with the lowest cost: 256 candidates on few windows alone would crown a lucky one."""
+
+        def cost(pattern: PatternRouter) -> float:
+            measured = measure(self.model, pattern, windows, batch=self.options.batch)
+            return (measured.loss + self.price * measured.compute).mean().item()
+
+        ranking = self._patterns.fixed_ranking(self.price)[: self.options.finalists]
+        return min((PatternRouter(self._patterns.routes[index].tolist()) for index in ranking), key=cost)
 
     def compare(self, routers: Mapping[str, Router], settings: dict[str, Any]) -> Comparison:
         """A row per router, by the name it is given, and the two frontiers."""

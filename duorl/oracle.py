@@ -55,13 +55,17 @@ class RouteTable:
         cost = self.losses + price * self.compute
         return cost.masked_fill(~self._allowed(allowed), torch.inf).argmin(-1)
 
+    def fixed_ranking(self, price: float = 0.0, *, allowed: Tensor | None = None) -> Tensor:
+        """All routes, the best one for all tokens together first: (R,) indices; those not allowed come last."""
+        cost = self.losses.mean((0, 1)) + price * self.compute
+        return cost.masked_fill(~self._allowed(allowed), torch.inf).argsort()
+
     def best_fixed(self, price: float = 0.0, *, allowed: Tensor | None = None) -> int:
         """The one route that is best for all tokens together (the paper's best fixed pattern), as an index.
 
         In the `uniform` context its loss is that of deploying it.
         """
-        cost = self.losses.mean((0, 1)) + price * self.compute
-        return int(cost.masked_fill(~self._allowed(allowed), torch.inf).argmin())
+        return int(self.fixed_ranking(price, allowed=allowed)[0])
 
     def best_of_random(self, count: int, *, generator: torch.Generator, price: float = 0.0) -> Tensor:
         """Each token's best among `count` routes drawn for all tokens (Duo-LLM, Fig. 4a): (B, T) indices."""

@@ -19,7 +19,8 @@ TINY = """
 total_decisions: 20000
 validations: 2
 env: {windows_per_batch: 1, group_size: 2, window: 64}
-evaluation: {windows: 4, reference_windows: 1, fixed_windows: 1, batch: 4, resamples: 50}
+evaluation:
+  {windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2, batch: 4, resamples: 50}
 supervised: {windows: 1, epochs: 1}
 soft: {updates: 2, windows_per_batch: 1}
 """

@@ -43,11 +43,11 @@ def test_the_oracle_router_takes_each_tokens_best_route(duo, windows):
     assert torch.allclose(measured.loss, table.loss(table.best(0.1)), atol=1e-5)
 
 
-def test_the_best_pattern_is_the_tables(duo, windows):
+def test_a_uniform_table_ranks_patterns_as_deploying_them_does(duo, windows):
     table = exhaustive(duo, windows, context="uniform")
-    losses = [measure(duo, PatternRouter(route.tolist()), windows).loss.mean() for route in table.routes]
-    best = PatternRouter.best_of(table, 0.0)
-    assert best.config["route"] == table.routes[torch.stack(losses).argmin()].tolist()
+    losses = torch.stack([measure(duo, PatternRouter(route.tolist()), windows).loss.mean() for route in table.routes])
+    assert torch.allclose(losses, table.losses.mean((0, 1)), atol=1e-5)
+    assert torch.equal(losses[table.fixed_ranking()], losses.sort().values)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from duorl.costs import action_ids
 from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle import RouteTable, exhaustive
+from duorl.oracle import exhaustive
 from duorl.routers.base import Router
 
 
@@ -57,16 +57,6 @@ class PatternRouter(Router):
 
     def __init__(self, route: Sequence[int]):
         super().__init__(route=[int(action) for action in route])
-
-    @classmethod
-    def best_of(cls, table: RouteTable, price: float) -> PatternRouter:
-        """The best of all A^L fixed patterns at a price (Duo-LLM, Fig. 4b).
-
-        Args:
-            table: a search of router-training text in the `uniform` context, where one route serves all tokens.
-            price: nats per all-big pass.
-        """
-        return cls(table.routes[table.best_fixed(price)].tolist())
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
         """(...), the route's action in this layer; see `Router.forward`."""

@@ -1,0 +1,57 @@
+"""The examples in README and docs run, and the commands in them exist."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from duorl.cli import build_parser
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)
+
+
+def commands(page: Path) -> list[str]:
+    """Lines that start with one of our commands, fenced or indented."""
+    lines = re.findall(r"^(?: {4})?((?:python train\.py|duorl) .*)$", page.read_text(), re.MULTILINE)
+    return [line.split("  #")[0] for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_examples_run(page, tmp_path):
+    """All of a page's blocks as one program, in an empty folder."""
+    program = "\n".join(blocks(page, "python"))
+    (tmp_path / "example.py").write_text(program)
+    done = subprocess.run([sys.executable, "example.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_are_accepted(page, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "thrifty.py").write_text(blocks(ROOT / "docs" / "rewards.md", "python")[0])
+    monkeypatch.chdir(ROOT)
+    parser, _ = build_parser()
+    for command in commands(page):
+        words = shlex.split(command)
+        parser.parse_args(["train", *words[2:]] if words[0] == "python" else words[1:])
+
+
+def test_the_readme_names_every_command():
+    assert {"train", "compare", "evaluate", "oracle", "pretrain"} <= {
+        command.split()[1].replace("train.py", "train") for command in commands(ROOT / "README.md")
+    }
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+        assert (page.parent / target).exists(), target
