@@ -29,6 +29,7 @@ from torch import Tensor
 
 import agents
 from agents import PPO, Agent
+from duorl.checks import require_positive
 from duorl.corpus import load_windows
 from duorl.costs import ACTIONS, action_ids
 from duorl.evaluate import Comparer, Comparison, EvaluationOptions, evaluate, flatten, measure
@@ -76,6 +77,9 @@ class EnvironmentOptions:
     windows_per_batch: int = 4
     group_size: int = 4
     token_discount: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_positive(window=self.window, windows_per_batch=self.windows_per_batch, group_size=self.group_size)
 
 
 @dataclass(frozen=True)
@@ -217,7 +221,9 @@ class Run:
     def __init__(self, options: Namespace, config: str):
         self.options, self.config = options, config
         check_folder(options)
-        action_ids(options.actions)
+        _check_same_options(options, config)
+        require_positive(total_decisions=options.total_decisions)
+        action_ids([options.reference]), action_ids(options.actions)
         self.price = price_of(options.reward)
         self.model, tokenizer = load(options.model), load_tokenizer(options.model)
         read = partial(load_windows, options.corpus, tokenizer, length=options.env.window)
@@ -367,6 +373,20 @@ def check_folder(options: Namespace) -> None:
         raise FileExistsError(f"{folder} already holds files: give --overwrite to replace a run, or another --out")
     if held and folder is not None and not (folder / "config.yaml").is_file():
         raise FileExistsError(f"{folder} holds files but no run (no config.yaml): give another --out")
+
+
+def _check_same_options(options: Namespace, config: str) -> None:
+    """Refuse to resume a run with options other than its own: routers of different kinds would stand in one table."""
+    if not options.resume:
+        return
+    now, then = (
+        dict(flatten(yaml.safe_load(text))) for text in (config, (Path(options.out) / "config.yaml").read_text())
+    )
+    for name in sorted((now.keys() | then.keys()) - {"resume", "overwrite", "out"}):
+        if now.get(name) != then.get(name):
+            raise ValueError(
+                f"{options.out} was made with {name} {then.get(name)}, not {now.get(name)}: cannot resume it"
+            )
 
 
 def make_folder(options: Namespace, name: str, config: str) -> Path:

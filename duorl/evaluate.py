@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from duorl.checks import require_positive
 from duorl.costs import ACTIONS, BIG
 from duorl.models.attention import Memory
 from duorl.models.modeling import DuoForCausalLM
@@ -47,6 +48,9 @@ class EvaluationOptions:
     final_windows: int = 128
     batch: int = 16
     resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        require_positive(**vars(self))
 
 
 @dataclass(frozen=True)

@@ -195,6 +195,10 @@ def window_order(count: int, batch: int, generator: np.random.Generator) -> Iter
     """
     if count < batch:
         raise ValueError(f"the text has {count} windows, a batch takes {batch}: lower windows_per_batch")
+    return _shuffled_batches(count, batch, generator)
+
+
+def _shuffled_batches(count: int, batch: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
     while True:
         order = generator.permutation(count)
         for start in range(0, count - batch + 1, batch):

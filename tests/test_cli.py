@@ -104,6 +104,7 @@ def test_compare_trains_all_agents_and_resumes(tiny, capsys):
     printed = capsys.readouterr().out
     assert "train REINFORCE" in printed and "train PPO" not in printed
     assert Path("all/routers/PPO/router.safetensors").read_bytes() == weights
+    assert "made with seed 0, not 1" in refused([*arguments, "--resume", "--seed", "1"], capsys)
     again = json.loads(Path("all/comparison.json").read_text())
     for before, after in zip(first["rows"], again["rows"], strict=True):
         assert before["loss"] == after["loss"] and before["return_interval"] == after["return_interval"]
@@ -179,6 +180,11 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny):
         (["--out", "full", "--overwrite"], "no run"),
         (["--out", "fresh", "--resume"], "nothing to resume"),
         (["--agent", "REINFORCE", "--env.group_size", "1"], "group_size to at least 2"),
+        (["--evaluation.windows", "0"], "windows must be at least 1, not 0"),
+        (["--total_decisions", "0"], "total_decisions must be at least 1"),
+        (["--env.token_discount", "1"], r"token_discount must be in \[0, 1\)"),
+        (["--env.windows_per_batch", "9999"], "a batch takes 9999"),
+        (["--reference", "huge"], "unknown action 'huge'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

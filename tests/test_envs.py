@@ -142,6 +142,6 @@ def test_bad_arguments_are_refused(duo, windows):
     with pytest.raises(ValueError, match="out of range"):
         DuoRoutingEnv(duo, windows=windows).reset(options={"window": 6, "position": 0})
     with pytest.raises(ValueError, match="a batch takes 9"):
-        Lockstep(duo, windows, windows_per_batch=9).draw()
+        Lockstep(duo, windows, windows_per_batch=9)
     with pytest.raises(ValueError, match="is trainable"):
         DuoRoutingEnv(make_duo("gpt2").requires_grad_(True), windows=windows)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duorl.checks import require_positive
 from duorl.models.loading import require_frozen
 from duorl.models.modeling import DuoForCausalLM
 from duorl.routed_pass import RoutedPass
@@ -43,6 +44,9 @@ class SoftOptions:
     last_sharpness: float = 20.0
     learning_rate: float = 3e-3
     width: int = 32
+
+    def __post_init__(self) -> None:
+        require_positive(updates=self.updates, windows_per_batch=self.windows_per_batch)
 
 
 def sharpness(progress: float, first: float, last: float) -> float:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from duorl.checks import require_positive
 from duorl.costs import action_ids
 from duorl.models.loading import require_frozen
 from duorl.models.modeling import DuoForCausalLM
@@ -34,6 +35,9 @@ class SupervisedOptions:
     batch_size: int = 4096
     learning_rate: float = 1e-3
     width: int = 32
+
+    def __post_init__(self) -> None:
+        require_positive(windows=self.windows, epochs=self.epochs, batch_size=self.batch_size)
 
 
 @torch.no_grad()

@@ -1,0 +1,71 @@
+"""Ratios measured in one run: `python benchmarks/speed.py`.
+
+- the exhaustive oracle against naive enumeration, one full forward per route;
+- grouped execution against computing every network and selecting;
+- an all-small pass against an all-big one, the most that routing can save.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+import duorl
+from duorl.models import DuoFFN
+from duorl.oracle import exhaustive
+
+
+def seconds(run: Callable[[], object], repeats: int = 5) -> float:
+    """Median wall time after one warm-up."""
+    run()
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def naive_uniform(model: duorl.DuoForCausalLM, inputs: Tensor) -> None:
+    """All 2^L routes, each applied to every token in a full forward pass."""
+    for route in torch.cartesian_prod(*[torch.tensor([1, 2])] * model.num_layers):
+        model(input_ids=inputs, routes=route.expand(*inputs.shape, -1).contiguous())
+
+
+def compute_and_select(ffn: DuoFFN, hidden: Tensor, actions: Tensor) -> Tensor:
+    """What grouped execution avoids: every network on every token."""
+    both = torch.stack([ffn.small(hidden), ffn.big(hidden)])
+    return both.gather(0, (actions - 1)[None, ..., None].expand(1, *hidden.shape)).squeeze(0)
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure and print."""
+    model = duorl.load("duo-tiny")
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.backbone.vocab_size, (1, 129), generator=generator)
+    searched = seconds(lambda: exhaustive(model, tokens, context="uniform"), repeats=3)
+    naive = seconds(lambda: naive_uniform(model, tokens[:, :-1]), repeats=1)
+    print(f"oracle: naive / exhaustive time {naive / searched:.1f}, {128 / searched:.0f} tokens per second")
+
+    ffn, hidden = model.stack.ffns[0], torch.randn(16, 128, model.hidden_size, generator=generator)
+    for share in (0.1, 0.5, 0.9):
+        actions = 1 + (torch.rand(16, 128, generator=generator) < share).long()
+        grouped = seconds(lambda a=actions: ffn.route(hidden, a), repeats=20)
+        everything = seconds(lambda a=actions: compute_and_select(ffn, hidden, a), repeats=20)
+        print(f"FFN, {share:.0%} big: compute-and-select / grouped time {everything / grouped:.2f}")
+
+    batch = torch.randint(model.config.backbone.vocab_size, (16, 128), generator=generator)
+    times = {
+        action: seconds(lambda a=action: model(input_ids=batch, routes=torch.full((16, 128, model.num_layers), a)))
+        for action in (1, 2)
+    }
+    print(f"whole pass: all-small / all-big time {times[1] / times[2]:.2f}")
+
+
+if __name__ == "__main__":
+    main()
