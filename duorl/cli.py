@@ -33,7 +33,7 @@ from duorl.checks import require_positive
 from duorl.corpus import load_windows
 from duorl.costs import ACTIONS, action_ids
 from duorl.evaluate import Comparer, Comparison, EvaluationOptions, evaluate, flatten, measure
-from duorl.figures import budget_table, frontier, heat_map, table
+from duorl.figures import budget_table, frontier, heat_map, markdown, table
 from duorl.journal import Journal
 from duorl.models import DuoForCausalLM, load, load_tokenizer
 from duorl.models.pretrain import Pretraining, PretrainOptions
@@ -352,6 +352,7 @@ def write(comparison: Comparison, folder: Path) -> None:
     """Print a comparison's table and write its numbers and its figure."""
     console.print(table(comparison))
     comparison.save(folder)
+    (folder / "comparison.md").write_text(markdown(comparison))
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     frontier(comparison).savefig(figures / "frontier.png", dpi=150)

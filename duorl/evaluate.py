@@ -154,6 +154,11 @@ class Comparison:
     rows: list[dict[str, Any]]
     frontiers: dict[str, list[dict[str, Any]]]
 
+    @classmethod
+    def load(cls, path: Path) -> Comparison:
+        """A saved `comparison.json`."""
+        return cls(**json.loads(path.read_text()))
+
     def save(self, folder: Path) -> None:
         """Write `comparison.json` and `comparison.csv` (one line per router, nested keys joined by a dot)."""
         (folder / "comparison.json").write_text(json.dumps(asdict(self), indent=1))

@@ -55,23 +55,31 @@ def heat_map(routes: Tensor, title: str) -> Figure:
     return figure
 
 
+_COLUMNS = ["router", "loss", "compute", "actions %", "return", "minus best fixed", "regret", "agree"]
+
+
 def table(comparison: Comparison) -> Table:
     """The comparison for a terminal of 80 columns; the caption says in which context each column was measured."""
     routed = max(row["tokens"] for row in comparison.rows)
     searched = min(row["reference"]["tokens"] for row in comparison.rows)
     caption = (
-        f"Routed context, {routed:,} held-out tokens; regret and agreement in the reference context, {searched:,} of "
+        f"Actions: skip/small/big. Routed context, {routed:,} held-out tokens; regret and agreement in the reference context, {searched:,} of "
         "them. In brackets the 95 % interval over windows of the paired difference to best fixed. * sees the label: "
         "a bound, not a rival, on the searched tokens only."
     )
     title = f"price {comparison.settings['price']:g} nats per all-big pass"
     shown = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    shown.add_column("router", no_wrap=True)
-    for name in ("loss", "com-\npute", "skip/small/\nbig %", "return", "minus best fixed", "regret", "agree"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    for name in _COLUMNS:
+        shown.add_column(name, justify="left" if name == "router" else "right", no_wrap=True)
     for row in comparison.rows:
         shown.add_row(*_cells(row))
     return shown
+
+
+def markdown(comparison: Comparison) -> str:
+    """The same table for a page of Markdown."""
+    lines = [_COLUMNS, ["---"] + ["---:"] * (len(_COLUMNS) - 1), *map(_cells, comparison.rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _cells(row: dict) -> list[str]:

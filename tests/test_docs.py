@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from duorl.cli import build_parser
+from duorl.evaluate import Comparison
+from duorl.figures import markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -42,13 +44,23 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch):
     parser, _ = build_parser()
     for command in commands(page):
         words = shlex.split(command)
-        parser.parse_args(["train", *words[2:]] if words[0] == "python" else words[1:])
+        words = ["train", *words[2:]] if words[0] == "python" else words[1:]
+        assert parser.parse_args(words).subcommand == words[0]
 
 
 def test_the_readme_names_every_command():
     assert {"train", "compare", "evaluate", "oracle", "pretrain"} <= {
         command.split()[1].replace("train.py", "train") for command in commands(ROOT / "README.md")
     }
+
+
+@pytest.mark.parametrize("result", sorted((ROOT / "docs" / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_tables_are_those_of_the_kept_results(result):
+    """Every kept comparison stands in a page as it was measured, beside the command that made it."""
+    comparison = Comparison.load(result)
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert markdown(comparison) in text
+    assert comparison.settings["command"] in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
