@@ -63,12 +63,12 @@ def table(comparison: Comparison) -> Table:
     routed = max(row["tokens"] for row in comparison.rows)
     searched = min(row["reference"]["tokens"] for row in comparison.rows)
     caption = (
-        f"Actions: skip/small/big. Routed context, {routed:,} held-out tokens; regret and agreement in the reference context, {searched:,} of "
-        "them. In brackets the 95 % interval over windows of the paired difference to best fixed. * sees the label: "
-        "a bound, not a rival, on the searched tokens only."
+        f"Actions: skip/small/big. Routed context, {routed:,} held-out tokens; regret and agreement in the reference "
+        f"context, {searched:,} of them. In brackets the 95 % interval over windows of the paired difference to best "
+        "fixed. * sees the label: a bound, not a rival, on the searched tokens only."
     )
     title = f"price {comparison.settings['price']:g} nats per all-big pass"
-    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    shown = Table(title=title, caption=caption, box=SIMPLE_HEAD, padding=0, pad_edge=False)
     for name in _COLUMNS:
         shown.add_column(name, justify="left" if name == "router" else "right", no_wrap=True)
     for row in comparison.rows:
