@@ -155,7 +155,7 @@ class PPO(Agent):
         self,
         env: Lockstep,
         *,
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-3,
         epochs: int = 2,
         batch_size: int = 4096,
         clip_range: float = 0.2,

@@ -108,7 +108,7 @@ class RunOptions:
     agents: dict[str, AgentFactory]
     reward: Reward = field(default_factory=LossImprovement)
     model: str = "duo-tiny"
-    corpus: list[str] = field(default_factory=lambda: ["stdlib-code"])
+    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
     total_decisions: int = 4_000_000
@@ -139,7 +139,7 @@ class EvaluateOptions:
 
     router: str
     model: str = "duo-tiny"
-    corpus: list[str] = field(default_factory=lambda: ["stdlib-code"])
+    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
     price: float = 0.1
@@ -164,7 +164,7 @@ class OracleOptions:
     """
 
     model: str = "duo-tiny"
-    corpus: list[str] = field(default_factory=lambda: ["stdlib-code"])
+    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     context: SearchContext = "reference"
     window: int = 128

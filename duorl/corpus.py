@@ -137,7 +137,12 @@ def _user_file(path: Path) -> Iterator[Document]:
         yield from _text_blocks(path.name, text or "")
 
 
-def documents(sources: Sequence[str], split: Split) -> list[Document]:
+def source_names(sources: str | Sequence[str]) -> list[str]:
+    """One source or several, as a list."""
+    return [sources] if isinstance(sources, str) else list(sources)
+
+
+def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
     """All documents of one split.
 
     Args:
@@ -157,12 +162,12 @@ def documents(sources: Sequence[str], split: Split) -> list[Document]:
         return split_of(path) == split
 
     found: list[Document] = []
-    for source in sources:
+    for source in source_names(sources):
         found += BUILT_IN[source](keep) if source in BUILT_IN else _user_files(source, keep)
     return sorted(found, key=lambda document: hashlib.sha256(document.path.encode()).digest()[8:])
 
 
-def load_windows(sources: Sequence[str], tokenizer, *, split: Split, length: int) -> Tensor:
+def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, length: int) -> Tensor:
     """The token windows of one split.
 
     The documents are joined with an end-of-text token between them and cut into windows that
@@ -187,7 +192,7 @@ def load_windows(sources: Sequence[str], tokenizer, *, split: Split, length: int
     stream = torch.tensor([token for ids in encoded for token in (*ids, end)], dtype=torch.int64)
     if len(stream) <= length:
         raise ValueError(
-            f"the {split} split of {', '.join(sources)} has {len(stream)} tokens, shorter than one window of "
-            f"{length} + 1: give more text or a smaller window"
+            f"the {split} split of {', '.join(source_names(sources))} has {len(stream)} tokens, shorter than one "
+            f"window of {length} + 1: give more text or a smaller window"
         )
     return stream.unfold(0, length + 1, length)

@@ -169,7 +169,7 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny):
         (["--seed", "x"], "seed.*Got value: x"),
         (["--corpus", '["gone.txt"]'], "no text at 'gone.txt'"),
         (["--corpus", '["zero.txt"]'], "zero.txt is empty"),
-        (["--corpus", '["short.txt"]'], "shorter than one window of 128"),
+        (["--corpus", '["short.txt"]'], "128 \+ 1"),
         (["--reward", "gone.Gone"], "No module named 'gone'"),
         (["--reward", "json.JSONDecoder"], "not correspond to a subclass of Reward"),
         (["--reward.price", "-1"], "price must be at least 0"),

@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint, set_seed
 
-from duorl.corpus import documents, load_windows
+from duorl.corpus import documents, load_windows, source_names
 from duorl.costs import BIG, SMALL
 from duorl.models.card import write_card
 from duorl.models.config import DuoConfig, inner_size
@@ -57,7 +57,7 @@ class PretrainOptions:
     """
 
     out: str
-    corpus: list[str] = field(default_factory=lambda: ["stdlib-code", "stdlib-docs"])
+    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code", "stdlib-docs"])
     model: str | None = None
     backbone: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
     vocab_size: int = 2048
@@ -223,7 +223,7 @@ def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments) 
     """Write the model card of a trained model; its losses are those of the model as saved."""
     model, tokenizer = load(out), load_tokenizer(out)
     losses = {}
-    for source in options.corpus:
+    for source in source_names(options.corpus):
         windows = load_windows([source], tokenizer, split="evaluation", length=options.window)
         losses[source] = {"tokens": windows[:, 1:].numel(), **constant_losses(model, windows)}
     backbone, last = model.config.backbone, json.loads((out / "history.json").read_text())[-1]
@@ -232,7 +232,7 @@ def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments) 
         "family": backbone.model_type,
         "big": inner_size(backbone),
         "small": model.config.small_size,
-        "corpus": ", ".join(options.corpus),
+        "corpus": ", ".join(source_names(options.corpus)),
         "command": "duorl pretrain --config config.yaml",
         "layers": model.num_layers,
         "hidden": model.hidden_size,
