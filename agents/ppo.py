@@ -155,14 +155,14 @@ class PPO(Agent):
         self,
         env: Lockstep,
         *,
-        learning_rate: float = 1e-3,
+        learning_rate: float = 3e-3,
         epochs: int = 2,
         batch_size: int = 4096,
         clip_range: float = 0.2,
         gae_lambda: float = 1.0,
         entropy_bonus: float = 0.0,
         value_weight: float = 0.5,
-        width: int = 32,
+        width: int = 0,
     ):
         super().__init__(env, width)
         self.vec_env = RoutingVecEnv(env)

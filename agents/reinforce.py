@@ -37,9 +37,9 @@ class REINFORCE(Agent):
         env: Lockstep,
         *,
         baseline: Baseline = "leave-one-out",
-        learning_rate: float = 3e-3,
+        learning_rate: float = 1e-2,
         entropy_bonus: float = 0.0,
-        width: int = 32,
+        width: int = 0,
     ):
         super().__init__(env, width)
         if baseline == "leave-one-out" and env.group_size < 2:

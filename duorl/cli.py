@@ -111,7 +111,7 @@ class RunOptions:
     corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
-    total_decisions: int = 4_000_000
+    total_decisions: int = 5_000_000
     env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
     supervised: SupervisedOptions = field(default_factory=SupervisedOptions)
     soft: SoftOptions = field(default_factory=SoftOptions)

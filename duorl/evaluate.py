@@ -41,7 +41,7 @@ class EvaluationOptions:
         resamples: bootstrap resamples of windows for the 95 % intervals.
     """
 
-    windows: int = 128
+    windows: int = 256
     reference_windows: int = 16
     fixed_windows: int = 32
     finalists: int = 8

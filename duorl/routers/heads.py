@@ -76,7 +76,7 @@ class HeadRouter(Router):
         layers: int,
         hidden_size: int,
         actions: Sequence[str] = ("small", "big"),
-        width: int = 32,
+        width: int = 0,
         seed: int = 0,
     ):
         super().__init__(layers=layers, hidden_size=hidden_size, actions=list(actions), width=width, seed=seed)

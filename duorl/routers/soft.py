@@ -42,8 +42,8 @@ class SoftOptions:
     windows_per_batch: int = 8
     first_sharpness: float = 1.0
     last_sharpness: float = 20.0
-    learning_rate: float = 3e-3
-    width: int = 32
+    learning_rate: float = 1e-2
+    width: int = 0
 
     def __post_init__(self) -> None:
         require_positive(updates=self.updates, windows_per_batch=self.windows_per_batch)

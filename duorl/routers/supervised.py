@@ -33,8 +33,8 @@ class SupervisedOptions:
     windows: int = 64
     epochs: int = 10
     batch_size: int = 4096
-    learning_rate: float = 1e-3
-    width: int = 32
+    learning_rate: float = 3e-3
+    width: int = 0
 
     def __post_init__(self) -> None:
         require_positive(windows=self.windows, epochs=self.epochs, batch_size=self.batch_size)
