@@ -51,7 +51,7 @@ def test_reinforce_solves_a_known_optimum(duo, windows, baseline):
     agent = agents.REINFORCE(env, baseline=baseline, learning_rate=0.03)
     returns = []
     router = agent.learn(
-        80 * agent.decisions_per_update, lambda _, metrics, __: returns.append(metrics["rollout/return"])
+        200 * agent.decisions_per_update, lambda _, metrics, __: returns.append(metrics["rollout/return"])
     )
     assert returns[0] < 0 < 0.9 < returns[-1]
     assert _routes(duo, router, windows) == [1, 2, 1]
