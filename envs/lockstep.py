@@ -88,8 +88,8 @@ class RoutingDynamics:
         self.token_discount = token_discount
         self.model = model
         self.reward = reward or LossImprovement()
-        self.actions = tuple(actions)
         self.codes = action_ids(actions).to(model.device)
+        self.actions = tuple(ACTIONS[code] for code in self.codes.tolist())
         self.context: Context = context
         self.group_size = group_size
         self.reference = int(action_ids([reference]))

@@ -92,7 +92,7 @@ def test_seeds_repeat_and_differ(duo, windows):
 
 
 def test_render_draws_the_route(duo, windows):
-    env = gymnasium.make("duorl/Routing-v0", model=duo, windows=windows, actions=("skip", "big"), render_mode="ansi")
+    env = gymnasium.make("duorl/Routing-v0", model=duo, windows=windows, actions=("big", "skip"), render_mode="ansi")
     env.reset(options={"window": 1, "position": 2})
     assert env.render() == "window 1 position 2: ___"
     env.step(0)
