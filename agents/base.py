@@ -9,7 +9,7 @@ from duorl.routers import HeadRouter, Router
 from envs.lockstep import Lockstep
 
 Monitor = Callable[[int, dict[str, float], Router], None]
-"""Called after every update with the layer decisions so far, metrics by TensorBoard tag, and the router."""
+"""Called once per update with the layer decisions so far, metrics by TensorBoard tag, and the router."""
 
 
 class Agent(ABC):

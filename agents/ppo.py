@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import cast
 
 import numpy as np
@@ -166,10 +167,11 @@ class PPO(Agent):
     ):
         super().__init__(env, width)
         self.vec_env = RoutingVecEnv(env)
+        self.learning_rate = learning_rate
         self.algorithm = stable_baselines3.PPO(
             RoutingPolicy,
             self.vec_env,
-            learning_rate=lambda remaining: learning_rate * remaining,
+            learning_rate=learning_rate,
             n_steps=env.layers,
             batch_size=min(batch_size, self.decisions_per_update),
             n_epochs=epochs,
@@ -188,5 +190,9 @@ class PPO(Agent):
 
     def learn(self, total_decisions: int, monitor: Monitor | None = None) -> HeadRouter:
         """Train; see `Agent.learn`."""
-        self.algorithm.learn(total_decisions, callback=_Report(self.vec_env, monitor), reset_num_timesteps=True)
+        updates = ceil(total_decisions / self.decisions_per_update)
+        # The algorithm asks after a rollout, when 1 / updates of the whole is already gone.
+        self.algorithm.lr_schedule = lambda remaining: self.learning_rate * (remaining + 1 / updates)
+        self.algorithm.set_random_seed(self.env.first_seed)
+        self.algorithm.learn(updates * self.decisions_per_update, callback=_Report(self.vec_env, monitor))
         return self._finish()

@@ -37,7 +37,7 @@ from duorl.figures import budget_table, frontier, heat_map, markdown, table
 from duorl.journal import Journal
 from duorl.models import DuoForCausalLM, load, load_tokenizer
 from duorl.models.pretrain import Pretraining, PretrainOptions
-from duorl.oracle import SearchContext, exhaustive
+from duorl.oracle import SearchContext, count_routes, exhaustive
 from duorl.rewards import LossImprovement, Reward, price_of
 from duorl.routed_pass import Context
 from duorl.routers import (
@@ -50,9 +50,10 @@ from duorl.routers import (
     train_supervised,
 )
 from duorl.routers import load as load_router
-from envs import Lockstep
+from envs import Lockstep, RoutingDynamics
 
 _VALIDATION_WINDOWS = 16
+_MARK = ".duorl"  # tells a folder of ours, which --overwrite may delete, from any other with a config.yaml
 
 console = Console()
 AgentFactory = Callable[[Lockstep], Agent]
@@ -224,11 +225,13 @@ class Run:
         _check_same_options(options, config)
         require_positive(total_decisions=options.total_decisions)
         action_ids([options.reference]), action_ids(options.actions)
-        self.price = price_of(options.reward)
+        self.price = LossImprovement(price_of(options.reward)).price
         self.model, tokenizer = load(options.model), load_tokenizer(options.model)
         read = partial(load_windows, options.corpus, tokenizer, length=options.env.window)
         self.training, self.validation = _hold_back(read(split="router"))
         self.held_out = read(split="evaluation")
+        count_routes(self.model.num_layers, options.actions)
+        self._try_reward()
         self.agents = self._make_agents()
 
     def __call__(self) -> None:
@@ -253,7 +256,18 @@ class Run:
             return {type(agent).__name__: agent}
         if not self.options.agents:
             raise ValueError("no agents to compare: name at least one in `agents`")
+        taken = {"random", *(f"all-{action}" for action in ACTIONS), "best fixed", "supervised", "soft", "oracle"}
+        for name in self.options.agents:
+            if name in taken or Path(name).name != name:
+                raise ValueError(f"an agent cannot be called {name!r}: the comparison or the folder needs that name")
         return {name: factory(self._lockstep()) for name, factory in self.options.agents.items()}
+
+    def _try_reward(self) -> None:
+        """One episode of one window: a reward that cannot be used is found before anything is written."""
+        trial = RoutingDynamics(self.model, reward=self.options.reward, actions=self.options.actions)
+        trial.reset(self.training[:1])
+        while not trial.done:
+            trial.step(torch.zeros(self.options.env.window, dtype=torch.int64, device=self.model.device))
 
     def _lockstep(self) -> Lockstep:
         options = self.options
@@ -282,7 +296,9 @@ class Run:
     def _learn(self, name: str, agent: Agent, progress: Progress) -> Router:
         total = self.options.total_decisions
         task = progress.add_task(f"train {name}", total=total, note="")
-        journal = Journal(self.folder / "tensorboard" / name)
+        events = self.folder / "tensorboard" / name
+        shutil.rmtree(events, ignore_errors=True)  # an interrupted training's curve would lie under the new one
+        journal = Journal(events)
         every = max(1, total // max(1, self.options.validations))
 
         def monitor(decisions: int, metrics: Mapping[str, float], router: Router) -> None:
@@ -327,13 +343,18 @@ class Run:
         return comparison
 
     def _settings(self) -> dict[str, Any]:
-        command = shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
-        return {"command": command, "price": self.price, **yaml.safe_load(self.config)}
+        return {"command": _command(), "price": self.price, **yaml.safe_load(self.config)}
 
     def _say_where(self) -> None:
         routers = "router/ and routers/" if self._single else "routers/"
         console.print(f"\nwrote {self.folder}/: comparison.json, comparison.csv, figures/, {routers}, config.yaml")
         console.print(f"{_tensorboard()} --logdir {self.folder / 'tensorboard'}", soft_wrap=True)
+
+
+def _command() -> str:
+    """What was typed."""
+    program = Path(sys.argv[0]).name
+    return shlex.join([*(["python", program] if program.endswith(".py") else [program]), *sys.argv[1:]])
 
 
 def _comparer(options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor, price: float) -> Comparer:
@@ -368,12 +389,16 @@ def check_folder(options: Namespace) -> None:
     folder = Path(options.out) if options.out else None
     held = folder is not None and folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     resume = options.get("resume", False)
+    if resume and options.overwrite:
+        raise ValueError("--resume goes on with what --overwrite would delete: give one of them")
     if resume and not held:
         raise FileNotFoundError(f"nothing to resume: --out {folder} holds no run")
     if held and not (options.overwrite or resume):
         raise FileExistsError(f"{folder} already holds files: give --overwrite to replace a run, or another --out")
-    if held and folder is not None and not (folder / "config.yaml").is_file():
-        raise FileExistsError(f"{folder} holds files but no run (no config.yaml): give another --out")
+    if held and folder is not None and not ((folder / _MARK).is_file() and (folder / "config.yaml").is_file()):
+        raise FileExistsError(f"{folder} holds files but no run (no {_MARK}): give another --out")
+    if held and folder is not None and Path.cwd().is_relative_to(folder.resolve()):
+        raise FileExistsError(f"{folder} is where you stand: give another --out")
 
 
 def _check_same_options(options: Namespace, config: str) -> None:
@@ -396,6 +421,7 @@ def make_folder(options: Namespace, name: str, config: str) -> Path:
     if options.overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _MARK).touch()
     (folder / "config.yaml").write_text(config)
     return folder
 
@@ -433,14 +459,17 @@ def evaluate_command(options: Namespace, config: str) -> Callable[[], None]:
     price = LossImprovement(options.price).price
     model, tokenizer = load(options.model), load_tokenizer(options.model)
     router = load_router(options.router).to(model.device)
+    require_positive(window=options.window)
+    count_routes(model.num_layers, options.actions)
     read = partial(load_windows, options.corpus, tokenizer, length=options.window)
     training, held_out = read(split="router"), read(split="evaluation")
+    measure(model, router, held_out[:1])  # a router of another model's sizes fails here
     check_folder(options)
 
     def run() -> None:
         comparer = _comparer(options, model, training, held_out, price)
-        routers = {Path(options.router).name: router, "best fixed": comparer.fixed, "oracle": comparer.oracle}
-        comparison = comparer.compare(routers, yaml.safe_load(config))
+        routers = {f"{options.router}": router, "best fixed": comparer.fixed, "oracle": comparer.oracle}
+        comparison = comparer.compare(routers, {"command": _command(), **yaml.safe_load(config)})
         folder = make_folder(options, "evaluate", config)
         write(comparison, folder)
         console.print(f"wrote {folder}/")
@@ -450,8 +479,9 @@ def evaluate_command(options: Namespace, config: str) -> Callable[[], None]:
 
 def oracle_command(options: Namespace, config: str) -> Callable[[], None]:
     """Prepare `duorl oracle`."""
-    action_ids(options.actions)
+    require_positive(window=options.window, windows=options.windows)
     model, tokenizer = load(options.model), load_tokenizer(options.model)
+    count_routes(model.num_layers, options.actions)
     tokens = load_windows(options.corpus, tokenizer, split="evaluation", length=options.window)[: options.windows]
     check_folder(options)
 
@@ -491,6 +521,9 @@ def pretrain_command(options: Namespace, config: str) -> Callable[[], None]:
     return run
 
 
+# What preparing a command may raise for its input; running it is outside, where an error is a bug and keeps its trace.
+_BAD_INPUT = (ValueError, OSError, KeyError, TypeError, AssertionError, ZeroDivisionError, RuntimeError)
+
 COMMANDS: dict[str, Callable[[Namespace, str], Callable[[], None]]] = {
     "train": Run,
     "compare": Run,
@@ -514,7 +547,7 @@ def build_parser() -> tuple[_Parser, dict[str, _Parser]]:
         subparsers[name].set_defaults({"reward": lazy_instance(LossImprovement)})
     for name in ("train", "compare", "pretrain"):
         subparsers[name].add_argument(
-            "--resume", action="store_true", help="go on where the run in the output folder stopped"
+            "--resume", action="store_true", help="keep what the output folder has finished, do the rest"
         )
     parser = _Parser(prog="duorl", description="Reinforcement-learning routers for duo models.", allow_abbrev=False)
     commands = parser.add_subcommands()
@@ -534,8 +567,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options = parser.instantiate(parsed)[name]
         command = COMMANDS[name](options, text)
-    except (ValueError, OSError) as error:
-        fail(" ".join(str(error).split()))
+    except _BAD_INPUT as error:
+        fail(" ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split()))
     command()
 
 

@@ -171,7 +171,8 @@ def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
     """The token windows of one split.
 
     The documents are joined with an end-of-text token between them and cut into windows that
-    overlap by one token, so that every token but the first is predicted once.
+    overlap by one token, so that every token but the first is predicted once. They come in a fixed shuffled order,
+    so that the first few are drawn from all documents and not from the first.
 
     Args:
         sources: see `documents`.
@@ -195,4 +196,5 @@ def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
             f"the {split} split of {', '.join(source_names(sources))} has {len(stream)} tokens, shorter than one "
             f"window of {length} + 1: give more text or a smaller window"
         )
-    return stream.unfold(0, length + 1, length)
+    windows = stream.unfold(0, length + 1, length)
+    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]

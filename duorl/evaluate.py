@@ -51,6 +51,8 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         require_positive(**vars(self))
+        if self.reference_windows > self.windows:
+            raise ValueError(f"reference_windows {self.reference_windows} must be among the {self.windows} windows")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Measurement:
         loss: (W, T) nats.
         compute: (W, T), in [0, 1].
         routes: (W, T, L) int64, action codes.
-        seconds: (W,), wall time of each window's share of its batch.
+        seconds: (batches,), wall time per token of each batch; the router's decisions are in it, `begin` is not.
     """
 
     loss: Tensor
@@ -92,17 +94,17 @@ def measure(
     """
     parts = []
     for index, tokens in enumerate(windows.to(model.device).split(batch)):
-        started = time.perf_counter()
         router.begin(model, tokens)
+        started = time.perf_counter()
         walk = RoutedPass(model, tokens, context=context, memory=memories[index] if memories else None)
         actions = []
         while not walk.done:
             actions.append(router(walk.hidden, walk.layer, walk.compute))
             walk.step(actions[-1])
-        loss = walk.losses()
-        seconds = torch.full((len(tokens),), (time.perf_counter() - started) / len(tokens))
-        parts.append((loss, walk.compute, torch.stack(actions, dim=-1), seconds))
-    return Measurement(*(torch.cat(column).cpu() for column in zip(*parts, strict=True)))
+        loss = walk.losses().cpu()  # waits for an accelerator, so the clock is right
+        seconds = torch.tensor([(time.perf_counter() - started) / loss.numel()])
+        parts.append((loss, walk.compute.cpu(), torch.stack(actions, dim=-1).cpu(), seconds))
+    return Measurement(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def bootstrap_interval(
@@ -285,8 +287,8 @@ class Comparer:
             "return_interval": self._interval(returns),
             "actions": {name: share.mean().item() for name, share in shares.items()},
             "actions_interval": {name: self._interval(share) for name, share in shares.items()},
-            "tokens_per_second": length / seconds.mean().item(),
-            "tokens_per_second_interval": self._interval(seconds, lambda mean: length / mean),
+            "tokens_per_second": 1 / seconds.mean().item(),
+            "tokens_per_second_interval": self._interval(seconds, lambda mean: 1 / mean),
         }
 
     def _against_fixed(self, measured: Measurement) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from duorl.routed_pass import RoutedPass, remember
 
 SearchContext = Literal["reference", "uniform"]
 _STATES_AT_ONCE = 4096  # token states at the widest level; more memory does not run faster
+_MOST_ROUTES = 2**16
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,18 @@ class RouteTable:
         return allowed
 
 
+def count_routes(layers: int, actions: Sequence[str]) -> int:
+    """A^L, the routes of an exhaustive search.
+
+    Raises:
+        ValueError: unknown action, or more routes than can be searched.
+    """
+    routes = len(action_ids(actions)) ** layers
+    if routes > _MOST_ROUTES:
+        raise ValueError(f"{len(actions)} actions in {layers} layers make {routes:.1e} routes, too many to enumerate")
+    return routes
+
+
 @torch.no_grad()
 def exhaustive(
     model: DuoForCausalLM,
@@ -146,8 +159,10 @@ def exhaustive(
         A table of R = A^L routes in counting order, the last layer's action varying fastest.
 
     Raises:
-        ValueError: unknown context or action.
+        ValueError: unknown context or action, or too many routes.
     """
+    count_routes(model.num_layers, actions)
+    tokens = tokens.to(model.device)
     if context not in ("reference", "uniform"):
         raise ValueError(f"unknown context {context!r}: an exhaustive search knows 'reference' and 'uniform'")
     codes = action_ids(actions)

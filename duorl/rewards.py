@@ -67,6 +67,13 @@ class Reward:
         """(N,) rewards of one decision."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(self, step)")
 
+    def later(self, step: Step) -> Tensor:
+        """(N,): the part of the reward that routes of earlier tokens of the window can change, 0 unless defined.
+
+        With a `token_discount` a learner is credited with it for later tokens too.
+        """
+        return torch.zeros_like(step.compute)
+
     def __add__(self, other: Reward) -> Sum:
         return Sum([self, other])
 
@@ -89,6 +96,10 @@ class LossImprovement(Reward):
     def __call__(self, step: Step) -> Tensor:
         """(N,) nats."""
         return step.gain - self.price * step.compute
+
+    def later(self, step: Step) -> Tensor:
+        """(N,) nats: the gain."""
+        return step.gain
 
 
 class LogitLensShaping(Reward):
@@ -127,6 +138,10 @@ class Sum(Reward):
     def __call__(self, step: Step) -> Tensor:
         """(N,), the rewards added up."""
         return torch.stack([reward(step) for reward in self.rewards]).sum(0)
+
+    def later(self, step: Step) -> Tensor:
+        """(N,), the parts' added up."""
+        return torch.stack([reward.later(step) for reward in self.rewards]).sum(0)
 
 
 def price_of(reward: Reward) -> float:

@@ -65,7 +65,7 @@ class RoutingDynamics:
         group_size: K copies of every window, side by side as (K, B, P) in the token axis.
         reference: the action of the reference route, whose loss gains are measured against.
         token_discount: in the routed context a token's route also changes what later tokens read. The learner is
-            credited with their gains, times this per token of distance; 0 credits a token with its own alone.
+            credited with `reward.later`, their gains, times this per token of distance; 0: with its own reward alone.
 
     Raises:
         ValueError: the discount is not in [0, 1), a parameter of the model is trainable, or an action is unknown.
@@ -104,6 +104,8 @@ class RoutingDynamics:
             tokens: (B, T+1) windows.
             positions: (B, P), the tokens to route, in the reference context; all T unless given.
         """
+        tokens = tokens.to(self.model.device)
+        positions = None if positions is None else positions.to(self.model.device)
         memory = remember(self.model, tokens, positions) if self.context == "reference" else None
         base = RoutedPass(self.model, tokens, context=self.context, memory=memory)
         while not base.done:
@@ -154,15 +156,19 @@ class RoutingDynamics:
         )
         self._steps.append(step)
         reward = self.reward(step)
+        if not isinstance(reward, Tensor) or reward.shape != step.compute.shape:
+            shape = tuple(getattr(reward, "shape", ()))
+            raise ValueError(f"{type(self.reward).__name__} must return one reward per token, shape (N,), not {shape}")
         self._rewards.append(reward)
-        self._credits.append(reward + self._later_gains(step.gain) if last and self.token_discount else reward)
+        self._credits.append(reward + self._credit_for_later(step))
         return self._credits[-1]
 
-    def _later_gains(self, gain: Tensor) -> Tensor:
-        """What each token is credited with beyond its own gain: both (N,)."""
-        if self.context == "reference":
-            return torch.zeros_like(gain)  # there, tokens do not read each other's routes
-        return later_sum(gain.view_as(self._walk.compute), self.token_discount).flatten()
+    def _credit_for_later(self, step: Step) -> Tensor:
+        """(N,): what later tokens owe to this one. In the reference context tokens do not read each other's routes."""
+        if self.context == "reference" or not self.token_discount:
+            return torch.zeros_like(step.compute)
+        later = self.reward.later(step).view_as(self._walk.compute)
+        return later_sum(later, self.token_discount).flatten()
 
     @property
     def outcome(self) -> Outcome:

@@ -134,6 +134,19 @@ def test_both_agents_report_the_same_tags(duo, windows):
     assert {"rollout/return", "train/entropy", "train/explained_variance", "actions_big/layer_2"} <= tags[0]
 
 
+def test_ppos_learning_rate_falls_to_its_last_share_and_never_below(duo, windows):
+    """Also where the decisions asked for are no multiple of an update's."""
+    agent = agents.PPO(Lockstep(duo, windows, windows_per_batch=2), learning_rate=0.1)
+    rates = []
+
+    def note(*_):
+        rates.append(agent.algorithm.policy.optimizer.param_groups[0]["lr"])
+
+    agent.learn(int(3.4 * agent.decisions_per_update), note)
+    note()
+    assert rates[1:] == pytest.approx([0.1, 0.075, 0.05, 0.025])  # told before its update; the last one after
+
+
 def test_ppos_group_advantages_are_leave_one_out(duo, windows):
     env = Lockstep(duo, windows, windows_per_batch=2, group_size=2)
     agent = agents.PPO(env)

@@ -185,6 +185,12 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny):
         (["--env.token_discount", "1"], r"token_discount must be in \[0, 1\)"),
         (["--env.windows_per_batch", "9999"], "a batch takes 9999"),
         (["--reference", "huge"], "unknown action 'huge'"),
+        (["--evaluation.windows", "8"], "reference_windows 16 must be among the 8"),
+        (["--agent.width", "-1"], "width must be at least 0"),
+        (["--agent.batch_size", "1"], "batch_size"),
+        (["--reward", "scalar.Scalar"], "Scalar must return one reward per token"),
+        (["--out", "other", "--overwrite"], "holds files but no run"),
+        (["--out", "ours", "--overwrite", "--resume"], "give one of them"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -195,9 +201,17 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, caps
     (tiny / "empty").mkdir()
     (tiny / "full").mkdir()
     (tiny / "full" / "precious").touch()
+    (tiny / "other").mkdir()
+    (tiny / "other" / "config.yaml").touch()  # another program's
+    (tiny / "ours").mkdir()
+    (tiny / "ours" / ".duorl").touch()
+    reward = (
+        "import duorl.rewards\nclass Scalar(duorl.rewards.Reward):\n    def __call__(self, step):\n        return 1.0\n"
+    )
+    (tiny / "scalar.py").write_text(reward)
     before = sorted(tiny.rglob("*"))
     assert re.search(message, refused(["train", *arguments], capsys))
-    assert sorted(tiny.rglob("*")) == before
+    assert sorted(path for path in tiny.rglob("*") if "__pycache__" not in path.parts) == before
 
 
 def test_help_explains_every_option(capsys):

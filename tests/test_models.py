@@ -59,6 +59,18 @@ def test_save_and_load_round_trip(duo, tokens, tmp_path):
     require_frozen(duorl.load(tmp_path))
 
 
+def test_another_kind_of_model_is_refused(tmp_path):
+    make_original("llama").save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="a model of type 'llama', not a duo"):
+        duorl.load(tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_half_precision_models_convert(family):
+    assert duorl.convert(make_original(family).to(torch.bfloat16)).dtype == torch.bfloat16
+
+
 def test_missing_files_are_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"config\.json, model\.safetensors, tokenizer\.json"):
         duorl.load(tmp_path)

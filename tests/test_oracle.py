@@ -68,6 +68,12 @@ def test_index_of_finds_routes_and_refuses_others(table):
         table.index_of(torch.tensor([[0, 1, 1, 1]]))
 
 
+def test_a_search_without_end_is_refused():
+    assert oracle.count_routes(10, ("skip", "small", "big")) == 3**10
+    with pytest.raises(ValueError, match="too many to enumerate"):
+        oracle.count_routes(30, ("small", "big"))
+
+
 def test_an_empty_choice_and_an_unknown_context_are_refused(table, duo, tokens):
     with pytest.raises(ValueError, match="no route"):
         table.best(allowed=table.with_big(9))

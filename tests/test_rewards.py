@@ -76,6 +76,29 @@ def test_prices():
         Sum([])
 
 
+def test_only_what_a_reward_declares_is_credited_to_earlier_tokens(duo, tokens):
+    class Nothing(Reward):
+        def __call__(self, step):
+            return torch.zeros_like(step.compute)
+
+    for reward, credited in ((Nothing(), False), (LossImprovement(), True), (LossImprovement() + Nothing(), True)):
+        dynamics = RoutingDynamics(duo, reward=reward, token_discount=0.5)
+        dynamics.reset(tokens)
+        while not dynamics.done:
+            dynamics.step(torch.ones(14, dtype=torch.long))
+        outcome = dynamics.outcome
+        assert bool((outcome.credits != outcome.rewards).any()) is credited
+
+
+def test_a_reward_of_the_wrong_shape_is_refused_by_name(duo, tokens):
+    class Scalar(Reward):
+        def __call__(self, step):
+            return 1.0
+
+    with pytest.raises(ValueError, match=r"Scalar must return one reward per token, shape \(N,\), not \(\)"):
+        play(duo, tokens, Scalar())
+
+
 def test_a_reward_without_a_call_says_so():
     with pytest.raises(NotImplementedError, match="Reward must define __call__"):
         Reward()(Step(0, *[torch.zeros(1)] * 4, last=False))

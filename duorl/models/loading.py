@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from duorl.models.config import DuoConfig
 from duorl.models.modeling import DuoForCausalLM
 
 EMBEDDED = {"duo-tiny": Path(__file__).parent / "duo_tiny"}
@@ -41,13 +44,16 @@ def load(name: str | Path = "duo-tiny", *, dtype: torch.dtype = torch.float32) -
 
     Raises:
         FileNotFoundError: there is no such folder, or files are missing in it.
-        ValueError: the folder holds another kind of model.
+        ValueError: the folder holds another kind of model, or not all of its weights.
     """
     folder = model_folder(name)
-    try:
-        model = DuoForCausalLM.from_pretrained(folder, dtype=dtype)
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} holds no duo model ({error}): make one with duorl.convert") from error
+    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    if kind != DuoConfig.model_type:
+        raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: make one with duorl.convert")
+    loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    model, found = loaded
+    if found["missing_keys"]:
+        raise ValueError(f"the weights in {folder} lack {min(found['missing_keys'])}")
     return model.eval().requires_grad_(False)
 
 

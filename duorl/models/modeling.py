@@ -33,7 +33,7 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = DuoConfig
     base_model_prefix = "backbone"
-    supports_gradient_checkpointing = True
+    supports_gradient_checkpointing = False  # its second pass would run without the routes
     _supports_sdpa = True
 
     def __init__(self, config: DuoConfig):

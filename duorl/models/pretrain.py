@@ -32,7 +32,7 @@ from duorl.costs import BIG, SMALL
 from duorl.models.card import write_card
 from duorl.models.config import DuoConfig, inner_size
 from duorl.models.conversion import convert
-from duorl.models.loading import load, load_tokenizer
+from duorl.models.loading import load
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.tokenizer import train_tokenizer
 
@@ -115,7 +115,10 @@ class _Windows(Dataset):
 
 
 class StageOneTrainer(Trainer):
-    """transformers' Trainer with a fresh random route for every token of every batch."""
+    """transformers' Trainer with a fresh random route for every token at every update.
+
+    Batches that are accumulated into one update share the draw of their routes.
+    """
 
     def __init__(self, *args, skip_share: float, **kwargs):
         super().__init__(*args, **kwargs)
@@ -156,6 +159,10 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
         return convert(original, small_ratio=options.small_ratio), AutoTokenizer.from_pretrained(options.model)
     texts = (document.text for document in documents(options.corpus, "model"))
     tokenizer = train_tokenizer(texts, options.vocab_size)
+    if options.small_ratio < 1:
+        raise ValueError(f"small_ratio must be at least 1, not {options.small_ratio}")
+    if "model_type" not in options.backbone:
+        raise ValueError("backbone must name a transformers family as model_type, e.g. llama")
     settings = {
         **options.backbone,
         "vocab_size": len(tokenizer),
@@ -192,7 +199,14 @@ class Pretraining:
         self.options = options
         self.model, self.tokenizer = build(options)
         read = partial(load_windows, options.corpus, self.tokenizer, length=options.window)
+        if not 0 <= options.skip_share <= 1:
+            raise ValueError(f"skip_share must be in [0, 1], not {options.skip_share}")
+        self.arguments = _training_arguments(options, self.out)
         self.training, self.held_out = read(split="model"), read(split="router")
+        self.evaluation = {
+            source: load_windows(source, self.tokenizer, split="evaluation", length=options.window)
+            for source in source_names(options.corpus)
+        }
 
     def run(self) -> DuoForCausalLM:
         """Train, and save under `options.out`: `config.json`, `model.safetensors` (bfloat16), the tokenizer's files,
@@ -200,7 +214,7 @@ class Pretraining:
         """
         trainer = StageOneTrainer(
             model=self.model,
-            args=_training_arguments(self.options, self.out),
+            args=self.arguments,
             train_dataset=_Windows(self.training),
             eval_dataset=_Windows(self.held_out[: self.options.evaluation_windows]),
             skip_share=self.options.skip_share,
@@ -209,7 +223,7 @@ class Pretraining:
         trainer.evaluate()
         save(self.model, self.tokenizer, self.out)
         (self.out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-        describe(self.options, self.out, trainer.args)
+        describe(self.options, self.out, self.arguments, self.evaluation)
         return self.model
 
 
@@ -219,13 +233,13 @@ def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArgument
     return TrainingArguments(output_dir=str(out / "checkpoints"), **{**defaults, **options.training})
 
 
-def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments) -> None:
-    """Write the model card of a trained model; its losses are those of the model as saved."""
-    model, tokenizer = load(out), load_tokenizer(out)
-    losses = {}
-    for source in source_names(options.corpus):
-        windows = load_windows([source], tokenizer, split="evaluation", length=options.window)
-        losses[source] = {"tokens": windows[:, 1:].numel(), **constant_losses(model, windows)}
+def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, evaluation: dict[str, Tensor]) -> None:
+    """Write the model card of a trained model; its losses are those of the model as saved, on windows by text."""
+    model = load(out)
+    losses = {
+        source: {"tokens": windows[:, 1:].numel(), **constant_losses(model, windows)}
+        for source, windows in evaluation.items()
+    }
     backbone, last = model.config.backbone, json.loads((out / "history.json").read_text())[-1]
     facts = {
         "name": out.name,

@@ -48,10 +48,10 @@ class Router(nn.Module):
         """Write `router.json` and, where there are weights, `router.safetensors`."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        content = {"router": type(self).__name__, "config": self.config}
-        (folder / "router.json").write_text(json.dumps(content, indent=1))
         if state := {name: tensor.contiguous() for name, tensor in self.state_dict().items()}:
             save_file(state, folder / "router.safetensors")
+        content = {"router": type(self).__name__, "config": self.config}
+        (folder / "router.json").write_text(json.dumps(content, indent=1))  # last: its presence means a whole router
 
 
 def load(folder: str | Path) -> Router:

@@ -28,8 +28,10 @@ class LayerHeads(nn.Module):
         super().__init__()
         sizes = [hidden_size + 1, width, outputs] if width else [hidden_size + 1, outputs]
         self.weights, self.biases = nn.ParameterList(), nn.ParameterList()
-        for fan_in, fan_out in pairwise(sizes):
-            scale = 0.01 if fan_out == outputs else 2**0.5  # start near the uniform policy
+        if width < 0:
+            raise ValueError(f"width must be at least 0 hidden units, not {width}")
+        for depth, (fan_in, fan_out) in enumerate(pairwise(sizes), start=2):
+            scale = 0.01 if depth == len(sizes) else 2**0.5  # start near the uniform policy
             weight = torch.randn(layers, fan_in, fan_out, generator=generator) * scale * fan_in**-0.5
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(layers, fan_out)))

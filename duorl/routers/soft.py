@@ -47,6 +47,8 @@ class SoftOptions:
 
     def __post_init__(self) -> None:
         require_positive(updates=self.updates, windows_per_batch=self.windows_per_batch)
+        if min(self.first_sharpness, self.last_sharpness) <= 0:
+            raise ValueError("first_sharpness and last_sharpness must be above 0")
 
 
 def sharpness(progress: float, first: float, last: float) -> float:

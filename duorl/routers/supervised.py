@@ -49,6 +49,7 @@ def oracle_decisions(
     Returns:
         hidden (L, N, d), compute so far (L, N), and the index of the action taken among `actions` (L, N).
     """
+    tokens = tokens.to(model.device)
     table = exhaustive(model, tokens, context="reference", actions=actions)
     routes = table.routes[table.best(price)]
     walk = RoutedPass(model, tokens, context="reference", memory=remember(model, tokens))
