@@ -52,6 +52,9 @@ from duorl.routers import (
 from duorl.routers import load as load_router
 from envs import Lockstep, RoutingDynamics
 
+# What the command line charges unless told: dear enough that a fixed pattern leaves something to win on duo-tiny
+# (docs/experiments.md, "All routers, price 0.1").
+DEFAULT_PRICE = 0.3
 _VALIDATION_WINDOWS = 16
 _MARK = ".duorl"  # tells a folder of ours, which --overwrite may delete, from any other with a config.yaml
 
@@ -77,7 +80,7 @@ class EnvironmentOptions:
     context: Context = "routed"
     windows_per_batch: int = 4
     group_size: int = 4
-    token_discount: float = 0.5
+    token_discount: float = 0.0
 
     def __post_init__(self) -> None:
         require_positive(window=self.window, windows_per_batch=self.windows_per_batch, group_size=self.group_size)
@@ -107,7 +110,7 @@ class RunOptions:
     """
 
     agents: dict[str, AgentFactory]
-    reward: Reward = field(default_factory=LossImprovement)
+    reward: Reward = field(default_factory=lambda: LossImprovement(DEFAULT_PRICE))
     model: str = "duo-tiny"
     corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
@@ -143,7 +146,7 @@ class EvaluateOptions:
     corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
-    price: float = 0.1
+    price: float = DEFAULT_PRICE
     window: int = 128
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     out: str | None = None
@@ -544,7 +547,7 @@ def build_parser() -> tuple[_Parser, dict[str, _Parser]]:
     }
     subparsers["train"].add_argument("--agent", type=AgentFactory, default=PPO, help="the learner, PPO or REINFORCE")
     for name in ("train", "compare"):
-        subparsers[name].set_defaults({"reward": lazy_instance(LossImprovement)})
+        subparsers[name].set_defaults({"reward": lazy_instance(LossImprovement, price=DEFAULT_PRICE)})
     for name in ("train", "compare", "pretrain"):
         subparsers[name].add_argument(
             "--resume", action="store_true", help="keep what the output folder has finished, do the rest"
