@@ -78,8 +78,8 @@ class EnvironmentOptions:
 
     window: int = 128
     context: Context = "routed"
-    windows_per_batch: int = 4
-    group_size: int = 4
+    windows_per_batch: int = 8
+    group_size: int = 2
     token_discount: float = 0.0
 
     def __post_init__(self) -> None:
@@ -115,7 +115,7 @@ class RunOptions:
     corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
-    total_decisions: int = 5_000_000
+    total_decisions: int = 8_000_000
     env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
     supervised: SupervisedOptions = field(default_factory=SupervisedOptions)
     soft: SoftOptions = field(default_factory=SoftOptions)
