@@ -19,26 +19,25 @@ from duorl.evaluate import Comparison
 def frontier(comparison: Comparison) -> Figure:
     """Loss against compute: every router with its 95 % interval, the fixed frontier and the oracle's."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, label, style in (
-        ("fixed", "best fixed pattern per budget (routed)", "o-"),
-        ("oracle", "oracle per budget (reference)", "s--"),
+    searched = min(row["reference"]["tokens"] for row in comparison.rows)
+    for name, label, style, color in (
+        ("fixed", "best fixed pattern per budget (routed)", "o-", "0.55"),
+        ("oracle", f"oracle per budget (reference, {searched:,} of the tokens)", "s--", "0.75"),
     ):
         points = comparison.frontiers[name]
-        xs, ys = [p["compute"] for p in points], [p["loss"] for p in points]
-        axes.plot(xs, ys, style, color="0.55" if name == "fixed" else "0.75", label=label, markersize=4, zorder=1)
-    shown = [row for row in comparison.rows if not row["sees_label"]]
-    limit = max([point["loss"] for point in comparison.frontiers["fixed"]], default=0) + 0.15
-    for number, row in enumerate(row for row in shown if row["loss"] <= limit):  # all-skip would flatten the rest
+        xs, ys = [point["compute"] for point in points], [point["loss"] for point in points]
+        axes.plot(xs, ys, style, color=color, label=label, markersize=4, zorder=1)
+    limit = max(point["loss"] for point in comparison.frontiers["fixed"]) + 0.15
+    off = [row["router"] for row in comparison.rows if row["loss"] > limit]  # all-skip would flatten the rest
+    rivals = [row for row in comparison.rows if row["loss"] <= limit and not row["sees_label"]]
+    for row in rivals:
         low, high = row["loss_minus_fixed_interval"]
-        middle = row["loss_minus_fixed"]
-        spread = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
-        axes.errorbar(
-            row["compute"], row["loss"], yerr=spread, fmt="D", color=f"C{number}", label=row["router"], capsize=3
-        )
+        spread = [[max(0.0, row["loss_minus_fixed"] - low)], [max(0.0, high - row["loss_minus_fixed"])]]
+        axes.errorbar(row["compute"], row["loss"], yerr=spread, fmt="D", label=row["router"], capsize=3)
     axes.set_xlabel("compute (FFN FLOPs / all-big)")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Held-out loss; bars: 95 % interval of the paired difference to best fixed", fontsize=9)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, title=f"above the picture: {', '.join(off)}" if off else None, title_fontsize=8)
     axes.grid(alpha=0.2)
     return figure
 
