@@ -1,5 +1,6 @@
 """The examples in README and docs run, and the commands in them exist."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -54,7 +55,9 @@ def test_the_readme_names_every_command():
     }
 
 
-@pytest.mark.parametrize("result", sorted((ROOT / "docs" / "results").glob("compare*.json")), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "result", sorted((ROOT / "docs" / "results").glob("compare*.json")), ids=lambda path: path.stem
+)
 def test_tables_are_those_of_the_kept_results(result):
     """Every kept comparison stands in a page as it was measured, beside the command that made it."""
     comparison = Comparison.load(result)
@@ -67,3 +70,21 @@ def test_tables_are_those_of_the_kept_results(result):
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+def test_the_oracles_table_is_the_kept_one():
+    text = (ROOT / "docs" / "experiments.md").read_text()
+    rows = json.loads((ROOT / "docs" / "results" / "oracle.json").read_text())["rows"]
+    for row in rows:
+        assert f"| {row['big']} | {row['loss']:.4f} | {row['compute']:.4f} | {row['fixed_loss']:.4f} |" in text
+    assert rows[1]["loss"] < rows[8]["loss"]
+
+
+def test_the_kept_default_run_shows_what_the_readme_says():
+    rows = {row["router"]: row for row in Comparison.load(ROOT / "docs" / "results" / "compare.json").rows}
+    for agent in ("PPO", "REINFORCE"):
+        assert rows[agent]["return_minus_fixed_interval"][0] > 0
+        assert all(
+            rows[agent]["return"] > rows[rival]["return"]
+            for rival in ("random", "all-skip", "all-small", "all-big", "best fixed")
+        )
