@@ -177,8 +177,8 @@ def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     for key, value in row.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, (list, tuple)) and len(value) == 2:
-            yield from (((f"{prefix}{key}.{end}"), bound) for end, bound in zip(("low", "high"), value, strict=True))
+        elif key.endswith("_interval") or prefix.endswith("_interval."):
+            yield from ((f"{prefix}{key}.{end}", bound) for end, bound in zip(("low", "high"), value, strict=True))
         else:
             yield f"{prefix}{key}", value
 

@@ -194,7 +194,7 @@ def _lens(walk: RoutedPass, stream: Tensor) -> Tensor:
 
 
 def window_order(count: int, batch: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless batches of window indices; every window comes once before any comes again.
+    """Endless batches of window indices: a new permutation each time, less what does not fill a batch.
 
     Raises:
         ValueError: there are fewer windows than a batch takes.
