@@ -12,7 +12,7 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -536,8 +536,12 @@ COMMANDS: dict[str, Callable[[Namespace, str], Callable[[], None]]] = {
 }
 
 
-def build_parser() -> tuple[_Parser, dict[str, _Parser]]:
-    """The whole command line, and its subcommands' parsers by name."""
+def build_parser(without: Collection[str] = ()) -> tuple[_Parser, dict[str, _Parser]]:
+    """The whole command line, and its subcommands' parsers by name.
+
+    Args:
+        without: `agent`, `reward`: those that get no default.
+    """
     subparsers = {
         "train": _subparser(RunOptions, skip={"agents"}),
         "compare": _subparser(RunOptions),
@@ -545,9 +549,11 @@ def build_parser() -> tuple[_Parser, dict[str, _Parser]]:
         "oracle": _subparser(OracleOptions),
         "pretrain": _subparser(PretrainOptions),
     }
-    subparsers["train"].add_argument("--agent", type=AgentFactory, default=PPO, help="the learner, PPO or REINFORCE")
+    agent = None if "agent" in without else PPO
+    subparsers["train"].add_argument("--agent", type=AgentFactory, default=agent, help="the learner, PPO or REINFORCE")
+    reward = None if "reward" in without else lazy_instance(LossImprovement, price=DEFAULT_PRICE)
     for name in ("train", "compare"):
-        subparsers[name].set_defaults({"reward": lazy_instance(LossImprovement, price=DEFAULT_PRICE)})
+        subparsers[name].set_defaults({"reward": reward})
     for name in ("train", "compare", "pretrain"):
         subparsers[name].add_argument(
             "--resume", action="store_true", help="keep what the output folder has finished, do the rest"
@@ -566,6 +572,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser, subparsers = build_parser()
     parsed = parser.parse_args(arguments)
     name = parsed.subcommand
+    # The parser carries a default class's options over to the class that replaces it, PPO's learning rate to REINFORCE.
+    if replaced := _replaced(parsed[name], subparsers[name].get_defaults()):
+        parser, subparsers = build_parser(without=replaced)
+        parsed = parser.parse_args(arguments)
     text = subparsers[name].dump(parsed[name], skip_none=False)
     try:
         options = parser.instantiate(parsed)[name]
@@ -573,6 +583,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except _BAD_INPUT as error:
         fail(" ".join(f"{type(error).__name__}: {error}".removeprefix("ValueError: ").split()))
     command()
+
+
+def _replaced(parsed: Namespace, defaults: Namespace) -> list[str]:
+    """Which of agent and reward are of another class than the default's."""
+    both = [key for key in ("agent", "reward") if parsed.get(key) and defaults.get(key)]
+    return [key for key in both if parsed[key].class_path != defaults[key].class_path]
 
 
 def train_main() -> None:

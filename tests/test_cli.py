@@ -11,7 +11,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import duorl
-from duorl import routers
+from duorl import cli, routers
 from duorl.cli import build_parser, main
 
 ROOT = Path(__file__).parent.parent
@@ -56,6 +56,33 @@ def test_the_default_config_is_the_default():
     spelled_out = parser.parse_args(["train", "--config", str(ROOT / "configs" / "train.yaml")]).train
     default = parser.parse_args(["train"]).train
     assert subparsers["train"].dump(spelled_out) == subparsers["train"].dump(default)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key", "expected"),
+    [
+        (["--agent", "REINFORCE"], "agent", {"learning_rate": 0.01, "baseline": "leave-one-out"}),
+        (["--config", str(ROOT / "configs" / "reinforce.yaml")], "agent", {"learning_rate": 0.01}),
+        (["--agent", "REINFORCE", "--agent.learning_rate", "0.5"], "agent", {"learning_rate": 0.5}),
+        (["--agent.learning_rate", "0.5"], "agent", {"learning_rate": 0.5, "epochs": 2}),
+        (["--reward", "dear.Dear"], "reward", {"price": 7.0}),
+        (["--reward.price", "0.2"], "reward", {"price": 0.2}),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_a_class_named_by_the_user_keeps_its_own_defaults(arguments, key, expected, tiny, monkeypatch):
+    (tiny / "dear.py").write_text(
+        "import duorl.rewards\n"
+        "class Dear(duorl.rewards.Reward):\n"
+        "    def __init__(self, price: float = 7.0):\n"
+        "        self.price = price\n"
+    )
+    seen = {}
+    monkeypatch.setitem(
+        cli.COMMANDS, "train", lambda options, config: seen.update(yaml.safe_load(config)) or (lambda: 0)
+    )
+    main(["train", *arguments])
+    assert expected.items() <= seen[key]["init_args"].items()
 
 
 @pytest.mark.slow
