@@ -396,11 +396,13 @@ def check_folder(options: Namespace) -> None:
         raise ValueError("--resume goes on with what --overwrite would delete: give one of them")
     if resume and not held:
         raise FileNotFoundError(f"nothing to resume: --out {folder} holds no run")
-    if held and not (options.overwrite or resume):
+    if folder is None or not held:
+        return
+    if not (options.overwrite or resume):
         raise FileExistsError(f"{folder} already holds files: give --overwrite to replace a run, or another --out")
-    if held and folder is not None and not ((folder / _MARK).is_file() and (folder / "config.yaml").is_file()):
+    if not ((folder / _MARK).is_file() and (folder / "config.yaml").is_file()):
         raise FileExistsError(f"{folder} holds files but no run (no {_MARK}): give another --out")
-    if held and folder is not None and Path.cwd().is_relative_to(folder.resolve()):
+    if Path.cwd().is_relative_to(folder.resolve()):
         raise FileExistsError(f"{folder} is where you stand: give another --out")
 
 

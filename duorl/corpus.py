@@ -92,20 +92,20 @@ BUILT_IN: dict[str, Callable[[Keep], Iterator[Document]]] = {
 
 def _text_blocks(name: str, text: str) -> Iterator[Document]:
     """Cut a long file at line ends, so that a single file can serve all three splits."""
-    block, size = [], 0
+    lines, size = [], 0
     for line in text.splitlines(keepends=True):
-        block.append(line)
+        lines.append(line)
         size += len(line)
         if size >= _BLOCK_CHARACTERS:
-            yield Document(f"{name}#{split_key(block)}", "".join(block))
-            block, size = [], 0
-    if block:
-        yield Document(f"{name}#{split_key(block)}", "".join(block))
+            yield _block(name, "".join(lines))
+            lines, size = [], 0
+    if lines:
+        yield _block(name, "".join(lines))
 
 
-def split_key(lines: Sequence[str]) -> str:
-    """A short digest of some text: what names a block or row that has no path of its own."""
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:16]
+def _block(name: str, text: str) -> Document:
+    """A block or row has no path of its own: a digest of its text tells it from its neighbours."""
+    return Document(f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:16]}", text)
 
 
 def _user_files(pattern: str, keep: Keep) -> Iterator[Document]:
