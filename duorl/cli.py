@@ -29,9 +29,11 @@ from torch import Tensor
 
 import agents
 from agents import PPO, Agent
+from duorl import dense
 from duorl.checks import require_positive
 from duorl.corpus import load_windows
 from duorl.costs import ACTIONS, action_ids
+from duorl.dense import DenseOptions
 from duorl.evaluate import Comparer, Comparison, EvaluationOptions, evaluate, flatten, measure
 from duorl.figures import budget_table, frontier, heat_map, markdown, table
 from duorl.journal import Journal
@@ -512,6 +514,26 @@ def oracle_command(options: Namespace, config: str) -> Callable[[], None]:
     return run
 
 
+def dense_command(options: Namespace, config: str) -> Callable[[], None]:
+    """Prepare `duorl dense`."""
+    check_folder(options)
+    fields = {name: getattr(options, name) for name in DenseOptions.__dataclass_fields__}
+    settings = DenseOptions(**fields)
+    dense.plan(settings.recipe, settings.shares, Path())
+    if settings.recipe.training.get("max_steps", 1) < 1:
+        raise ValueError("recipe.training.max_steps must be at least 1")
+
+    def run() -> None:
+        folder = make_folder(options, "dense", config)
+        dense.train(dense.plan(settings.recipe, settings.shares, folder), settings.processes)
+        numbers = {"settings": {"command": _command(), **yaml.safe_load(config)}}
+        numbers["rows"] = dense.measure_all(settings, folder)
+        (folder / "dense.json").write_text(json.dumps(numbers, indent=1))
+        console.print(f"wrote {folder / 'dense.json'}")
+
+    return run
+
+
 def pretrain_command(options: Namespace, config: str) -> Callable[[], None]:
     """Prepare `duorl pretrain`."""
     check_folder(options)
@@ -534,6 +556,7 @@ COMMANDS: dict[str, Callable[[Namespace, str], Callable[[], None]]] = {
     "compare": Run,
     "evaluate": evaluate_command,
     "oracle": oracle_command,
+    "dense": dense_command,
     "pretrain": pretrain_command,
 }
 
@@ -549,6 +572,7 @@ def build_parser(without: Collection[str] = ()) -> tuple[_Parser, dict[str, _Par
         "compare": _subparser(RunOptions),
         "evaluate": _subparser(EvaluateOptions),
         "oracle": _subparser(OracleOptions),
+        "dense": _subparser(DenseOptions),
         "pretrain": _subparser(PretrainOptions),
     }
     agent = None if "agent" in without else PPO
@@ -556,7 +580,7 @@ def build_parser(without: Collection[str] = ()) -> tuple[_Parser, dict[str, _Par
     reward = None if "reward" in without else lazy_instance(LossImprovement, price=DEFAULT_PRICE)
     for name in ("train", "compare"):
         subparsers[name].set_defaults({"reward": reward})
-    for name in ("train", "compare", "pretrain"):
+    for name in ("train", "compare", "dense", "pretrain"):
         subparsers[name].add_argument(
             "--resume", action="store_true", help="keep what the output folder has finished, do the rest"
         )

@@ -15,7 +15,7 @@ from matplotlib import pyplot as plt
 _TEXT = """# {name}
 
 A duo model: every layer of this {family} holds a big feed-forward network (inner size {big}) and a small one
-({small}) behind one shared attention, after Duo-LLM (arXiv 2410.10846). Trained from random initialisation under
+({small}) behind one shared attention, after Duo-LLM (arXiv 2410.10846). Trained {start} under
 random routing, on the `model` split of {corpus}.
 
     {command}
@@ -25,7 +25,7 @@ random routing, on the `model` split of {corpus}.
 | layers, hidden size, vocabulary | {layers}, {hidden}, {vocabulary} |
 | parameters | {parameters:,} |
 | training | {steps:,} updates of {batch:,} tokens, {epochs:.1f} passes over the text |
-| random routing | {skip:.0%} skip, the rest half small and half big, per token and layer |
+| random routing | {skip:.0%} skip, {big_share:.0%} of the rest big, per token and layer |
 
 Loss in nats per token on the `evaluation` split, which neither this model nor any router was trained on
 (windows of {window} tokens):

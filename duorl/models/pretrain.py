@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
@@ -44,13 +45,16 @@ class PretrainOptions:
     Args:
         out: folder for the model, its tokenizer, checkpoints and TensorBoard events.
         corpus: built-in corpora, or paths and globs of .txt, .jsonl and .parquet files.
-        model: folder of a Hugging Face causal language model to convert, with its tokenizer; its own
-            networks become the big ones. Unless given, a model is built from `backbone`.
+        model: folder of a model to go on from, with its tokenizer: a duo, or a Hugging Face causal language model,
+            which is converted; its own networks become the big ones. Unless given, a model is built from `backbone`.
         backbone: a transformers configuration as a dictionary with `model_type`.
         vocab_size: tokens of the byte-level BPE that is trained for a model built from `backbone`.
         small_ratio: inner size of the big network divided by that of the small one (the paper: 16).
         window: tokens to predict per window.
-        skip_share: share of decisions that skip; the rest is small and big in equal parts (the paper: 0).
+        skip_share: share of decisions that skip (the paper: 0).
+        big_share: share of big among the others (the paper: 0.5); 1 trains a dense model, whose small networks stay
+            as they are.
+        trained: `all` weights, or only the `small` networks, beside a model that stays as it is (Duo-LLM, Fig. 8c).
         evaluation_windows: windows of the router split on which all-big and all-small are followed.
         training: options of transformers' TrainingArguments.
         seed: of initialisation, order of the text and routes.
@@ -64,20 +68,31 @@ class PretrainOptions:
     small_ratio: int = 16
     window: int = 256
     skip_share: float = 0.0
+    big_share: float = 0.5
+    trained: Literal["all", "small"] = "all"
     evaluation_windows: int = 64
     training: dict[str, Any] = field(default_factory=dict)
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name in ("skip_share", "big_share"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
+        if self.trained == "small" and self.model is None:
+            raise ValueError("trained 'small' leaves all else as it is: give the model to start from")
 
-def random_routes(tokens: int, layers: int, *, skip_share: float, generator: torch.Generator) -> Tensor:
+
+def random_routes(
+    tokens: int, layers: int, *, skip_share: float = 0.0, big_share: float = 0.5, generator: torch.Generator
+) -> Tensor:
     """A random route for every token, (tokens, layers) int64.
 
-    In every layer a share `skip_share` skips and half of the rest each takes small and big. Which tokens do is
+    In every layer a share `skip_share` skips, and `big_share` of the rest takes big. Which tokens do is
     random, how many is not: a processor's matrix kernels are compiled per shape, so group sizes that
     change with every coin toss cost more than the products themselves.
     """
     skips = round(tokens * skip_share)
-    smalls = (tokens - skips) // 2
+    smalls = int((tokens - skips) * (1 - big_share))
     counts = torch.tensor([skips, smalls, tokens - skips - smalls])
     shares = torch.arange(3).repeat_interleave(counts)
     return shares[torch.rand(tokens, layers, generator=generator).argsort(dim=0)]
@@ -120,10 +135,10 @@ class StageOneTrainer(Trainer):
     Batches that are accumulated into one update share the draw of their routes.
     """
 
-    def __init__(self, *args, skip_share: float, **kwargs):
+    def __init__(self, *args, skip_share: float, big_share: float, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulated batches are averaged
-        self.skip_share = skip_share
+        self.shares = {"skip_share": skip_share, "big_share": big_share}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Next-token loss in nats under random routes, seeded by the step so that a resumed run draws the same."""
@@ -131,7 +146,7 @@ class StageOneTrainer(Trainer):
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
         generator = torch.Generator().manual_seed(seed)
         inputs, layers = tokens[:, :-1], self.accelerator.unwrap_model(model).num_layers
-        routes = random_routes(inputs.numel(), layers, skip_share=self.skip_share, generator=generator)
+        routes = random_routes(inputs.numel(), layers, **self.shares, generator=generator)
         output = model(input_ids=inputs, routes=routes.view(*inputs.shape, layers).to(inputs.device))
         loss = next_token_loss(output.logits, tokens[:, 1:])
         return (loss, output) if return_outputs else loss
@@ -147,6 +162,18 @@ class StageOneTrainer(Trainer):
         return metrics
 
 
+def backbone_config(settings: dict[str, Any], **more: Any) -> PreTrainedConfig:
+    """A transformers configuration from a dictionary with `model_type`.
+
+    Raises:
+        ValueError: it names no known family.
+    """
+    if "model_type" not in settings:
+        raise ValueError("backbone must name a transformers family as model_type, e.g. llama")
+    settings = {**settings, **more}
+    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+
+
 def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizerBase]:
     """The untrained duo model and its tokenizer.
 
@@ -155,21 +182,24 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
     """
     set_seed(options.seed)
     if options.model is not None:
-        original = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
-        return convert(original, small_ratio=options.small_ratio), AutoTokenizer.from_pretrained(options.model)
+        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        if not isinstance(model, DuoForCausalLM):
+            model = convert(model, small_ratio=options.small_ratio)
+        if options.trained == "small":
+            model.requires_grad_(False)
+            for ffn in model.stack.ffns:
+                ffn.small.requires_grad_(True)
+        return model, AutoTokenizer.from_pretrained(options.model)
     texts = (document.text for document in documents(options.corpus, "model"))
     tokenizer = train_tokenizer(texts, options.vocab_size)
     if options.small_ratio < 1:
         raise ValueError(f"small_ratio must be at least 1, not {options.small_ratio}")
-    if "model_type" not in options.backbone:
-        raise ValueError("backbone must name a transformers family as model_type, e.g. llama")
-    settings = {
-        **options.backbone,
-        "vocab_size": len(tokenizer),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    backbone = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    backbone = backbone_config(
+        options.backbone,
+        vocab_size=len(tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     small_size = max(1, inner_size(backbone) // options.small_ratio)
     return DuoForCausalLM(DuoConfig(backbone=backbone, small_size=small_size)), tokenizer
 
@@ -199,8 +229,6 @@ class Pretraining:
         self.options = options
         self.model, self.tokenizer = build(options)
         read = partial(load_windows, options.corpus, self.tokenizer, length=options.window)
-        if not 0 <= options.skip_share <= 1:
-            raise ValueError(f"skip_share must be in [0, 1], not {options.skip_share}")
         self.arguments = _training_arguments(options, self.out)
         self.training, self.held_out = read(split="model"), read(split="router")
         self.evaluation = {
@@ -208,9 +236,14 @@ class Pretraining:
             for source in source_names(options.corpus)
         }
 
-    def run(self) -> DuoForCausalLM:
+    def run(self) -> None:
+        """Train, save, and leave a model card, `README.md`, with losses on the evaluation split."""
+        self.train()
+        describe(self.options, self.out, self.arguments, self.evaluation)
+
+    def train(self) -> None:
         """Train, and save under `options.out`: `config.json`, `model.safetensors` (bfloat16), the tokenizer's files,
-        `history.json` (the Trainer's log) and a model card, `README.md`. Returns the trained model.
+        and last `history.json`, the Trainer's log.
         """
         trainer = StageOneTrainer(
             model=self.model,
@@ -218,13 +251,12 @@ class Pretraining:
             train_dataset=_Windows(self.training),
             eval_dataset=_Windows(self.held_out[: self.options.evaluation_windows]),
             skip_share=self.options.skip_share,
+            big_share=self.options.big_share,
         )
         trainer.train(resume_from_checkpoint=self.checkpoint)
         trainer.evaluate()
         save(self.model, self.tokenizer, self.out)
         (self.out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
-        describe(self.options, self.out, self.arguments, self.evaluation)
-        return self.model
 
 
 def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArguments:
@@ -241,8 +273,10 @@ def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, 
         for source, windows in evaluation.items()
     }
     backbone, last = model.config.backbone, json.loads((out / "history.json").read_text())[-1]
+    start = "from random initialisation" if options.model is None else f"from {options.model}"
     facts = {
         "name": out.name,
+        "start": start if options.trained == "all" else f"in its small networks alone {start}",
         "family": backbone.model_type,
         "big": inner_size(backbone),
         "small": model.config.small_size,
@@ -256,6 +290,7 @@ def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, 
         "epochs": last["epoch"],
         "batch": arguments.train_batch_size * arguments.gradient_accumulation_steps * options.window,
         "skip": options.skip_share,
+        "big_share": options.big_share,
         "window": options.window,
         "windows": options.evaluation_windows,
     }

@@ -1,0 +1,152 @@
+"""A duo against dense models of its FLOPs, and against small networks added to a frozen big model (Duo-LLM, Fig. 8).
+
+One recipe trains them all, each from scratch but the last:
+
+- `duo`: both networks, under random routing;
+- `dense-N`: one network of inner size N in every layer, as many FLOPs as the duo spends with a share of big;
+- `frozen`: small networks, trained beside the dense model of big's size, which stays as it is.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from duorl.checks import require_positive
+from duorl.corpus import load_windows
+from duorl.evaluate import bootstrap_interval
+from duorl.models import DuoForCausalLM, load, load_tokenizer
+from duorl.models.config import inner_size, inner_size_name
+from duorl.models.pretrain import Pretraining, PretrainOptions, backbone_config, random_routes
+
+
+@dataclass(frozen=True)
+class DenseOptions:
+    """Train a duo, and dense models of its FLOPs with the same recipe, and measure them on held-out text.
+
+    Args:
+        recipe: stage 1 of the duo: options of `duorl pretrain`, or a YAML file of them. The folder in it is not used.
+        shares: shares of big at which the duo is measured, each against a dense model of equal FLOPs.
+        texts: what they are measured on: built-in corpora, or paths and globs.
+        windows: windows of each text's evaluation split.
+        processes: trainings side by side; the machine's cores are divided among them.
+        seed: of the routes in the measurement.
+        out: folder for the models and dense.json; the first free `runs/dense-N` unless given.
+    """
+
+    recipe: PretrainOptions
+    shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    texts: tuple[str, ...] = ("stdlib-code", "stdlib-docs")
+    windows: int = 128
+    processes: int = 1
+    seed: int = 0
+    out: str | None = None
+
+    def __post_init__(self) -> None:
+        require_positive(windows=self.windows, processes=self.processes)
+        if not self.shares or not all(0 <= share <= 1 for share in self.shares):
+            raise ValueError(f"shares must be in [0, 1], not {list(self.shares)}")
+
+
+def plan(recipe: PretrainOptions, shares: Sequence[float], folder: Path) -> dict[str, PretrainOptions]:
+    """The trainings by name; `frozen` is the last and starts from the dense model of big's size.
+
+    An inner size of small + share * (big - small) has the FLOPs of a duo with that share of big, for
+    a network's FLOPs are proportional to it.
+
+    Raises:
+        ValueError: the recipe starts from a model, so the duo would not be trained from scratch.
+    """
+    if recipe.model is not None:
+        raise ValueError("the recipe must build its model from `backbone`: all are trained from scratch")
+    sizes = [dense_size(recipe, share) for share in shares]
+    full = dense_size(recipe, 1.0)
+    jobs = {"duo": recipe}
+    for size in dict.fromkeys([*sizes, full]):
+        jobs[f"dense-{size}"] = replace(recipe, backbone=_resized(recipe, size), big_share=1.0)
+    jobs["frozen"] = replace(recipe, model=str(folder / f"dense-{full}"), trained="small")
+    return {name: replace(job, out=str(folder / name)) for name, job in jobs.items()}
+
+
+def dense_size(recipe: PretrainOptions, share: float) -> int:
+    """Inner size of the dense network with the FLOPs of a duo that takes big in a share of the decisions."""
+    big = inner_size(backbone_config(recipe.backbone))
+    small = max(1, big // recipe.small_ratio)
+    return round(small + share * (big - small))
+
+
+def _resized(recipe: PretrainOptions, size: int) -> dict[str, Any]:
+    return {**recipe.backbone, inner_size_name(backbone_config(recipe.backbone)): size}
+
+
+def train(jobs: dict[str, PretrainOptions], processes: int) -> None:
+    """Run the trainings, each in a process of its own, all but those that are finished."""
+    threads = max(1, torch.get_num_threads() // processes)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
+        *first, last = jobs.values()
+        list(pool.map(_train, first))
+        pool.submit(_train, last).result()  # it starts from one of the others
+
+
+def _train(options: PretrainOptions) -> None:
+    if not (Path(options.out) / "history.json").is_file():  # written last
+        Pretraining(options, resume=any(Path(options.out).glob("checkpoints/*"))).train()
+
+
+def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
+    """A row per text, model and share of big.
+
+    Returns:
+        Rows with `text`, `model`, `big_share`, `tokens`, `loss` (nats), `accuracy` (of the likeliest next token), and
+        for the duo and the frozen one `rival` with the paired differences to it: the dense model of equal FLOPs,
+        and the duo. Each number has its 95 % bootstrap interval over windows beside it.
+    """
+    tokenizer = load_tokenizer(folder / "duo")
+    rows = []
+    for text in options.texts:
+        windows = load_windows(text, tokenizer, split="evaluation", length=options.recipe.window)[: options.windows]
+        score = partial(_score, windows=windows, seed=options.seed)
+        dense = {share: f"dense-{dense_size(options.recipe, share)}" for share in options.shares}
+        scores = {(name, share): score(load(folder / name), 1.0) for share, name in dense.items()}
+        for name in ("duo", "frozen"):
+            model = load(folder / name)
+            scores |= {(name, share): score(model, share) for share in options.shares}
+        for (name, share), found in scores.items():
+            row = {"text": text, "model": name, "big_share": share, "tokens": windows[:, 1:].numel()}
+            rival = {"duo": dense[share], "frozen": "duo"}.get(name)
+            rows.append({**row, **_summary(found), **_against(rival, found, scores.get((rival or "", share)))})
+    return rows
+
+
+@torch.no_grad()
+def _score(model: DuoForCausalLM, share: float, *, windows: Tensor, seed: int) -> dict[str, Tensor]:
+    """Per window mean loss and accuracy, both (W,), with a random share of the decisions on big."""
+    generator, parts = torch.Generator().manual_seed(seed), []
+    for tokens in windows.split(16):
+        inputs, targets = tokens[:, :-1], tokens[:, 1:]
+        routes = random_routes(inputs.numel(), model.num_layers, big_share=share, generator=generator)
+        logits = model(input_ids=inputs, routes=routes.view(*inputs.shape, -1)).logits
+        losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+        parts.append((losses.mean(1), (logits.argmax(-1) == targets).float().mean(1)))
+    return dict(zip(("loss", "accuracy"), map(torch.cat, zip(*parts, strict=True)), strict=True))
+
+
+def _against(rival: str | None, found: dict[str, Tensor], other: dict[str, Tensor] | None) -> dict[str, Any]:
+    if other is None:
+        return {}
+    return {"rival": {"model": rival, **_summary({name: found[name] - other[name] for name in found})}}
+
+
+def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
+    means = {name: per_window.mean().item() for name, per_window in values.items()}
+    return means | {f"{name}_interval": bootstrap_interval(per_window) for name, per_window in values.items()}
