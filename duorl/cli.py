@@ -526,8 +526,8 @@ def dense_command(options: Namespace, config: str) -> Callable[[], None]:
     def run() -> None:
         folder = make_folder(options, "dense", config)
         dense.train(dense.plan(settings.recipe, settings.shares, folder), settings.processes)
-        numbers = {"settings": {"command": _command(), **yaml.safe_load(config)}}
-        numbers["rows"] = dense.measure_all(settings, folder)
+        rows = dense.measure_all(settings, folder)
+        numbers = {"settings": {"command": _command(), **yaml.safe_load(config)}, "rows": rows}
         (folder / "dense.json").write_text(json.dumps(numbers, indent=1))
         console.print(f"wrote {folder / 'dense.json'}")
 

@@ -6,7 +6,8 @@ that a route spends: 0 for all-skip, 1 for all-big.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -40,26 +41,39 @@ def linear_flops(module: nn.Module) -> int:
     return 2 * sum(p.numel() for p in module.parameters() if p.ndim >= 2)
 
 
-def action_compute(ffns: Iterable[tuple[nn.Module, nn.Module]]) -> Tensor:
-    """Compute of every action in every layer.
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of one token in each part of a duo model.
 
-    Args:
-        ffns: per layer its (small, big) networks.
-
-    Returns:
-        Shape (L, 3), float32: the share of all-big's FFN FLOPs that skip, small and big cost there.
-        The column of big sums to 1.
+    Attributes:
+        projections: (L,), an attention block's weight matrices.
+        width: heads times head size: each position attended to costs 4 * width more, for its score and its value.
+        ffns: (L, 3), the networks by action: skip, small, big.
+        head: the prediction over the vocabulary.
     """
-    flops = torch.tensor([[0, linear_flops(small), linear_flops(big)] for small, big in ffns], dtype=torch.float64)
-    return (flops / flops[:, BIG].sum()).float()
+
+    projections: Tensor
+    width: int
+    ffns: Tensor
+    head: int
+
+    @property
+    def compute(self) -> Tensor:
+        """The share of all-big's FFN FLOPs that each action costs in each layer: (L, 3); big sums to 1."""
+        return (self.ffns / self.ffns[:, BIG].sum()).float()
+
+    def attention(self, layer: int, context_length: float) -> float:
+        """One attention block over a (mean) number of positions."""
+        return self.projections[layer].item() + 4 * self.width * context_length
+
+    def token(self, compute: Tensor, context_length: float) -> Tensor:
+        """A whole pass, attention and head included, by its compute: any shape, in [0, 1]."""
+        attention = sum(self.attention(layer, context_length) for layer in range(len(self.projections)))
+        return attention + self.head + compute * self.ffns[:, BIG].sum().item()
 
 
-def attention_flops(attention: nn.Module, width: int, context_length: float) -> float:
-    """FLOPs of one token in one attention block: its projections, and scores and sums over the context.
+class Tally:
+    """FLOPs that passes have executed so far; one is shared by all passes of a search."""
 
-    Args:
-        attention: the block; its weight matrices are the projections.
-        width: heads times head size.
-        context_length: mean number of positions attended to.
-    """
-    return linear_flops(attention) + 4 * width * context_length
+    def __init__(self) -> None:
+        self.flops = 0.0

@@ -271,7 +271,7 @@ class Comparer:
         loss, compute = measured.loss.mean(1), measured.compute.mean(1)
         returns = self._returns(measured, self._cheap)
         length = measured.loss.shape[1]
-        flops = self.model.flops_per_token(compute, (length + 1) / 2)
+        flops = self.model.flops.token(compute, (length + 1) / 2)
         shares = {name: (measured.routes == code).float().mean((1, 2)) for code, name in enumerate(ACTIONS)}
         seconds = measured.seconds
         return {

@@ -13,18 +13,20 @@ token reads from the tokens before it: in `routed`, those of their own routed pa
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from duorl.costs import SKIP, Tally
 from duorl.models.attention import Memory, remembering
 from duorl.models.modeling import DuoForCausalLM
 
 Context = Literal["routed", "reference"]
-_LOGITS_AT_ONCE = 2**25  # elements; bounds the memory of the head
+LOGITS_AT_ONCE = 2**21  # elements of the head's output: what stays in a processor's cache
 
 
 @torch.no_grad()
@@ -45,14 +47,13 @@ def remember(model: DuoForCausalLM, tokens: Tensor, positions: Tensor | None = N
     inputs = tokens[:, :-1]
     if positions is None:
         positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
-    memory = Memory(positions)
+    memory = Memory(positions, mode="record")
     with remembering(memory):
         model.stack.all_big(inputs)
     if len(memory.stored) != model.num_layers:
         family = model.config.backbone.model_type
         raise ValueError(f"{family}: attention bypasses transformers' attention interface; use context='routed'")
-    memory.recording = False
-    return memory
+    return replace(memory, mode="read")
 
 
 class RoutedPass:
@@ -64,8 +65,9 @@ class RoutedPass:
         context: `routed` or `reference`, see the module's docstring.
         copies: K branches of every window, each routed on its own; they come first in the batch axis, so
             tensors have K * B rows, `x.view(K, B, ...)` side by side.
-        memory: what `remember` kept of the same tokens, to share between passes in the reference context;
-            made here unless given. Its positions are the ones routed.
+        memory: keys and values that the tokens at its positions read in place of each other's, and only those tokens
+            are routed; in the reference context made here by `remember` unless given.
+        tally: adds up the FLOPs that are executed; nothing is counted unless given.
 
     Attributes:
         hidden: (K * B, P, d), what this layer's FFN would read. P = T unless the memory names fewer positions.
@@ -85,16 +87,20 @@ class RoutedPass:
         context: Context = "routed",
         copies: int = 1,
         memory: Memory | None = None,
+        tally: Tally | None = None,
     ):
         if context == "reference" and memory is None:
             memory = remember(model, tokens)
-        self.memory = memory if context == "reference" else None
+        self.memory, self.tally = memory, tally
         self.stack = model.stack
-        self.action_compute = model.action_compute
+        self.flops = model.flops
+        self.action_compute = self.flops.compute.to(tokens.device)
+        self._drops_blocks = model.config.skip == "block"
         self.depth = model.num_layers
         self._positions = None if self.memory is None else self.memory.positions
-        pick = (lambda x: x) if self._positions is None else lambda x: x.gather(1, self._positions)
-        self.inputs, self.targets = pick(tokens[:, :-1]), pick(tokens[:, 1:])
+        self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:]
+        if self._positions is not None:
+            self.inputs, self.targets = (x.gather(1, self._positions) for x in (self.inputs, self.targets))
         self.layer = 0
         self.residual: Tensor
         self.hidden: Tensor
@@ -116,12 +122,14 @@ class RoutedPass:
     def step(self, actions: Tensor) -> None:
         """Let every token take its own action: (K * B, P) int64; only the chosen networks run."""
         output = self.stack.ffns[self.layer].route(self.hidden, actions)
-        self._advance(output, self.action_compute[self.layer][actions])
+        if self.tally:
+            self.tally.flops += self.flops.ffns[self.layer, actions.cpu()].sum().item()
+        skipped = actions == SKIP if self._drops_blocks else False
+        self._advance(self._joined(output, skipped), self.action_compute[self.layer][actions])
 
     def take(self, action: int) -> None:
         """Let all tokens take one action."""
-        output = self.stack.ffns[self.layer].run(self.hidden, action)
-        self._advance(output, self.action_compute[self.layer, action])
+        self._advance(self._taken(action), self.action_compute[self.layer, action])
 
     def mix(self, weights: Tensor, actions: Sequence[int]) -> None:
         """Let every token take a mixture of actions, differentiable: the learned router of Duo-LLM trains through it.
@@ -133,19 +141,34 @@ class RoutedPass:
         ffn = self.stack.ffns[self.layer]
         outputs = torch.stack([ffn.run(self.hidden, action) for action in actions], dim=-1)  # (K * B, P, d, A)
         output = (outputs @ weights[..., None]).squeeze(-1)
-        self._advance(output, weights @ self.action_compute[self.layer, list(actions)])
+        skipped = sum(weights[..., i] for i, action in enumerate(actions) if action == SKIP)
+        self._advance(self._joined(output, skipped), weights @ self.action_compute[self.layer, list(actions)])
 
-    def branch(self, actions: Sequence[int]) -> None:
-        """Split every branch into one per action, the newest varying fastest: K becomes K * A."""
-        ffn, size, count = self.stack.ffns[self.layer], len(self.inputs), len(actions)
-        shape = self.residual.shape[1:]
-        outputs = [ffn.run(self.hidden, action).view(-1, 1, size, *shape) for action in actions]
-        output = torch.cat(outputs, dim=1).flatten(0, 2)
-        self.residual = _repeat_branches(self.residual, size, count)
-        self.compute = _repeat_branches(self.compute, size, count)
-        spent = self.action_compute[self.layer, list(actions)]
-        self._embed(self.copies)
-        self._advance(output, spent.repeat_interleave(size).repeat(len(output) // (size * count))[:, None])
+    def branch(self, actions: Sequence[int], keep: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor | None:
+        """Split every branch into one per action, the newest varying fastest: K becomes K * A.
+
+        Args:
+            actions: the A actions' codes.
+            keep: chooses among them before the next layer's attention runs: from the residual stream (K * A * B, P, d)
+                and the compute (K * A * B, P) to each token's surviving branches, (K', B, P) indices.
+                Branches are mixed per token, which is exact where tokens read a memory and not each other.
+
+        Returns:
+            What `keep` chose.
+        """
+        size, shape = len(self.inputs), self.residual.shape[1:]
+        taken = [self._taken(action).view(-1, 1, size, *shape) for action in actions]
+        completed = torch.cat(taken, dim=1).flatten(0, 2)
+        spent = self.action_compute[self.layer, list(actions)].view(1, -1, 1, 1)
+        compute = (self.compute.view(-1, 1, size, shape[0]) + spent).flatten(0, 2)
+        kept = keep(completed, compute) if keep else None
+        if kept is not None:
+            completed, compute = pick(completed, kept), pick(compute, kept)
+        self.compute = compute
+        if self.layer + 1 < self.depth:
+            self._embed(len(compute) // size)
+        self._advance(completed)
+        return kept
 
     def fork(self) -> RoutedPass:
         """An independent copy of this point of the pass; tensors are shared, none is ever written in place."""
@@ -163,15 +186,17 @@ class RoutedPass:
                 model's loss.
         """
         stream = self.residual if stream is None else stream
-        vocabulary = self.stack.backbone.config.vocab_size
-        rows = max(1, _LOGITS_AT_ONCE // (vocabulary * stream.shape[1]))
-        targets = self.targets.repeat(self.copies, 1)
-        parts = zip(stream.split(rows), targets.split(rows), strict=True)
-        return torch.cat([self._loss(hidden, target) for hidden, target in parts])
+        if self.tally:
+            self.tally.flops += self.flops.head * stream[..., 0].numel()
+        normalized = self.stack.normalized(stream).flatten(0, 1)  # (N, d)
+        targets = self.targets.repeat(len(stream) // len(self.targets), 1)
+        rows = max(1, LOGITS_AT_ONCE // self.stack.backbone.config.vocab_size)
+        parts = zip(normalized.split(rows), targets.flatten().split(rows), strict=True)
+        return torch.cat([self._loss(hidden, target) for hidden, target in parts]).view_as(targets)
 
-    def _loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
-        logits = self.stack.logits(hidden).float().flatten(0, 1)
-        return cross_entropy(logits, targets.flatten(), reduction="none").view_as(targets)
+    def _loss(self, normalized: Tensor, targets: Tensor) -> Tensor:
+        logits = self.stack.head(normalized[None])[0].float()
+        return cross_entropy(logits, targets, reduction="none")
 
     def _embed(self, copies: int) -> Tensor:
         """Ask the model how it calls its layers for this many branches; returns what enters layer 0."""
@@ -181,11 +206,34 @@ class RoutedPass:
 
     def _attend(self, hidden: Tensor) -> None:
         self.entered = hidden
+        if self.tally:
+            self.tally.flops += self.flops.attention(self.layer, self._read_positions) * hidden[..., 0].numel()
         with remembering(self.memory):
             self.residual, self.hidden = self.stack.attend(self.layer, hidden, self._calls[self.layer])
 
-    def _advance(self, output: Tensor, spent: Tensor) -> None:
-        completed = self.stack.complete(self.layer, self.residual, output)
+    @property
+    def _read_positions(self) -> int:
+        """Number of positions whose scores attention computes for each token."""
+        return self.inputs.shape[1] if self.memory is None else self.memory.looked_at(self.layer)[0].shape[2]
+
+    def _taken(self, action: int) -> Tensor:
+        """What leaves this layer if all tokens take one action."""
+        if self.tally:
+            self.tally.flops += self.flops.ffns[self.layer, action].item() * self.compute.numel()
+        return self._joined(self.stack.ffns[self.layer].run(self.hidden, action), action == SKIP)
+
+    def _joined(self, output: Tensor, skipped: Tensor | float) -> Tensor:
+        """What leaves this layer: the networks' output joins the residual stream.
+
+        Where a skipped layer is dropped whole, the stream is what entered the layer.
+        """
+        stream = self.residual
+        if self._drops_blocks:
+            share = torch.as_tensor(skipped, device=stream.device).to(stream.dtype)
+            stream = stream.lerp(self.entered, share.expand(stream.shape[:2])[..., None])
+        return self.stack.complete(self.layer, stream, output)
+
+    def _advance(self, completed: Tensor, spent: Tensor | float = 0.0) -> None:
         self.compute = self.compute + spent
         self.layer += 1
         if self.done:
@@ -194,7 +242,39 @@ class RoutedPass:
             self._attend(completed)
 
 
-def _repeat_branches(x: Tensor, size: int, count: int) -> Tensor:
-    """(K * B, ...) to (K * A * B, ...), each branch A times in a row."""
-    x = x.view(-1, 1, size, *x.shape[1:])
-    return x.expand(-1, count, *x.shape[2:]).flatten(0, 2)
+def along(walk: RoutedPass, routes: Tensor, index: Tensor | None = None) -> Iterator[tuple[Tensor, RoutedPass]]:
+    """Finish a pass along each of a set of routes, depth first, every shared prefix walked once.
+
+    Args:
+        walk: at any layer; it is left there.
+        routes: (R, layers that are left), action codes, the same for all tokens.
+        index: (R,), the routes' names; their rows unless given.
+
+    Yields:
+        The names of equal routes, and a pass that has followed them to the end.
+    """
+    index = torch.arange(len(routes), device=routes.device) if index is None else index
+    if walk.done:
+        yield index, walk
+        return
+    for action in routes[:, 0].unique().tolist():
+        same = routes[:, 0] == action
+        child = walk.fork()
+        child.take(action)
+        yield from along(child, routes[same, 1:], index[same])
+
+
+def pick(branches: Tensor, index: Tensor) -> Tensor:
+    """Each token's own choice among its branches.
+
+    Args:
+        branches: (K * B, P, ...).
+        index: (K', B, P), in 0..K-1.
+
+    Returns:
+        Shape (K' * B, P, ...).
+    """
+    rest = branches.shape[2:]
+    grouped = branches.unflatten(0, (-1, index.shape[1]))  # (K, B, P, ...)
+    index = index.view(*index.shape, *[1] * len(rest)).expand(*index.shape, *rest)
+    return grouped.gather(0, index).flatten(0, 1)

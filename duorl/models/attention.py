@@ -10,7 +10,7 @@ from __future__ import annotations
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +23,31 @@ STEERED = "duorl"
 
 @dataclass
 class Memory:
-    """Keys and values that an all-big pass left behind, by layer; `positions` (B, P) of the tokens that read them."""
+    """Keys and values that earlier passes left behind, and who reads them.
+
+    Attributes:
+        positions: (B, P), of the tokens that read.
+        stored: per layer the keys and values of S positions, each (B, H, S, k).
+        mode: what attention does with it: `record` an ordinary pass, `read`, or read and `commit` the readers' own keys
+            and values to their positions.
+        length: number of stored positions that are looked at; all unless given.
+    """
 
     positions: Tensor
     stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    recording: bool = True
+    mode: Literal["record", "read", "commit"] = "read"
+    length: int | None = None
+
+    def looked_at(self, layer: int) -> tuple[Tensor, Tensor]:
+        """The keys and values that are read in a layer, each (B, H, `length`, k)."""
+        keys, values = self.stored[layer]
+        return keys[:, :, : self.length], values[:, :, : self.length]
+
+    def commit(self, layer: int, key: Tensor, value: Tensor) -> None:
+        """Overwrite those at `positions` with (B, H, P, k)."""
+        index = self.positions[:, None, :, None].expand_as(key)
+        for states, own in zip(self.stored[layer], (key, value), strict=True):
+            states.scatter_(2, index, own)
 
 
 _active: ContextVar[Memory | None] = ContextVar("memory", default=None)
@@ -44,7 +64,8 @@ def remembering(memory: Memory | None):
 
 
 def _per_query_head(module: nn.Module, states: Tensor) -> Tensor:
-    return states.repeat_interleave(getattr(module, "num_key_value_groups", 1), dim=1)
+    groups = getattr(module, "num_key_value_groups", 1)
+    return states if groups == 1 else states.repeat_interleave(groups, dim=1)
 
 
 def steered_attention(
@@ -62,12 +83,16 @@ def steered_attention(
     Returns:
         Shape (n * B, P, H, k), and no weights.
     """
-    memory = _active.get()
-    if memory is None or memory.recording:
-        if memory is not None:
-            memory.stored[cast(int, module.layer_idx)] = (_per_query_head(module, key), _per_query_head(module, value))
+    memory, layer = _active.get(), cast(int, module.layer_idx)
+    if memory is None:
         return _plain(module, query, key, value, attention_mask, options), None
-    key, value = _per_query_head(module, key), _per_query_head(module, value)
+    every_key, every_value = _per_query_head(module, key), _per_query_head(module, value)
+    if memory.mode == "record":
+        memory.stored[layer] = every_key.contiguous(), every_value.contiguous()
+        return _plain(module, query, key, value, attention_mask, options), None
+    key, value = every_key, every_value
+    if memory.mode == "commit":
+        memory.commit(layer, key, value)
     return _read(memory, module, query, key, value, options), None
 
 
@@ -76,14 +101,14 @@ def _plain(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: T
         return sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     # transformers' sdpa has no softcap (Gemma 2).
     key, value = _per_query_head(module, key), _per_query_head(module, value)
-    scores = _scaled(query @ key.transpose(2, 3), key.shape[-1], options)
+    scores = _capped(_scaled(query, key.shape[-1], options) @ key.transpose(2, 3), options)
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
     return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
 
 
 def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
-    stored_key, stored_value = memory.stored[cast(int, module.layer_idx)]  # (B, H, S, k)
+    stored_key, stored_value = memory.looked_at(cast(int, module.layer_idx))  # (B, H, S, k)
     if options.get("s_aux") is not None:
         raise NotImplementedError(f"{type(module).__name__}: attention sinks have no reference context")
     batch, heads, length, size = stored_key.shape
@@ -94,13 +119,13 @@ def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: 
         states = states.view(branches, batch, heads, queries, -1).permute(1, 2, 0, 3, 4)
         return states.reshape(batch, heads, branches * queries, -1)
 
-    query, key, value = fold(query), fold(key), fold(value)
-    scores = query @ stored_key.transpose(2, 3)  # (B, H, n * P, S)
-    own_scores = (query * key).sum(-1, keepdim=True)
+    query, key, value = fold(_scaled(query, size, options)), fold(key), fold(value)
     index = memory.positions.repeat(1, branches)[:, None, :, None].expand(-1, heads, -1, 1)
-    scores = _scaled(scores.scatter(3, index, own_scores), size, options)
-    weights = scores.masked_fill_(_hidden(memory.positions, length, options).repeat(1, 1, branches, 1), -torch.inf)
-    weights = weights.softmax(-1)
+    scores = query @ stored_key.transpose(2, 3)  # (B, H, n * P, S)
+    scores.scatter_(3, index, (query * key).sum(-1, keepdim=True))
+    scores = _capped(scores, options).unflatten(2, (branches, queries))
+    hidden = _hidden(memory.positions, length, options)[:, :, None]  # (B, 1, 1, P, S)
+    weights = scores.masked_fill_(hidden, -torch.inf).flatten(2, 3).softmax(-1)
     own = weights.gather(3, index)
     # The stored value at t itself is replaced by the token's own.
     output = weights.scatter_(3, index, 0.0) @ stored_value + own * value
@@ -108,8 +133,11 @@ def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: 
     return output.reshape(branches * batch, queries, heads, -1)
 
 
-def _scaled(scores: Tensor, size: int, options: dict) -> Tensor:
-    scores = scores * (options.get("scaling") or size**-0.5)
+def _scaled(query: Tensor, size: int, options: dict) -> Tensor:
+    return query * (options.get("scaling") or size**-0.5)
+
+
+def _capped(scores: Tensor, options: dict) -> Tensor:
     softcap = options.get("softcap")
     return scores if softcap is None else softcap * torch.tanh(scores / softcap)
 

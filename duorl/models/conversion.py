@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from duorl.models.config import DuoConfig, inner_size
+from duorl.models.config import DuoConfig, Skip, inner_size
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.stack import find_layers
 
@@ -16,7 +16,7 @@ _PROBE = 8  # tokens on which a converted model is compared with its original
 
 
 @torch.no_grad()
-def convert(model: PreTrainedModel, *, small_ratio: int = 16) -> DuoForCausalLM:
+def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn") -> DuoForCausalLM:
     """Put a small feed-forward network beside each of a decoder's own.
 
     The small networks are freshly initialised: train them with `duorl pretrain` before routing to them.
@@ -24,6 +24,7 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16) -> DuoForCausalLM:
     Args:
         model: a transformers causal language model whose layers have an `mlp` module. It is left as it is.
         small_ratio: inner size of big divided by that of small (the paper: 16).
+        skip: what the action `skip` drops, see `DuoConfig`.
 
     Returns:
         A trainable duo model with copies of the weights, on the same device and in the same precision.
@@ -34,7 +35,7 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16) -> DuoForCausalLM:
     if small_ratio < 1:
         raise ValueError(f"small_ratio must be at least 1, not {small_ratio}")
     small_size = max(1, inner_size(model.config) // small_ratio)
-    duo = DuoForCausalLM(DuoConfig(backbone=model.config.to_dict(), small_size=small_size))
+    duo = DuoForCausalLM(DuoConfig(backbone=model.config.to_dict(), small_size=small_size, skip=skip))
     for ffn, layer in zip(duo.stack.ffns, find_layers(model), strict=True):
         ffn.big.load_state_dict(cast(nn.Module, layer.mlp).state_dict())
     rest = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}

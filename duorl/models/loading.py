@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from duorl.models.config import DuoConfig
+from duorl.models.config import DuoConfig, Skip, known_skip
 from duorl.models.modeling import DuoForCausalLM
 
 EMBEDDED = {"duo-tiny": Path(__file__).parent / "duo_tiny"}
@@ -35,22 +35,26 @@ def model_folder(name: str | Path) -> Path:
     return folder
 
 
-def load(name: str | Path = "duo-tiny", *, dtype: torch.dtype = torch.float32) -> DuoForCausalLM:
+def load(
+    name: str | Path = "duo-tiny", *, dtype: torch.dtype = torch.float32, skip: Skip | None = None
+) -> DuoForCausalLM:
     """A saved duo model, frozen and in evaluation mode.
 
     Args:
         name: `"duo-tiny"`, the model inside the package, or a folder.
         dtype: of the weights in memory.
+        skip: what the action `skip` drops, see `DuoConfig`; as the model was saved unless given.
 
     Raises:
         FileNotFoundError: there is no such folder, or files are missing in it.
-        ValueError: the folder holds another kind of model, or not all of its weights.
+        ValueError: the folder holds another kind of model, or not all of its weights, or `skip` is unknown.
     """
     folder = model_folder(name)
     kind = json.loads((folder / "config.json").read_text()).get("model_type")
     if kind != DuoConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: make one with duorl.convert")
-    loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+    changed: dict[str, Any] = {} if skip is None else {"skip": known_skip(skip)}
+    loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **changed)
     model, found = loaded
     if found["missing_keys"]:
         raise ValueError(f"the weights in {folder} lack {min(found['missing_keys'])}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from duorl.costs import ACTIONS, action_compute, attention_flops, linear_flops
+from duorl.costs import ACTIONS, SKIP, Flops, linear_flops
 from duorl.models.attention import STEERED
 from duorl.models.config import DuoConfig
-from duorl.models.ffn import DuoFFN
+from duorl.models.ffn import Decision, DuoFFN
 from duorl.models.stack import DecoderStack, find_layers
 
 if TYPE_CHECKING:
@@ -63,27 +64,24 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         """Size d of the residual stream."""
         return self.config.backbone.hidden_size
 
+    @cached_property
+    def flops(self) -> Flops:
+        """FLOPs of one token, part by part."""
+        config, stack = self.config.backbone, self.stack
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return Flops(
+            projections=torch.tensor([linear_flops(_attention(layer)) for layer in stack.layers]),
+            width=head_size * config.num_attention_heads,
+            ffns=torch.tensor(
+                [[0, linear_flops(ffn.small), linear_flops(ffn.big)] for ffn in stack.ffns], dtype=torch.float64
+            ),
+            head=linear_flops(self.backbone.get_output_embeddings()),
+        )
+
     @property
     def action_compute(self) -> Tensor:
         """Compute of each action in each layer, (L, 3); big sums to 1 over the layers (see `duorl.costs`)."""
-        return action_compute((ffn.small, ffn.big) for ffn in self.stack.ffns).to(self.device)
-
-    def flops_per_token(self, compute: Tensor, context_length: float) -> Tensor:
-        """All FLOPs of a token: attention, head, and its share of the feed-forward networks.
-
-        Args:
-            compute: any shape, in [0, 1].
-            context_length: mean number of positions that attention reads.
-
-        Returns:
-            The shape of `compute`, in FLOPs.
-        """
-        config, stack = self.config.backbone, self.stack
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        width *= config.num_attention_heads
-        attention = sum(attention_flops(_attention(layer), width, context_length) for layer in stack.layers)
-        head = linear_flops(self.backbone.get_output_embeddings())
-        return attention + head + compute * sum(linear_flops(ffn.big) for ffn in stack.ffns)
+        return self.flops.compute.to(self.device)
 
     def forward(
         self,
@@ -128,15 +126,21 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         if routes is None and router is None:
             yield
             return
-        ffns = self.stack.ffns
+        ffns, layers = self.stack.ffns, self.stack.layers
         spent = _Spending(self.action_compute)
-        for index, ffn in enumerate(ffns):
+        hooks = []
+        for index, (ffn, layer) in enumerate(zip(ffns, layers, strict=True)):
             ffn.decide = _replay(routes, index) if router is None else spent.decide_with(router, index)
+            if self.config.skip == "block":
+                ffn.decide = dropping = _Dropping(ffn.decide)
+                hooks.append(layer.register_forward_hook(dropping.undo))
         try:
             yield
         finally:
             for ffn in ffns:
                 ffn.decide = None
+            for hook in hooks:
+                hook.remove()
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embedding."""
@@ -162,6 +166,21 @@ class _Spending:
             return actions
 
         return decide
+
+
+class _Dropping:
+    """Decides, and then takes back what a whole skipped layer added to the residual stream."""
+
+    def __init__(self, decide: Decision):
+        self.decide = decide
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        self.actions = self.decide(hidden)
+        return self.actions
+
+    def undo(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        """A forward hook of the layer."""
+        return torch.where((self.actions == SKIP)[..., None], arguments[0], output)
 
 
 def _replay(routes: Tensor | None, layer: int) -> Callable[[Tensor], Tensor]:

@@ -182,7 +182,7 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
     """
     set_seed(options.seed)
     if options.model is not None:
-        model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         if not isinstance(model, DuoForCausalLM):
             model = convert(model, small_ratio=options.small_ratio)
         if options.trained == "small":

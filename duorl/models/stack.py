@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from duorl.models.ffn import DuoFFN
 
@@ -88,10 +89,25 @@ class DecoderStack:
             ffn_output = cast(nn.Module, module.post_feedforward_layernorm)(ffn_output)
         return residual + ffn_output * getattr(module, "residual_multiplier", 1.0)  # Granite scales it
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The model's own final norm and head on a residual stream: (B, P, d) to (B, P, V)."""
+    def normalized(self, hidden: Tensor) -> Tensor:
+        """The model's own final norm of a residual stream: (B, P, d) to (B, P, d)."""
         with self._instead_of_layers(lambda _, *args, **kwargs: hidden):
-            return self.backbone(inputs_embeds=hidden, use_cache=False).logits
+            return self._decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
+
+    def head(self, normalized: Tensor) -> Tensor:
+        """The model's own head on a normalised stream: (B, P, d) to (B, P, V)."""
+        decoder: Any = self._decoder
+        decoder.forward = lambda *args, **kwargs: BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=normalized
+        )
+        try:
+            return self.backbone(inputs_embeds=normalized, use_cache=False).logits
+        finally:
+            del decoder.forward
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The prediction from a residual stream: (B, P, d) to (B, P, V)."""
+        return self.head(self.normalized(hidden))
 
     def all_big(self, input_ids: Tensor) -> Tensor:
         """The residual stream after an all-big walk, (B, T) to (B, T, d)."""

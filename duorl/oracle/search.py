@@ -1,0 +1,212 @@
+"""Exhaustive search: all A^L routes of every token, each shared prefix walked once.
+
+At layer l there are A^l states per token and each is expanded once, instead of A^L full passes: wide while it
+fits, then depth first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from duorl.costs import Tally, action_ids
+from duorl.models.attention import Memory
+from duorl.models.config import inner_size
+from duorl.models.modeling import DuoForCausalLM
+from duorl.oracle.table import RouteTable, SearchContext, cheapest
+from duorl.routed_pass import LOGITS_AT_ONCE, RoutedPass, along, remember
+
+_STATES_AT_ONCE = 2048  # token states at the widest; more do not run faster
+_MOST_ROUTES = 2**16
+_FLOAT = 4  # bytes
+
+
+def all_routes(layers: int, actions: Sequence[str]) -> Tensor:
+    """All routes in counting order, the last layer's action varying fastest: (A^L, L) int64.
+
+    Raises:
+        ValueError: unknown action, or more routes than can be searched.
+    """
+    count_routes(layers, actions)
+    return _in_counting_order(layers, action_ids(actions).tolist())
+
+
+def _in_counting_order(layers: int, actions: Sequence[int]) -> Tensor:
+    return torch.tensor(list(product(actions, repeat=layers)), dtype=torch.int64)
+
+
+def count_routes(layers: int, actions: Sequence[str]) -> int:
+    """A^L, the routes of an exhaustive search.
+
+    Raises:
+        ValueError: unknown action, or more routes than can be searched.
+    """
+    routes = len(action_ids(actions)) ** layers
+    if routes > _MOST_ROUTES:
+        raise ValueError(f"{len(actions)} actions in {layers} layers make {routes:.1e} routes, too many to enumerate")
+    return routes
+
+
+def tree_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float) -> float:
+    """FLOPs of searching one token in closed form: sum_l A^l (attention_l + sum_a ffn_la) + A^L head.
+
+    Args:
+        model: a duo model.
+        actions: names of the A allowed actions.
+        positions: whose scores attention computes for the token.
+    """
+    flops, codes = model.flops, action_ids(actions)
+    layers = sum(
+        len(codes) ** layer * (flops.attention(layer, positions) + flops.ffns[layer, codes].sum().item())
+        for layer in range(model.num_layers)
+    )
+    return layers + len(codes) ** model.num_layers * flops.head
+
+
+@torch.no_grad()
+def exhaustive(
+    model: DuoForCausalLM,
+    tokens: Tensor,
+    *,
+    context: SearchContext = "reference",
+    actions: Sequence[str] = ("small", "big"),
+    price: float = 0.0,
+    allowed: Tensor | None = None,
+    memory_limit: int = 2**30,
+) -> RouteTable:
+    """Search all A^L routes of every token.
+
+    The context says which keys and values a token reads from the tokens before it:
+
+    - `reference`: those of an all-big pass. Tokens do not depend on each other, so the result is each token's optimum,
+      and all tokens of a window are searched in parallel. Cost per token: `tree_flops` over T positions.
+    - `uniform`: those of the same route applied to every token, as a fixed pattern is deployed. A token's best route
+      here presumes that all tokens before it took that route too. Cost: as in `reference`.
+    - `routed`: those of the best routes (at `price`, among `allowed`) of the tokens before it, which are searched first
+      and committed, as in deployment. Windows are searched in parallel, the tokens of a window one after another,
+      so that few windows use the machine badly. The losses are those given the committed context; choosing
+      greedily, token by token, need not be best for the whole window. Cost: `tree_flops` over the positions up to
+      the token, and a pass along the committed route.
+
+    Args:
+        model: a duo model.
+        tokens: (B, T+1).
+        context: see above.
+        actions: names of the allowed actions.
+        price: nats per all-big pass at which the `routed` context commits; the others do not use it.
+        allowed: (R,) or (T, R) bool, the routes (`all_routes`) that the `routed` context may commit; all unless given.
+        memory_limit: bytes for the result and everything that the search allocates beside it.
+
+    Returns:
+        A table of R = A^L routes in counting order, the last layer's action varying fastest.
+
+    Raises:
+        ValueError: unknown context or action, too many routes, or a memory limit under which nothing can be searched.
+    """
+    if context not in get_args(SearchContext):
+        raise ValueError(f"unknown context {context!r}: choose from {', '.join(get_args(SearchContext))}")
+    tokens = tokens.to(model.device)
+    routes = all_routes(model.num_layers, actions).to(tokens.device)
+    at_once = states_within(memory_limit, model, tokens, len(routes))
+    losses = torch.empty(*tokens[:, 1:].shape, len(routes), device=tokens.device)
+    compute, codes, tally = route_compute(model, routes), action_ids(actions).tolist(), Tally()
+    if context != "routed":
+        for window, found in zip(tokens.split(1), losses.split(1), strict=True):
+            walk = RoutedPass(model, window, context="reference" if context == "reference" else "routed", tally=tally)
+            fill(walk, codes, at_once, found)
+        return RouteTable(routes, losses, compute, context, tally.flops)
+
+    committed = torch.empty_like(tokens[:, 1:])
+
+    def search(walk: RoutedPass, rows: slice, position: int) -> Tensor:
+        here = losses[rows, position : position + 1]
+        fill(walk, codes, at_once, here)
+        among = allowed if allowed is None or allowed.ndim == 1 else allowed[position]
+        best = cheapest(here + price * compute, among)
+        committed[rows, position] = best[:, 0]
+        return routes[best]
+
+    token_by_token(model, tokens, search, at_once=at_once, tally=tally)
+    return RouteTable(routes, losses, compute, context, tally.flops, committed)
+
+
+def fill(walk: RoutedPass, actions: Sequence[int], at_once: int, losses: Tensor) -> None:
+    """Write the losses of all completions of a pass, in counting order.
+
+    Args:
+        walk: with one branch, at any layer; it is used up.
+        actions: codes.
+        at_once: token states at the widest.
+        losses: (B, P, A^rest), written.
+    """
+    while not walk.done and walk.compute.numel() * len(actions) <= at_once:
+        walk.branch(actions)
+    leaves = losses.unflatten(-1, (walk.copies, -1))  # (B, P, K, A^rest)
+    for index, done in along(walk, _in_counting_order(walk.depth - walk.layer, actions)):
+        leaves[..., index] = done.losses().view(done.copies, *done.targets.shape, 1).permute(1, 2, 0, 3)
+
+
+def token_by_token(
+    model: DuoForCausalLM,
+    tokens: Tensor,
+    search: Callable[[RoutedPass, slice, int], Tensor],
+    *,
+    at_once: int,
+    tally: Tally,
+) -> None:
+    """Search in the `routed` context: windows in parallel, each token given the committed routes before it.
+
+    Args:
+        model: a duo model.
+        tokens: (B, T+1).
+        search: from a pass of some windows' tokens at one position, the windows' rows and the position, to the routes
+            (B', 1, L) to commit.
+        at_once: token states in flight.
+        tally: of the FLOPs.
+    """
+    length, size = tokens.shape[1] - 1, max(1, at_once // (tokens.shape[1] - 1))
+    for start in range(0, len(tokens), size):
+        rows = slice(start, start + size)
+        windows = tokens[rows]
+        stored = remember(model, windows).stored  # makes room: every position is overwritten before it is read
+        for position in range(length):
+            here = torch.full((len(windows), 1), position, device=tokens.device)
+            reader, writer = (Memory(here, stored, mode, position + 1) for mode in ("read", "commit"))
+            chosen = search(RoutedPass(model, windows, memory=reader, tally=tally), rows, position)
+            walk = RoutedPass(model, windows, memory=writer, tally=tally)
+            while walk.layer < model.num_layers - 1:  # no later token needs what leaves the last layer
+                walk.step(chosen[..., walk.layer])
+
+
+def route_compute(model: DuoForCausalLM, routes: Tensor) -> Tensor:
+    """Compute of routes (..., L), (...)."""
+    return model.action_compute[torch.arange(model.num_layers, device=routes.device), routes].sum(-1)
+
+
+def states_within(limit: int, model: DuoForCausalLM, tokens: Tensor, routes: int) -> int:
+    """How many token states may be in flight under a memory limit in bytes: all of a window, or more while it pays.
+
+    Counted are the table, the stored keys and values, the head's logits, and per state what is alive at once: three
+    vectors for each depth of the search, and the working tensors of an FFN or an attention.
+
+    Raises:
+        ValueError: not even one window's tokens fit.
+    """
+    config, (count, length) = model.config.backbone, tokens[:, 1:].shape
+    size, layers = model.hidden_size, model.num_layers
+    scores = 4 * config.num_attention_heads * length
+    working = max(4 * inner_size(config), 12 * size + scores)
+    stored = 2 * layers * model.flops.width  # keys and values of the tokens that are searched together
+    per_state = _FLOAT * (3 * size * (layers + 1) + working + stored)
+    fixed = _FLOAT * (count * length * routes + 4 * max(LOGITS_AT_ONCE, config.vocab_size))
+    fits = (limit - fixed) // per_state
+    if fits < length:
+        raise ValueError(
+            f"memory_limit {limit:,} is too small: a table of {count * length:,} tokens and {routes:,} routes, and its "
+            f"search, need {fixed + length * per_state:,} bytes; search fewer windows at once or raise it"
+        )
+    return min(fits, max(length, _STATES_AT_ONCE))
