@@ -26,7 +26,7 @@ from duorl.models.attention import Memory, remembering
 from duorl.models.modeling import DuoForCausalLM
 
 Context = Literal["routed", "reference"]
-LOGITS_AT_ONCE = 2**21  # elements of the head's output: what stays in a processor's cache
+LOGITS_AT_ONCE = 2**20  # elements of the head's output: what stays in a processor's cache
 
 
 @torch.no_grad()

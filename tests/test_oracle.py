@@ -1,6 +1,8 @@
 """The oracle against naive enumeration: one full forward per route."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -213,6 +215,37 @@ def test_an_empty_choice_and_an_unknown_context_are_refused(table, duo, tokens):
 def test_a_memory_limit_that_nothing_fits_in_is_refused_with_what_is_needed(duo, tokens):
     with pytest.raises(ValueError, match=r"memory_limit 1,000 is too small: a table of 14 tokens and 8 routes.* need"):
         oracle.exhaustive(duo, tokens, memory_limit=1000)
+
+
+_PEAK = """
+import resource, sys
+import torch
+from transformers import LlamaConfig
+import duorl
+from duorl.models import DuoConfig
+from duorl.oracle import exhaustive
+torch.set_num_threads(1)
+sizes = {"hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4, "vocab_size": 512}
+def model(layers):
+    backbone = LlamaConfig(num_hidden_layers=layers, num_key_value_heads=4, **sizes)
+    return duorl.DuoForCausalLM(DuoConfig(backbone=backbone, small_size=32)).eval().requires_grad_(False)
+tokens = torch.randint(512, (1, 17))
+exhaustive(model(2), tokens, context=sys.argv[1])  # what torch itself takes for good
+deep = model(int(sys.argv[2]))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+exhaustive(deep, tokens, context=sys.argv[1], memory_limit=int(sys.argv[3]))
+print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("context", "layers"), [("reference", 6), ("reference", 11), ("uniform", 11), ("routed", 11)])
+def test_the_memory_limit_is_kept_whatever_the_depth(context, layers):
+    """By the peak of the process's resident memory."""
+    limit = 30_000_000
+    command = [sys.executable, "-c", _PEAK, context, str(layers), str(limit)]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    assert 0 < grown <= limit
 
 
 # Approximate oracles

@@ -20,7 +20,7 @@ from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.table import RouteTable, SearchContext, cheapest
 from duorl.routed_pass import LOGITS_AT_ONCE, RoutedPass, along, remember
 
-_STATES_AT_ONCE = 2048  # token states at the widest; more do not run faster
+_STATES_AT_ONCE = 4096  # token states at the widest; more do not run faster
 _MOST_ROUTES = 2**16
 _FLOAT = 4  # bytes
 

@@ -1,0 +1,101 @@
+"""The exhaustive search against naive enumeration and against the machine: `python benchmarks/oracle.py`.
+
+Per case, all measured in one process, the runs taken in turns:
+
+- FLOPs and time of naive enumeration, one full forward per route, divided by those of the search. The goal is a time
+  ratio of at least 0.9 of the FLOP ratio: what prefixes share is really saved;
+- the share of the machine's matrix-multiplication peak that the search's own FLOPs reach. The goal is 60 %.
+
+Naive enumeration of the large cases is timed on some of the routes and scaled up.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+import duorl
+from duorl.allocator import keep_freed_memory
+from duorl.models import DuoConfig
+from duorl.oracle import all_routes, exhaustive, tree_flops
+
+_PEAK_SIZE = 2048
+_TOKENS = 128
+_ROUNDS = 5
+_TRIED = 64  # routes of naive enumeration that are timed
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one run."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def random_duo(layers: int) -> duorl.DuoForCausalLM:
+    """A duo of duo-tiny's sizes with another number of layers, random weights."""
+    backbone = duorl.load("duo-tiny").config.backbone.to_dict() | {"num_hidden_layers": layers}
+    torch.manual_seed(0)
+    model = duorl.DuoForCausalLM(DuoConfig(backbone=LlamaConfig.from_dict(backbone), small_size=48))
+    return model.eval().requires_grad_(False)
+
+
+def naive_flops(model: duorl.DuoForCausalLM, actions: tuple[str, ...], positions: int) -> float:
+    """FLOPs of one token in all A^L full passes."""
+    routes = all_routes(model.num_layers, actions)
+    flops = model.flops
+    networks = flops.ffns[torch.arange(model.num_layers), routes].sum().item()
+    attention = sum(flops.attention(layer, positions) for layer in range(model.num_layers))
+    return networks + len(routes) * (attention + flops.head)
+
+
+def naive(model: duorl.DuoForCausalLM, inputs: Tensor, routes: Tensor) -> None:
+    """Routes applied to every token in a full forward pass each, and the targets' losses."""
+    for route in routes:
+        logits = model(input_ids=inputs, routes=route.expand(*inputs.shape, -1)).logits.flatten(0, 1)
+        torch.nn.functional.cross_entropy(logits, inputs.flatten(), reduction="none")
+
+
+def measure(name: str, model: duorl.DuoForCausalLM, actions: tuple[str, ...], context: str, windows: int) -> None:
+    """Print one case's row of the table."""
+    generator, length = torch.Generator().manual_seed(0), _TOKENS // windows
+    tokens = torch.randint(model.config.backbone.vocab_size, (windows, length + 1), generator=generator)
+    square = torch.randn(_PEAK_SIZE, _PEAK_SIZE, generator=generator)
+    routes = all_routes(model.num_layers, actions)
+    tried = routes[torch.randperm(len(routes), generator=generator)[:_TRIED]]
+    searches, enumerations, products = [], [], []
+    flops = exhaustive(model, tokens, context=context, actions=actions).flops
+    for _ in range(_ROUNDS):
+        products += [seconds(lambda: square @ square) for _ in range(3)]
+        searches.append(seconds(lambda: exhaustive(model, tokens, context=context, actions=actions)))
+        enumerations.append(seconds(lambda: naive(model, tokens[:, :-1], tried)) * len(routes) / len(tried))
+    per_token = min(searches) / tokens[:, 1:].numel()
+    time_ratio = min(enumerations) / min(searches)
+    flop_ratio = naive_flops(model, actions, length) / tree_flops(model, actions, length)
+    peak = 2 * _PEAK_SIZE**3 / min(products)
+    print(
+        f"| {name} | {context} | {1e3 * per_token:.2f} | {flop_ratio:.2f} | {time_ratio:.2f} | "
+        f"{time_ratio / flop_ratio:.2f} | {flops / min(searches) / 1e9:.0f} | {peak / 1e9:.0f} | "
+        f"{flops / min(searches) / peak:.0%} |"
+    )
+
+
+@torch.no_grad()
+def main() -> None:
+    """Measure and print a table in Markdown."""
+    keep_freed_memory()
+    print("| routes | context | ms per token | FLOP ratio | time ratio | of it | GFLOP/s | peak | share of peak |")
+    print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
+    tiny, deep, both = duorl.load("duo-tiny"), random_duo(12), ("small", "big")
+    for context in ("reference", "uniform", "routed"):
+        measure("2^8", tiny, both, context, windows=1 if context != "routed" else 16)
+    measure("2^12", deep, both, "reference", windows=1)
+    measure("3^8", tiny, ("skip", *both), "reference", windows=1)
+
+
+if __name__ == "__main__":
+    main()
