@@ -5,6 +5,7 @@ Every option is typed, has the same name in YAML (`--config FILE`) and as a flag
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import os
@@ -13,7 +14,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -28,18 +29,24 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedCo
 from torch import Tensor
 
 import agents
-from agents import PPO, Agent
-from duorl import dense
+from agents import PPO, REINFORCE, Agent
+from duorl import dense, report
+from duorl.allocator import keep_freed_memory
 from duorl.checks import require_positive
-from duorl.corpus import load_windows
+from duorl.corpus import load_windows, source_names
 from duorl.costs import ACTIONS, action_ids
 from duorl.dense import DenseOptions
+from duorl.difficulty import save_table, token_difficulty
 from duorl.evaluate import Comparer, Comparison, EvaluationOptions, evaluate, flatten, measure
 from duorl.figures import budget_table, frontier, heat_map, markdown, table
 from duorl.journal import Journal
 from duorl.models import DuoForCausalLM, load, load_tokenizer
+from duorl.models.config import Skip
+from duorl.models.loading import model_folder
 from duorl.models.pretrain import Pretraining, PretrainOptions
 from duorl.oracle import SearchContext, count_routes, exhaustive
+from duorl.oracle.search import states_within
+from duorl.paper import Study, StudySize, claims_page, draw, scaling
 from duorl.rewards import LossImprovement, Reward, price_of
 from duorl.routed_pass import Context
 from duorl.routers import (
@@ -97,6 +104,7 @@ class RunOptions:
         reward: what a decision earns: a class by its import path, with its arguments. Built in, all in nats:
             LossImprovement (price), LogitLensShaping (scale), Sum (rewards). See docs/rewards.md.
         model: `duo-tiny`, the model inside the package, or a folder.
+        skip: what the action `skip` drops, `ffn` or `block`; as the model was saved unless given.
         corpus: built-in corpora (stdlib-code, stdlib-docs, stdlib-tests), or paths and globs of .txt, .jsonl
             and .parquet files.
         actions: names of the allowed actions, out of skip, small, big.
@@ -114,6 +122,7 @@ class RunOptions:
     agents: dict[str, AgentFactory]
     reward: Reward = field(default_factory=lambda: LossImprovement(DEFAULT_PRICE))
     model: str = "duo-tiny"
+    skip: Skip | None = None
     corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
@@ -134,6 +143,7 @@ class EvaluateOptions:
     Args:
         router: folder of a saved router.
         model: `duo-tiny` or a folder.
+        skip: what the action `skip` drops, `ffn` or `block`; as the model was saved unless given.
         corpus: built-in corpora, or paths and globs.
         actions: names of the actions that the oracle and the fixed pattern may take.
         reference: action of the reference route, whose loss gains are measured against.
@@ -145,6 +155,7 @@ class EvaluateOptions:
 
     router: str
     model: str = "duo-tiny"
+    skip: Skip | None = None
     corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
@@ -160,21 +171,63 @@ class OracleOptions:
 
     Args:
         model: `duo-tiny` or a folder.
+        skip: what the action `skip` drops, `ffn` or `block`; as the model was saved unless given.
         corpus: built-in corpora, or paths and globs.
         actions: names of the allowed actions.
-        context: `reference` (the tokens before were routed all-big) or `uniform` (the same route for all tokens).
+        context: `reference` (the tokens before were routed all-big), `uniform` (the same route for all tokens) or
+            `routed` (token after token, each given the best routes of those before it).
+        price: nats per all-big pass that the oracle pays, for what it commits and for the tokens' difficulty.
+        memory_limit: bytes for the table of all losses and the search.
         window: tokens per window.
         windows: windows of the evaluation split to search.
         seed: of the random routes it is compared with.
-        out: folder for oracle.json; the first free `runs/oracle-N` unless given.
+        out: folder for oracle.json and the tokens' difficulty; the first free `runs/oracle-N` unless given.
     """
 
     model: str = "duo-tiny"
+    skip: Skip | None = None
     corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     context: SearchContext = "reference"
+    price: float = 0.0
+    memory_limit: int = 2**30
     window: int = 128
     windows: int = 8
+    seed: int = 0
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class PaperOptions:
+    """Redo the study of Duo-LLM on a duo model: every figure as PNG and JSON, and the paper's claims beside them.
+
+    Args:
+        model: `duo-tiny` or a folder.
+        prose: text that stands for the paper's web text: built-in corpora, or paths and globs.
+        code: text that stands for its Python.
+        quick: a small study of few windows and short trainings, Fig. 8 included; its numbers say little.
+        agents: this project's learners that stand in Fig. 4b and 7.
+        total_decisions: layer decisions that each of them learns from.
+        env: the tokens that they learn on.
+        soft: training of the paper's router; its budget is set by the study.
+        size: how much is measured.
+        dense: dense.json of `duorl dense`, or its folder, for Fig. 8; that of the model's folder unless given.
+        skip: what the action `skip` drops, `ffn` or `block`; as the model was saved unless given.
+        seed: of everything random.
+        out: folder for the figures, claims.md and report.html; the first free `runs/paper-N` unless given.
+    """
+
+    model: str = "duo-tiny"
+    prose: list[str] | str = "stdlib-docs"
+    code: list[str] | str = "stdlib-code"
+    quick: bool = False
+    agents: dict[str, AgentFactory] = field(default_factory=lambda: {"PPO": PPO, "REINFORCE": REINFORCE})
+    total_decisions: int = 4_000_000
+    env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
+    soft: SoftOptions = field(default_factory=SoftOptions)
+    size: StudySize = field(default_factory=StudySize)
+    dense: str | None = None
+    skip: Skip | None = None
     seed: int = 0
     out: str | None = None
 
@@ -213,6 +266,12 @@ def _subparser(options: type, skip: set[str] | None = None) -> _Parser:
     return parser
 
 
+def _report_parser() -> _Parser:
+    parser = _Parser(description="Write report.html, one self-contained page, for a run.", allow_abbrev=False)
+    parser.add_argument("run", type=str, help="folder of a comparison or of a paper run")
+    return parser
+
+
 class Run:
     """`duorl train` and `duorl compare`: everything that can be wrong with the input is found before a folder is made.
 
@@ -231,8 +290,8 @@ class Run:
         require_positive(total_decisions=options.total_decisions)
         action_ids([options.reference]), action_ids(options.actions)
         self.price = LossImprovement(price_of(options.reward)).price
-        self.model, tokenizer = load(options.model), load_tokenizer(options.model)
-        read = partial(load_windows, options.corpus, tokenizer, length=options.env.window)
+        self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
+        read = partial(load_windows, options.corpus, self.tokenizer, length=options.env.window)
         self.training, self.validation = _hold_back(read(split="router"))
         self.held_out = read(split="evaluation")
         count_routes(self.model.num_layers, options.actions)
@@ -247,8 +306,8 @@ class Run:
                 name: self._kept(name, partial(self._learn, name, agent, progress))
                 for name, agent in self.agents.items()
             }
-            comparison = self._compare(learned, progress)
-        write(comparison, self.folder)
+            comparison, traces = self._compare(learned, progress)
+        write(comparison, traces, self.folder)
         self._say_where()
 
     @property
@@ -324,7 +383,7 @@ class Run:
         found = evaluate(self.model, router, self.validation, price=self.price, reference=self.options.reference)
         return {f"validation/{key}": value for key, value in found.items()}
 
-    def _compare(self, learned: dict[str, Router], progress: Progress) -> Comparison:
+    def _compare(self, learned: dict[str, Router], progress: Progress) -> tuple[Comparison, dict[str, Any]]:
         options, model = self.options, self.model
         task = progress.add_task("compare", total=3, note="train the supervised router")
         teach = {"price": self.price, "actions": options.actions, "seed": options.seed}
@@ -345,14 +404,16 @@ class Run:
         }
         comparison = comparer.compare(routers, self._settings())
         progress.update(task, advance=1, note="")
-        return comparison
+        return comparison, comparer.traces(self.tokenizer)
 
     def _settings(self) -> dict[str, Any]:
         return {"command": _command(), "price": self.price, **yaml.safe_load(self.config)}
 
     def _say_where(self) -> None:
         routers = "router/ and routers/" if self._single else "routers/"
-        console.print(f"\nwrote {self.folder}/: comparison.json, comparison.csv, figures/, {routers}, config.yaml")
+        console.print(
+            f"\nwrote {self.folder}/: report.html, comparison.json and .csv, figures/, {routers}, config.yaml"
+        )
         console.print(f"{_tensorboard()} --logdir {self.folder / 'tensorboard'}", soft_wrap=True)
 
 
@@ -374,14 +435,16 @@ def _comparer(options: Namespace, model: DuoForCausalLM, training: Tensor, held_
     )
 
 
-def write(comparison: Comparison, folder: Path) -> None:
-    """Print a comparison's table and write its numbers and its figure."""
+def write(comparison: Comparison, traces: dict[str, Any], folder: Path) -> None:
+    """Print a comparison's table and write its numbers, its figure and its report."""
     console.print(table(comparison))
     comparison.save(folder)
     (folder / "comparison.md").write_text(markdown(comparison))
     figures = folder / "figures"
     figures.mkdir(exist_ok=True)
     frontier(comparison).savefig(figures / "frontier.png", dpi=150)
+    (folder / "traces.json").write_text(json.dumps(traces))
+    report.write(folder)
 
 
 def check_folder(options: Namespace) -> None:
@@ -464,7 +527,7 @@ def evaluate_command(options: Namespace, config: str) -> Callable[[], None]:
     """Prepare `duorl evaluate`."""
     action_ids(options.actions)
     price = LossImprovement(options.price).price
-    model, tokenizer = load(options.model), load_tokenizer(options.model)
+    model, tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
     router = load_router(options.router).to(model.device)
     require_positive(window=options.window)
     count_routes(model.num_layers, options.actions)
@@ -478,8 +541,8 @@ def evaluate_command(options: Namespace, config: str) -> Callable[[], None]:
         routers = {f"{options.router}": router, "best fixed": comparer.fixed, "oracle": comparer.oracle}
         comparison = comparer.compare(routers, {"command": _command(), **yaml.safe_load(config)})
         folder = make_folder(options, "evaluate", config)
-        write(comparison, folder)
-        console.print(f"wrote {folder}/")
+        write(comparison, comparer.traces(tokenizer), folder)
+        console.print(f"wrote {folder}/: report.html, comparison.json and .csv, figures/")
 
     return run
 
@@ -487,13 +550,22 @@ def evaluate_command(options: Namespace, config: str) -> Callable[[], None]:
 def oracle_command(options: Namespace, config: str) -> Callable[[], None]:
     """Prepare `duorl oracle`."""
     require_positive(window=options.window, windows=options.windows)
-    model, tokenizer = load(options.model), load_tokenizer(options.model)
-    count_routes(model.num_layers, options.actions)
+    model, tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
+    routes = count_routes(model.num_layers, options.actions)
     tokens = load_windows(options.corpus, tokenizer, split="evaluation", length=options.window)[: options.windows]
+    states_within(options.memory_limit, model, tokens, routes)
+    LossImprovement(options.price)
     check_folder(options)
 
     def run() -> None:
-        found = exhaustive(model, tokens, context=options.context, actions=options.actions)
+        found = exhaustive(
+            model,
+            tokens,
+            context=options.context,
+            actions=options.actions,
+            price=options.price,
+            memory_limit=options.memory_limit,
+        )
         rows = found.by_budget()
         lucky = found.best_of_random(100, generator=torch.Generator().manual_seed(options.seed))
         title = f"{options.context} context, {lucky.numel():,} held-out tokens"
@@ -509,9 +581,105 @@ def oracle_command(options: Namespace, config: str) -> Callable[[], None]:
             "best_of_100_random": random_loss,
         }
         (folder / "oracle.json").write_text(json.dumps(numbers, indent=1))
-        console.print(f"wrote {folder / 'oracle.json'}")
+        if {"small", "big"} <= set(options.actions):
+            difficulty = token_difficulty(found, tokens, tokenizer, price=options.price)
+            save_table(difficulty, folder / "tokens.csv")
+            save_table(difficulty, folder / "tokens.parquet")
+            settings = {"command": _command(), **yaml.safe_load(config)}
+            page = report.text_page("Token difficulty", settings, [row._asdict() for row in difficulty])
+            (folder / "difficulty.html").write_text(page)
+        console.print(f"wrote {folder}/: " + ", ".join(sorted(path.name for path in folder.glob("*.*"))))
 
     return run
+
+
+class Paper:
+    """`duorl paper`: everything that can be wrong with the input is found before a folder is made.
+
+    Args:
+        options: `PaperOptions` and the folder flags.
+        config: the resolved options as YAML.
+    """
+
+    def __init__(self, options: Namespace, config: str):
+        self.options, self.config = options, config
+        check_folder(options)
+        require_positive(total_decisions=options.total_decisions)
+        self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
+        count_routes(self.model.num_layers, ACTIONS)
+        self.sources = {"prose": source_names(options.prose), "code": source_names(options.code)}
+        read = partial(load_windows, tokenizer=self.tokenizer, length=options.env.window)
+        self.training = read([name for names in self.sources.values() for name in names], split="router")
+        self.texts = {name: read(names, split="evaluation") for name, names in self.sources.items()}
+        self.dense = None if options.quick else dense.find(options.dense, model_folder(options.model))
+        self.size = StudySize.quick() if options.quick else options.size
+        self.soft = replace(options.soft, updates=_QUICK_UPDATES) if options.quick else options.soft
+        self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
+        for factory in options.agents.values():
+            self._lockstep_agent(factory, 0.0)
+
+    def __call__(self) -> None:
+        """Measure, draw, and write claims.md and report.html."""
+        folder = make_folder(self.options, "paper", self.config)
+        with console.status("") as status:
+            figures = self._measure(folder, status.update)
+        draw(figures, folder)
+        settings = {"command": _command(), **yaml.safe_load(self.config)}
+        (folder / "settings.json").write_text(json.dumps(settings, indent=1))
+        page = claims_page(figures, model=self.options.model, command=_command())
+        (folder / "claims.md").write_text(page)
+        report.write(folder)
+        console.print(f"wrote {folder}/: figure-*.png and .json, claims.md, report.html")
+        if not any(name.startswith("8") for name in figures):
+            console.print("Figure 8 is left out: no dense.json; make it with duorl dense and give --dense")
+
+    def _measure(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+        study = Study(
+            self.model,
+            self.tokenizer,
+            self.training,
+            self.texts,
+            learners={name: partial(self._learn, factory) for name, factory in self.options.agents.items()},
+            soft=self.soft,
+            size=self.size,
+            seed=self.options.seed,
+            progress=progress,
+        )
+        figures = study.run()
+        if self.options.quick:
+            progress("figure 8: small models of its own")
+            with contextlib.redirect_stdout(None):  # the Trainer prints its log
+                self.dense = dense.quick(folder / "dense", self.sources, self.options.seed)
+        if self.dense is not None:
+            figures |= scaling(self.dense, {name: ", ".join(names) for name, names in self.sources.items()})
+        return figures
+
+    def _learn(self, factory: AgentFactory, price: float) -> Router:
+        return self._lockstep_agent(factory, price).learn(self.total_decisions)
+
+    def _lockstep_agent(self, factory: AgentFactory, price: float) -> Agent:
+        env = self.options.env
+        lockstep = Lockstep(
+            self.model,
+            self.training,
+            windows_per_batch=env.windows_per_batch,
+            seed=self.options.seed,
+            reward=LossImprovement(price),
+            context=env.context,
+            group_size=env.group_size,
+            token_discount=env.token_discount,
+        )
+        return factory(lockstep)
+
+
+_QUICK_UPDATES, _QUICK_DECISIONS = 40, 200_000
+
+
+def report_command(options: Namespace, config: str) -> Callable[[], None]:
+    """Prepare `duorl report`."""
+    folder = Path(options.run)
+    report.check(folder)
+    return lambda: console.print(f"wrote {report.write(folder)}")
 
 
 def dense_command(options: Namespace, config: str) -> Callable[[], None]:
@@ -556,6 +724,8 @@ COMMANDS: dict[str, Callable[[Namespace, str], Callable[[], None]]] = {
     "compare": Run,
     "evaluate": evaluate_command,
     "oracle": oracle_command,
+    "paper": Paper,
+    "report": report_command,
     "dense": dense_command,
     "pretrain": pretrain_command,
 }
@@ -572,6 +742,8 @@ def build_parser(without: Collection[str] = ()) -> tuple[_Parser, dict[str, _Par
         "compare": _subparser(RunOptions),
         "evaluate": _subparser(EvaluateOptions),
         "oracle": _subparser(OracleOptions),
+        "paper": _subparser(PaperOptions),
+        "report": _report_parser(),
         "dense": _subparser(DenseOptions),
         "pretrain": _subparser(PretrainOptions),
     }
@@ -593,6 +765,7 @@ def build_parser(without: Collection[str] = ()) -> tuple[_Parser, dict[str, _Par
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; bad input ends in one line on standard error and exit code 2."""
+    keep_freed_memory()
     sys.path.insert(0, os.getcwd())  # a reward named by import path may lie where the user stands
     transformers.logging.disable_progress_bar()
     parser, subparsers = build_parser()

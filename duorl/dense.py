@@ -9,8 +9,9 @@ One recipe trains them all, each from scratch but the last:
 
 from __future__ import annotations
 
+import json
 import multiprocessing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,7 +37,7 @@ class DenseOptions:
     Args:
         recipe: stage 1 of the duo: options of `duorl pretrain`, or a YAML file of them. The folder in it is not used.
         shares: shares of big at which the duo is measured, each against a dense model of equal FLOPs.
-        texts: what they are measured on: built-in corpora, or paths and globs.
+        texts: what they are measured on: built-in corpora, or paths and globs; several in one joined by ", ".
         windows: windows of each text's evaluation split.
         processes: trainings side by side; the machine's cores are divided among them.
         seed: of the routes in the measurement.
@@ -114,7 +115,9 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(folder / "duo")
     rows = []
     for text in options.texts:
-        windows = load_windows(text, tokenizer, split="evaluation", length=options.recipe.window)[: options.windows]
+        windows = load_windows(text.split(", "), tokenizer, split="evaluation", length=options.recipe.window)[
+            : options.windows
+        ]
         score = partial(_score, windows=windows, seed=options.seed)
         dense = {share: f"dense-{dense_size(options.recipe, share)}" for share in options.shares}
         scores = {(name, share): score(load(folder / name), 1.0) for share, name in dense.items()}
@@ -126,6 +129,56 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
             rival = {"duo": dense[share], "frozen": "duo"}.get(name)
             rows.append({**row, **_summary(found), **_against(rival, found, scores.get((rival or "", share)))})
     return rows
+
+
+def find(place: str | None, model: Path) -> list[dict[str, Any]] | None:
+    """The rows of a kept dense.json.
+
+    Args:
+        place: the file or its folder; that beside the model unless given.
+        model: the model's folder.
+
+    Returns:
+        The rows, or None where no place is given and the model has none.
+
+    Raises:
+        FileNotFoundError: there is none at the place given.
+    """
+    path = Path(place) if place is not None else model / "dense.json"
+    path = path / "dense.json" if path.is_dir() else path
+    if not path.is_file():
+        if place is None:
+            return None
+        raise FileNotFoundError(f"no dense.json at {place}: make one with duorl dense")
+    return json.loads(path.read_text())["rows"]
+
+
+def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[dict[str, Any]]:
+    """The whole study in a minute, on models so small and so little trained that only the machinery is shown.
+
+    Args:
+        folder: for the models.
+        texts: sources by name; the models are trained on all of them.
+        seed: of initialisation, order and routes.
+    """
+    sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2}
+    schedule = {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 5}
+    quiet = {"report_to": "none", "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no"}
+    recipe = PretrainOptions(
+        out="",
+        corpus=[source for names in texts.values() for source in names],
+        backbone={"model_type": "llama", "tie_word_embeddings": True, **sizes},
+        vocab_size=512,
+        window=64,
+        evaluation_windows=8,
+        training={**schedule, **quiet},
+        seed=seed,
+    )
+    named = tuple(", ".join(names) for names in texts.values())
+    options = DenseOptions(recipe, shares=(0.0, 0.5, 1.0), texts=named, windows=64, seed=seed)
+    for job in plan(recipe, options.shares, folder).values():
+        _train(job)
+    return measure_all(options, folder)
 
 
 @torch.no_grad()

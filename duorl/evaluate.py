@@ -10,21 +10,25 @@ import csv
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from duorl.checks import require_positive
-from duorl.costs import ACTIONS, BIG
+from duorl.costs import ACTIONS, BIG, SMALL
+from duorl.difficulty import token_difficulty, token_names
 from duorl.models.attention import Memory
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle import exhaustive
 from duorl.routed_pass import Context, RoutedPass, remember
 from duorl.routers import ConstantRouter, OracleRouter, PatternRouter, Router
+
+_SHOWN_WINDOWS = 2
 
 
 @dataclass(frozen=True)
@@ -223,6 +227,7 @@ class Comparer:
         cheap = ConstantRouter(reference)
         self._cheap = measure(model, cheap, self.windows, batch=options.batch)
         self._cheap_reference = self._measure_reference(cheap)
+        self._traced: dict[str, dict[str, Any]] = {}
         self._fixed = measure(model, self.fixed, self.windows, batch=options.batch)
 
     def _best_fixed(self, windows: Tensor) -> PatternRouter:
@@ -245,6 +250,7 @@ class Comparer:
         sees_label = isinstance(router, OracleRouter)
         windows = self.searched if sees_label else self.windows
         measured = measure(self.model, router, windows, batch=len(windows) if sees_label else self.options.batch)
+        self._traced[name] = self._trace(measured.routes)
         return {
             "router": name,
             "context": "routed",
@@ -254,6 +260,29 @@ class Comparer:
             **self._against_fixed(measured),
             **self._reference(self._measure_reference(router)),
         }
+
+    def traces(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What the report shows beside the numbers: routes of all compared routers, and the first windows' difficulty.
+
+        Returns:
+            `routers`: per router `share_of_big` (L, T), `per_layer` by action (L,), and the `routes` (L, T) of the
+            first window, whose tokens are `tokens`; `difficulty`: rows of `token_difficulty`, of the first windows.
+        """
+        shown = self.searched[:_SHOWN_WINDOWS]
+        table = replace(self.oracle.table, losses=self.oracle.table.losses[: len(shown)])
+        known = {int(code) for code in table.routes.unique()}
+        rows = token_difficulty(table, shown, tokenizer) if {SMALL, BIG} <= known else []
+        return {
+            "tokens": token_names(shown[0, 1:], tokenizer),
+            "difficulty": [row._asdict() for row in rows],
+            "routers": self._traced,
+        }
+
+    def _trace(self, routes: Tensor) -> dict[str, Any]:
+        """Routes (W, T, L) in short."""
+        per_layer = {name: (routes == code).float().mean((0, 1)).tolist() for code, name in enumerate(ACTIONS)}
+        big = (routes == BIG).float().mean(0).T.tolist()
+        return {"share_of_big": big, "per_layer": per_layer, "routes": routes[0].T.tolist()}
 
     def _measure_reference(self, router: Router) -> Measurement:
         size = len(self.searched)

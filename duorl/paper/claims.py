@@ -1,0 +1,269 @@
+"""The paper's claims beside what was measured here, agreeing or not.
+
+A claim *agrees* where the 95 % interval lies on the claimed side, *disagrees* where it lies on the other side, and is
+*open* where it includes the border. What the border is stands in the measured sentence.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from duorl.evaluate import bootstrap_interval
+
+Numbers = dict[str, Any]
+Interval = Sequence[float]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper and its measurement on one text.
+
+    Attributes:
+        figure: the paper's.
+        paper: what it says.
+        text: what it was measured on.
+        measured: what was found, with intervals.
+        verdict: `agrees`, `disagrees` or `open`.
+    """
+
+    figure: str
+    paper: str
+    text: str
+    measured: str
+    verdict: str
+
+
+def claims(figures: Mapping[str, Numbers]) -> list[Claim]:
+    """All claims that the given figures bear on."""
+    found = [*_oracle_claims(figures), *_schedule_claims(figures), *_pattern_claims(figures)]
+    found += [*_router_claims(figures), *_difficulty_claims(figures), *_scaling_claims(figures)]
+    return sorted(found, key=lambda claim: claim.figure)  # a stable sort: claims of one figure stay together
+
+
+def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> str:
+    """`claims.md`: a table of all claims.
+
+    Args:
+        figures: numbers by the figure's name.
+        model: its name.
+        command: what made the numbers.
+    """
+    found = claims(figures)
+    counts = ", ".join(f"{sum(c.verdict == verdict for c in found)} {verdict}" for verdict in VERDICTS)
+    lines = [
+        f"# The claims of Duo-LLM on {model}",
+        "",
+        f"    {command}",
+        "",
+        "Losses in nats per token, on held-out text, in the reference context unless said. In brackets 95 % bootstrap",
+        "intervals over windows. The verdict is read off the interval: *open* where it includes the border.",
+        f"The paper has 12 layers; its budgets stand for the same shares of the layers here. {counts}.",
+        "",
+        "| figure | the paper | text | measured here | verdict |",
+        "|---|---|---|---|---|",
+        *(f"| {c.figure} | {c.paper} | {c.text} | {c.measured} | {c.verdict} |" for c in found),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+VERDICTS = ("agrees", "disagrees", "open")
+
+
+def _verdict(interval: Interval, *, above: float | None = None, below: float | None = None) -> str:
+    """Whether an interval lies above (or below) a border."""
+    low, high = interval if above is not None else (-interval[1], -interval[0])
+    border = above if above is not None else -(below or 0.0)
+    if low > border:
+        return "agrees"
+    return "disagrees" if high < border else "open"
+
+
+def _within(interval: Interval, border: float) -> str:
+    """Whether an interval lies within a border on both sides of 0."""
+    return _all([_verdict(interval, above=-border), _verdict(interval, below=border)])
+
+
+def _all(verdicts: Sequence[str]) -> str:
+    """A claim about several numbers: it disagrees where one does, and agrees where all do."""
+    for verdict in ("disagrees", "open"):
+        if verdict in verdicts:
+            return verdict
+    return "agrees"
+
+
+def _steps(points: Sequence[Numbers]) -> tuple[str, str]:
+    """Whether each point's loss is below that of the one before."""
+    steps = [_difference(later, earlier) for earlier, later in pairwise(points)]
+    verdicts = [_verdict(step["mean_interval"], below=0) for step in steps]
+    compute = ", ".join(f"{point['compute']:.2f}" for point in points)
+    listed = ", ".join(f"{step['mean']:+.3f}" for step in steps)
+    counts = f"{verdicts.count('agrees')} of {len(verdicts)} intervals below 0, {verdicts.count('disagrees')} above"
+    return f"routed context, compute {compute}; each loss minus the one before: {listed}; {counts}", _all(verdicts)
+
+
+def _difference(one: Numbers, other: Numbers) -> Numbers:
+    """Of two points' windows, paired."""
+    values = torch.tensor(one["windows"]) - torch.tensor(other["windows"])
+    return {"mean": values.mean().item(), "mean_interval": bootstrap_interval(values)}
+
+
+def _number(values: Numbers, key: str = "mean") -> str:
+    low, high = values[f"{key}_interval"]
+    return f"{values[key]:+.3f} ({low:+.3f}, {high:+.3f})"
+
+
+def _oracle_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
+    for text, found in figures["4a"]["texts"].items():
+        lead = found["best_random_minus_oracle"]
+        yield Claim(
+            "4a",
+            "the oracle is far below the best of 100 random patterns",
+            text,
+            f"{figures['4a']['big']} big; best of the random patterns ({len(found['patterns'])} different ones drawn), "
+            f"one for all tokens, minus oracle: {_number(lead)}",
+            _verdict(lead["mean_interval"], above=0),
+        )
+    for text, found in figures["4b"]["texts"].items():
+        curve = found["reference"]["oracle"]
+        best = min(curve, key=lambda point: point["loss"])
+        yield Claim(
+            "4b",
+            "the oracle's loss is a U over the budget, best at half of the layers",
+            text,
+            f"best at {best['big']} of {figures['4b']['layers']} big, there minus all-big: "
+            f"{_number(best, 'minus_all_big')}; at no big layer: {_number(curve[0], 'minus_all_big')}",
+            "disagrees"
+            if best["big"] in (0, figures["4b"]["layers"])
+            else _verdict(best["minus_all_big_interval"], below=0),
+        )
+        yield Claim(
+            "4b",
+            "with one big layer the oracle is already below all-big",
+            text,
+            f"minus all-big: {_number(curve[1], 'minus_all_big')}",
+            _verdict(curve[1]["minus_all_big_interval"], below=0),
+        )
+
+
+def _schedule_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
+    for kind in ("falling", "rising"):
+        for text, found in figures["4c"]["texts"].items():
+            schedule = found[kind]
+            yield Claim(
+                "4c",
+                f"a budget {kind} along the sequence is worse than a constant one",
+                text,
+                f"{schedule['big'][0]} to {schedule['big'][-1]} big minus constant {found['constant']['big'][0]}: "
+                f"{_number(schedule, 'minus_constant')}",
+                _verdict(schedule["minus_constant_interval"], above=0),
+            )
+
+
+def _pattern_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
+    for letter, where in (("a", "late"), ("b", "evenly"), ("c", "early")):
+        numbers = figures[f"2{letter}"]
+        for text, found in numbers["texts"].items():
+            late = found["lateness"]
+            low, high = late["mean_interval"]
+            verdict = {
+                "late": _verdict((low, high), above=0),
+                "early": _verdict((low, high), below=0),
+                "evenly": _within((low, high), 0.5),
+            }
+            yield Claim(
+                f"2{letter}",
+                f"with {_SHARES[letter]} of the layers big the oracle puts them {where}",
+                text,
+                f"mean layer of big minus the middle, {numbers['big']} big: {_number(late)}"
+                + (" (evenly: within half a layer)" if where == "evenly" else ""),
+                verdict[where],
+            )
+    for text, found in figures["2d"]["texts"].items():
+        shares = found["per_layer"]
+        layer = min(range(len(shares["mean"])), key=lambda index: shares["mean"][index])
+        low, high = (1 - share for share in reversed(shares["mean_interval"][layer]))
+        yield Claim(
+            "2d",
+            "with skip, some layers are almost always skipped",
+            text,
+            f"layer {layer} is skipped by {1 - shares['mean'][layer]:.1%} ({low:.1%}, {high:.1%}) of the tokens "
+            "(almost always: 90 %)",
+            _verdict((low, high), above=0.9),
+        )
+        exits = found["early_exits"]
+        yield Claim(
+            "2d",
+            "with skip, no early-exit shape shows",
+            text,
+            f"{exits['mean']:.1%} of the routes skip all layers after the first skipped one (none shows: under 10 %)",
+            _verdict(exits["mean_interval"], below=0.1),
+        )
+
+
+_SHARES = {"a": "a third", "b": "half", "c": "two thirds"}
+
+
+def _router_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
+    for text, found in figures["4a"]["texts"].items():
+        lead = found["fixed_minus_oracle"]["mean"]
+        yield Claim(
+            "4a",
+            "the learned router is near fixed patterns",
+            text,
+            f"soft router minus fixed patterns of the same compute: {_number(found['soft_minus_fixed'])}; the oracle "
+            f"is {lead:.3f} below them (near: within a tenth of that)",
+            _within(found["soft_minus_fixed"]["mean_interval"], 0.1 * lead),
+        )
+    for text, found in figures["4b"]["texts"].items():
+        curves = found["routed"]
+        for kind, said in (
+            ("fixed", "the best fixed pattern improves with every big layer"),
+            ("soft", "the learned router improves with its budget"),
+        ):
+            measured, verdict = _steps(sorted(curves[kind], key=lambda point: point["compute"]))
+            yield Claim("4b", said, text, measured, verdict)
+    for favour, key in (("late layers", "lateness"), ("early tokens", "early_tokens")):
+        for text, found in figures["3b"]["texts"].items():
+            yield Claim(
+                "3",
+                f"the learned router favours {favour}",
+                text,
+                {
+                    "lateness": "soft router, mean layer of big minus the middle: ",
+                    "early_tokens": "soft router, share of big in the first quarter of the window minus the last: ",
+                }[key]
+                + _number(found[key]),
+                _verdict(found[key]["mean_interval"], above=0),
+            )
+
+
+def _difficulty_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
+    for text, found in figures["5"]["texts"].items():
+        overlap = found["overlap_of_top_tenths"]
+        yield Claim(
+            "5, 6",
+            "the hard tokens are not those of large loss: difficulty is what compute can still remove",
+            text,
+            f"of the tenth of tokens with the largest loss {overlap['mean']:.0%} are in the tenth of the largest "
+            f"difficulty (not those: under 80 %); rank correlation of the two {_number(found['rank_correlation'])}",
+            _verdict(overlap["mean_interval"], below=0.8),
+        )
+
+
+def _scaling_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
+    for text, models in figures.get("8c", {"texts": {}})["texts"].items():
+        points = models["small beside frozen big"]
+        verdicts = [_verdict(p["rival"]["accuracy_interval"], below=0) for p in points if p["big_share"] < 1]
+        listed = "; ".join(f"{p['big_share']:g}: {_number(p['rival'], 'accuracy')}" for p in points)
+        yield Claim(
+            "8c",
+            "a small network added to a frozen big one is clearly worse than both from scratch",
+            text,
+            f"accuracy minus that of both from scratch, by share of big: {listed}",
+            _all(verdicts),
+        )

@@ -1,0 +1,450 @@
+"""What every figure of the paper shows, measured: numbers in, no pictures.
+
+The paper's 12 layers are L here, and its budgets of 4, 6 and 8 big layers a third, a half and two thirds of L. Oracle
+and learned routers are compared in the `reference` context, on the same tokens, unless a number says `routed`; the
+paper does not name its context. Patterns and routers come from the router split, all numbers from the evaluation split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from duorl.checks import require_positive
+from duorl.costs import ACTIONS, BIG, SKIP
+from duorl.difficulty import token_difficulty, token_names
+from duorl.evaluate import Measurement, bootstrap_interval, measure
+from duorl.models import DuoForCausalLM
+from duorl.oracle import RouteTable, exhaustive, fixed_patterns
+from duorl.routed_pass import remember
+from duorl.routers import PatternRouter, Router, SoftOptions, train_soft
+
+Numbers = dict[str, Any]
+Learner = Callable[[float], Router]
+"""Trains a router of this project at a price; the study itself knows no reinforcement learning."""
+
+
+@dataclass(frozen=True)
+class StudySize:
+    """How much is measured and trained.
+
+    Args:
+        windows: windows of each text's evaluation split that are searched exhaustively.
+        pattern_windows: windows of the router split on which fixed patterns are chosen.
+        random_patterns: random patterns in Fig. 4a (the paper: 100).
+        big: numbers of big layers that the soft router is trained for, besides the paper's three; all unless given.
+        prices: nats per all-big pass at which this project's routers are trained.
+        resamples: bootstrap resamples of windows for the 95 % intervals.
+    """
+
+    windows: int = 32
+    pattern_windows: int = 32
+    random_patterns: int = 100
+    big: tuple[int, ...] | None = None
+    prices: tuple[float, ...] = (0.1, 0.3, 0.6)
+    resamples: int = 2000
+
+    @classmethod
+    def quick(cls) -> StudySize:
+        """Minutes in place of a quarter of an hour, and wide intervals."""
+        return cls(windows=8, pattern_windows=8, big=(1,), prices=(0.3,), resamples=500)
+
+    def __post_init__(self) -> None:
+        counts = ("windows", "pattern_windows", "random_patterns", "resamples")
+        require_positive(**{name: getattr(self, name) for name in counts})
+
+
+class _Measured(NamedTuple):
+    """One point of a curve: mean number of big layers, mean compute, and the windows' mean losses, (W,)."""
+
+    big: float
+    compute: float
+    loss: Tensor
+
+
+class Study:
+    """Measures the figures of one duo model.
+
+    Args:
+        model: a frozen duo model whose routes can be enumerated.
+        tokenizer: its tokenizer.
+        training: (W, T+1) of the router split, all texts together: patterns are chosen and routers trained on it.
+        texts: evaluation windows (W, T+1) by the text's name.
+        learners: this project's routers by name.
+        soft: how the paper's learned router is trained; its budget is set by the study.
+        size: see `StudySize`.
+        seed: of everything random.
+        progress: told what comes next.
+    """
+
+    def __init__(
+        self,
+        model: DuoForCausalLM,
+        tokenizer: PreTrainedTokenizerBase,
+        training: Tensor,
+        texts: Mapping[str, Tensor],
+        *,
+        learners: Mapping[str, Learner],
+        soft: SoftOptions,
+        size: StudySize,
+        seed: int,
+        progress: Callable[[str], None] = lambda note: None,
+    ):
+        self.model, self.tokenizer, self.training = model, tokenizer, training
+        self.texts = {name: windows[: size.windows] for name, windows in texts.items()}
+        self.learners, self.soft, self.size, self.seed = learners, soft, size, seed
+        self.progress = progress
+        self.depth = model.num_layers
+
+    def run(self) -> dict[str, Numbers]:
+        """The numbers of all figures but the 8th (`duorl.dense`), by the figure's name: `2a`, ..., `7`."""
+        figures: dict[str, Numbers] = {}
+        for letter, big in zip("abc", self.budgets, strict=True):
+            self.progress(f"heat maps, {big} of {self.depth} big")
+            figures[f"2{letter}"] = self._heat_maps("oracle", big, self._oracle_routes(big))
+            figures[f"3{letter}"] = self._heat_maps("soft router", big, self._router_routes(self._soft(big)))
+        figures |= self._with_skip()
+        for name, make in (
+            ("4a", self.random_patterns),
+            ("4b", self.curves),
+            ("4c", self.schedules),
+            ("5", self.difficulty),
+            ("6", self.coloured_text),
+            ("7", self.single_routes),
+        ):
+            self.progress(f"figure {name}")
+            figures[name] = make()
+        return dict(sorted(figures.items()))
+
+    @cached_property
+    def budgets(self) -> list[int]:
+        """A third, a half and two thirds of the layers: the paper's 4, 6 and 8 of 12."""
+        return [max(1, round(self.depth * share)) for share in (1 / 3, 1 / 2, 2 / 3)]
+
+    @cached_property
+    def tables(self) -> dict[str, RouteTable]:
+        """All routes of all tokens over small and big, in the reference context."""
+        return {name: exhaustive(self.model, windows) for name, windows in self.texts.items()}
+
+    @cached_property
+    def patterns(self) -> dict[int, list[int]]:
+        """The best fixed pattern for each number of big layers, chosen on the router split."""
+        found = fixed_patterns(self.model, self.training[: self.size.pattern_windows])
+        return {pattern.budget[1]: pattern.route for pattern in found}
+
+    # Figures 2 and 3
+
+    def _oracle_routes(self, big: int) -> dict[str, Tensor]:
+        return {
+            name: table.routes[table.best(allowed=table.with_big(big))].cpu() for name, table in self.tables.items()
+        }
+
+    def _router_routes(self, router: Router) -> dict[str, Tensor]:
+        return {name: self._in_reference(router, name).routes for name in self.texts}
+
+    def _heat_maps(self, router: str, big: int, routes: Mapping[str, Tensor]) -> Numbers:
+        """Share of big per layer and position, where in depth the big ones stand, and where in the sequence."""
+        texts = {}
+        for name, found in routes.items():
+            chosen = (found == BIG).float()  # (W, T, L)
+            texts[name] = {
+                "share_of_big": chosen.mean(0).T.tolist(),
+                "per_layer": self._with_interval(chosen.mean(1)),
+                "mean_share": self._with_interval(chosen.mean((1, 2))),
+                "lateness": self._with_interval(_lateness(chosen)),
+                "early_tokens": self._with_interval(_quarters(chosen)),
+            }
+        return {"router": router, "context": "reference", "big": big, "layers": self.depth, "texts": texts}
+
+    def _with_skip(self) -> dict[str, Numbers]:
+        """Big or skip with half of the layers skipped (Fig. 2d, 3d)."""
+        big = self.budgets[1]
+        self.progress("heat maps, big or skip")
+        actions, routes = ("skip", "big"), {}
+        for name, windows in self.texts.items():
+            table = exhaustive(self.model, windows, actions=actions)
+            routes[name] = table.routes[table.best(allowed=table.with_big(big))].cpu()
+        oracle = self._heat_maps("oracle, big or skip", big, routes)
+        for name, found in routes.items():
+            exits = early_exits(found).float().mean(1)
+            oracle["texts"][name]["early_exits"] = self._with_interval(exits)
+        learned = self._router_routes(self._soft(big, actions=actions))
+        return {"2d": oracle, "3d": self._heat_maps("soft router, big or skip", big, learned)}
+
+    # Figure 4
+
+    def random_patterns(self) -> Numbers:
+        """Random patterns with half of the layers big, each for all tokens, against the oracle (Fig. 4a)."""
+        big, generator = self.budgets[1], torch.Generator().manual_seed(self.seed)
+        texts = {}
+        for name, table in self.tables.items():
+            allowed = table.with_big(big)
+            drawn = allowed.nonzero()[:, 0].cpu()
+            drawn = drawn[torch.randint(len(drawn), (self.size.random_patterns,), generator=generator)]
+            patterns = table.losses[..., drawn.unique()].mean(1)  # (W, patterns)
+            lucky = patterns[:, patterns.mean(0).argmin()]
+            fixed = table.losses[..., table.index_of(torch.tensor(self.patterns[big]))].mean(1)
+            oracle = table.loss(table.best(allowed=allowed)).mean(1)
+            soft = self._in_reference(self._soft(big), name)
+            texts[name] = {
+                "patterns": patterns.mean(0).tolist(),
+                "best_random": self._with_interval(lucky),
+                "best_fixed": self._with_interval(fixed),
+                "oracle": self._with_interval(oracle),
+                "soft": self._with_interval(soft.loss.mean(1)),
+                "soft_compute": soft.compute.mean().item(),
+                "best_random_minus_oracle": self._with_interval(lucky - oracle),
+                "fixed_minus_oracle": self._with_interval(fixed - oracle),
+                "soft_minus_fixed": self._with_interval(self._against_fixed(name, soft)),
+            }
+        return {"context": "reference", "big": big, "layers": self.depth, "texts": texts}
+
+    def _against_fixed(self, name: str, measured: Measurement) -> Tensor:
+        """(W,), loss minus that of the fixed patterns at the same compute, interpolated between their budgets."""
+        table = self.tables[name]
+        index = table.index_of(torch.tensor([self.patterns[big] for big in sorted(self.patterns)]))
+        losses, compute = table.losses[..., index].mean(1), table.compute[index]  # (W, L + 1), (L + 1,)
+        spent = measured.compute.mean()
+        above = int((compute < spent).sum().clamp(1, len(compute) - 1))
+        share = ((spent - compute[above - 1]) / (compute[above] - compute[above - 1])).clamp(0, 1)
+        return measured.loss.mean(1) - losses[:, above - 1].lerp(losses[:, above], share)
+
+    def curves(self) -> Numbers:
+        """Loss against the number of big layers: oracle, fixed patterns, soft router, and ours (Fig. 4b)."""
+        routers = {"soft": [self._soft(big) for big in self._soft_budgets]}
+        for learner in self.learners:
+            routers[learner] = [self._learned(learner, price) for price in self.size.prices]
+        texts: dict[str, Numbers] = {}
+        for name, windows in self.texts.items():
+            texts[name] = {"tokens": windows[:, 1:].numel()}
+            for context, all_big, curves in (
+                ("reference", self._all_big(name), self._oracle_and_fixed(name)),
+                ("routed", self._all_big(name), self._routed_oracle_and_fixed(name)),
+            ):
+                run = self._in_reference if context == "reference" else self._routed
+                curves |= {kind: [self._measured(run(one, name)) for one in found] for kind, found in routers.items()}
+                texts[name][context] = {
+                    kind: [self._point(point, all_big) for point in points] for kind, points in curves.items()
+                }
+        return {"layers": self.depth, "prices": list(self.size.prices), "texts": texts}
+
+    @property
+    def _soft_budgets(self) -> list[int]:
+        more = range(1, self.depth) if self.size.big is None else self.size.big
+        return sorted({*self.budgets, *more})
+
+    def _all_big(self, name: str) -> Tensor:
+        """(W,), the same in both contexts: there is nothing else to read."""
+        table = self.tables[name]
+        return table.losses[..., table.index_of(torch.full((self.depth,), BIG))].mean(1)
+
+    def _oracle_and_fixed(self, name: str) -> dict[str, list[_Measured]]:
+        table, oracle, fixed = self.tables[name], [], []
+        for big, route in sorted(self.patterns.items()):
+            oracle.append(self._chosen(table, table.best(allowed=table.with_big(big)), big))
+            index = table.index_of(torch.tensor(route))
+            fixed.append(self._chosen(table, index.expand(table.losses.shape[:2]), big))
+        return {"oracle": oracle, "fixed": fixed}
+
+    def _routed_oracle_and_fixed(self, name: str) -> dict[str, list[_Measured]]:
+        """The oracle that commits its routes, for the paper's budgets and for one big layer; all fixed patterns."""
+        oracle = []
+        for big in (1, *self.budgets):
+            allowed = self.tables[name].with_big(big)
+            table = exhaustive(self.model, self.texts[name], context="routed", allowed=allowed)
+            assert table.committed is not None
+            oracle.append(self._chosen(table, table.committed, big))
+        patterns = [route for _, route in sorted(self.patterns.items())]
+        return {"oracle": oracle, "fixed": [self._measured(self._routed(PatternRouter(r), name)) for r in patterns]}
+
+    @staticmethod
+    def _chosen(table: RouteTable, index: Tensor, big: int) -> _Measured:
+        return _Measured(big, table.compute[index].mean().item(), table.loss(index).mean(1))
+
+    def _measured(self, measured: Measurement) -> _Measured:
+        big = (measured.routes == BIG).float().mean().item() * self.depth
+        return _Measured(big, measured.compute.mean().item(), measured.loss.mean(1))
+
+    def _point(self, found: _Measured, all_big: Tensor) -> Numbers:
+        """A point of a curve; intervals are of the paired difference to all-big, for windows differ far more."""
+        point = {"big": found.big, "compute": found.compute, "loss": found.loss.mean().item()}
+        return point | self._with_interval(found.loss - all_big, "minus_all_big") | {"windows": found.loss.tolist()}
+
+    def schedules(self) -> Numbers:
+        """A budget that falls or rises along the sequence against a constant one of the same mean (Fig. 4c)."""
+        middle, spread = self.budgets[0], max(1, round(self.depth / 6))
+        texts: dict[str, Numbers] = {}
+        for name, table in self.tables.items():
+            length = self.texts[name].shape[1] - 1
+            falling = torch.linspace(middle + spread, middle - spread, length).round().long()
+            budgets = {"constant": torch.full((length,), middle), "falling": falling, "rising": falling.flip(0)}
+            losses = {kind: self._losses_of_schedule(table, budget) for kind, budget in budgets.items()}
+            texts[name] = {
+                kind: {
+                    "big": budgets[kind].tolist(),
+                    "mean_big": budgets[kind].float().mean().item(),
+                    **self._with_interval(loss, "loss"),
+                    **self._with_interval(loss - losses["constant"], "minus_constant"),
+                }
+                for kind, loss in losses.items()
+            }
+        return {"context": "reference", "layers": self.depth, "texts": texts}
+
+    @staticmethod
+    def _losses_of_schedule(table: RouteTable, budget: Tensor) -> Tensor:
+        return table.loss(table.best(allowed=table.with_big(budget))).mean(1)
+
+    # Figures 5, 6 and 7
+
+    def difficulty(self) -> Numbers:
+        """Loss under all-small, all-big and the oracle, token by token of the first window (Fig. 5)."""
+        texts = {}
+        for name, windows in self.texts.items():
+            rows = token_difficulty(self.tables[name], windows, self.tokenizer)
+            small, hard = (
+                torch.tensor([getattr(row, key) for row in rows]).view(len(windows), -1)
+                for key in ("all_small", "difficulty")
+            )
+            texts[name] = {
+                "tokens": [row._asdict() for row in rows if row.window == 0],
+                "rank_correlation": self._with_interval(_rank_correlation(small, hard)),
+                "overlap_of_top_tenths": self._with_interval(_top_overlap(small, hard)),
+            }
+        return {"context": "reference", "texts": texts}
+
+    def coloured_text(self) -> Numbers:
+        """Two windows of each text, to be coloured by loss and by difficulty (Fig. 6)."""
+        texts = {}
+        for name, windows in self.texts.items():
+            table = self.tables[name]
+            few = replace(table, losses=table.losses[:2])
+            rows = token_difficulty(few, windows[:2], self.tokenizer)
+            texts[name] = [{key: getattr(row, key) for key in ("token", "all_small", "difficulty")} for row in rows]
+        return {"context": "reference", "texts": texts}
+
+    def single_routes(self) -> Numbers:
+        """Routes of one sequence of each text: the oracle over three actions, the soft router, ours (Fig. 7)."""
+        texts = {}
+        for name, windows in self.texts.items():
+            first = windows[:1, : _SHOWN_TOKENS + 1]
+            table = exhaustive(self.model, first, actions=ACTIONS)
+            routers = {"soft": self._soft(self.budgets[1])}
+            routers |= {kind: self._learned(kind, self.size.prices[0]) for kind in self.learners}
+            routes = {"oracle": table.routes[table.best(_SMALL_PRICE)]}
+            routes |= {kind: measure(self.model, router, first).routes for kind, router in routers.items()}
+            texts[name] = {
+                "tokens": token_names(first[0, 1:], self.tokenizer),
+                "routes": {kind: found[0].T.tolist() for kind, found in routes.items()},  # (L, T)
+            }
+        return {"actions": list(ACTIONS), "layers": self.depth, "oracle_price": _SMALL_PRICE, "texts": texts}
+
+    # Routers
+
+    def _soft(self, big: int, actions: Sequence[str] = ("small", "big")) -> Router:
+        """The paper's learned router for a number of big layers."""
+        key = (big, tuple(actions))
+        if key not in self._trained:
+            self.progress(f"train the soft router, {big} of {self.depth} big")
+            cheap = 0.0 if "skip" in actions else self.model.flops.ffns[0, 1] / self.model.flops.ffns[0, BIG]
+            budget = float(cheap + big / self.depth * (1 - cheap))
+            options = replace(self.soft, budget=budget)
+            self._trained[key] = train_soft(
+                self.model, self.training, price=0.0, actions=actions, options=options, seed=self.seed
+            )
+        return self._trained[key]
+
+    def _learned(self, kind: str, price: float) -> Router:
+        if (kind, price) not in self._trained:
+            self.progress(f"train {kind} at price {price:g}")
+            self._trained[kind, price] = self.learners[kind](price)
+        return self._trained[kind, price]
+
+    @cached_property
+    def _trained(self) -> dict[tuple[Any, ...], Router]:
+        return {}
+
+    @cached_property
+    def _memories(self) -> dict[str, list]:
+        return {
+            name: [remember(self.model, part) for part in windows.split(_BATCH)] for name, windows in self.texts.items()
+        }
+
+    def _in_reference(self, router: Router, name: str) -> Measurement:
+        windows, memories = self.texts[name], self._memories[name]
+        return measure(self.model, router, windows, context="reference", batch=_BATCH, memories=memories)
+
+    def _routed(self, router: Router, name: str) -> Measurement:
+        return measure(self.model, router, self.texts[name], batch=_BATCH)
+
+    def _with_interval(self, values: Tensor, name: str = "mean") -> Numbers:
+        """Mean over windows of (W,) or (W, n), with its 95 % bootstrap interval."""
+        if values.ndim == 1:
+            low_high = bootstrap_interval(values, resamples=self.size.resamples)
+            return {name: values.mean().item(), f"{name}_interval": low_high}
+        columns = [self._with_interval(column, name) for column in values.T]
+        return {key: [column[key] for column in columns] for key in columns[0]}
+
+
+def scaling(rows: Sequence[Numbers], texts: Mapping[str, str]) -> dict[str, Numbers]:
+    """Figures 8 a to c out of the rows of `duorl.dense`.
+
+    Args:
+        rows: see `duorl.dense.measure_all`.
+        texts: the rows' texts by the names that the figures give them; the first is 8a's, the second 8b's.
+    """
+
+    def points(text: str, model: str) -> list[Numbers]:
+        return [row for row in rows if row["text"] == text and row["model"].startswith(model)]
+
+    figures = {}
+    for letter, (name, text) in zip("ab", texts.items(), strict=False):
+        models = {"duo, random routing": points(text, "duo"), "dense": points(text, "dense")}
+        figures[f"8{letter}"] = {"texts": {name: models}}
+    both = {"both from scratch": "duo", "small beside frozen big": "frozen"}
+    figures["8c"] = {
+        "texts": {name: {label: points(text, m) for label, m in both.items()} for name, text in texts.items()}
+    }
+    return figures
+
+
+_BATCH = 16
+_SHOWN_TOKENS = 48
+_SMALL_PRICE = 0.01  # between routes of the same loss the cheaper one is shown
+
+
+def _lateness(chosen: Tensor) -> Tensor:
+    """Mean layer of the big ones, counted from the middle; positive is late: chosen (W, T, L) to (W,)."""
+    layer = torch.arange(chosen.shape[2]) - (chosen.shape[2] - 1) / 2
+    return (chosen * layer).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)
+
+
+def _quarters(chosen: Tensor) -> Tensor:
+    """Share of big in the first quarter of the positions minus that in the last: chosen (W, T, L) to (W,)."""
+    quarter = max(1, chosen.shape[1] // 4)
+    return chosen[:, :quarter].mean((1, 2)) - chosen[:, -quarter:].mean((1, 2))
+
+
+def early_exits(routes: Tensor) -> Tensor:
+    """Which routes stop early: once a layer is skipped, all later ones are. Routes (..., L) to (...) bool."""
+    skipped = (routes == SKIP).long()
+    return (skipped.diff(dim=-1) >= 0).all(-1)
+
+
+def _rank_correlation(x: Tensor, y: Tensor) -> Tensor:
+    """Spearman's correlation within each window, (W, T) to (W,)."""
+    ranks = [values.argsort(1).argsort(1).float() for values in (x, y)]
+    centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
+    return (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
+
+
+def _top_overlap(x: Tensor, y: Tensor) -> Tensor:
+    """Share of each window's tenth with the largest x that is also in its tenth with the largest y, (W, T) to (W,)."""
+    count = max(1, x.shape[1] // 10)
+    tops = [torch.zeros_like(values).scatter(1, values.topk(count).indices, 1.0) for values in (x, y)]
+    return (tops[0] * tops[1]).sum(1) / count
