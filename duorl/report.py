@@ -76,6 +76,7 @@ def _comparison_page(folder: Path) -> str:
     parts = [
         "<h2>Loss against compute</h2>",
         chart(_frontier(comparison)),
+        "<p class='note'>Bars: 95 % interval of the paired difference to best fixed.</p>",
         "<h2>All routers</h2>",
         _comparison_table(comparison),
     ]
@@ -93,12 +94,11 @@ def _frontier(comparison: Comparison) -> Figure:
         line = {"dash": dash, "color": "#999"}
         figure.add_scatter(x=_column(points, "compute"), y=_column(points, "loss"), name=label, text=hover, line=line)
     for row in comparison.rows:
-        low, high = row["loss_interval"]
-        error = {"symmetric": False, "array": [high - row["loss"]], "arrayminus": [row["loss"] - low]}
+        low, high = around(row, "loss", "loss_minus_fixed")
         figure.add_scatter(
             x=[row["compute"]],
             y=[row["loss"]],
-            error_y=error,
+            error_y=_bars([row["loss"]], [low], [high]),
             name=row["router"],
             mode="markers",
             marker={"size": 10},
@@ -219,12 +219,14 @@ def _line(
 ) -> None:
     low, high = zip(*(point[f"{key}_interval"] for point in points), strict=True)
     values = _column(points, key)
-    error = {
-        "symmetric": False,
-        "array": [top - value for top, value in zip(high, values, strict=True)],
-        "arrayminus": [value - bottom for bottom, value in zip(low, values, strict=True)],
-    }
-    figure.add_scatter(x=xs, y=values, error_y=error, name=name, text=hover)
+    figure.add_scatter(x=xs, y=values, error_y=_bars(values, low, high), name=name, text=hover)
+
+
+def _bars(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Numbers:
+    """Plotly's error bars from intervals."""
+    above = [top - value for top, value in zip(high, values, strict=True)]
+    below = [value - bottom for bottom, value in zip(low, values, strict=True)]
+    return {"symmetric": False, "array": above, "arrayminus": below}
 
 
 def _paper_maps(figures: Mapping[str, Numbers]) -> dict[str, Sequence[Sequence[float]]]:
@@ -250,13 +252,8 @@ def _schedules(numbers: Numbers) -> Figure:
     figure = Figure()
     for text, found in numbers["texts"].items():
         values = [schedule["minus_constant"] for schedule in found.values()]
-        spread = [schedule["minus_constant_interval"] for schedule in found.values()]
-        error = {
-            "symmetric": False,
-            "array": [high - value for (_, high), value in zip(spread, values, strict=True)],
-            "arrayminus": [value - low for (low, _), value in zip(spread, values, strict=True)],
-        }
-        figure.add_bar(x=list(found), y=values, name=text, error_y=error)
+        low, high = zip(*(schedule["minus_constant_interval"] for schedule in found.values()), strict=True)
+        figure.add_bar(x=list(found), y=values, name=text, error_y=_bars(values, low, high))
     return _axes(figure, "budget along the sequence", "loss minus constant (nats)")
 
 

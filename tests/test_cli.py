@@ -1,5 +1,6 @@
 """The command line, as a user types it."""
 
+import csv
 import json
 import re
 import subprocess
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from datasets import load_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import duorl
@@ -46,7 +48,7 @@ def refused(arguments, capsys) -> str:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_is_valid(path):
-    command = {"compare": "compare", "pretrain-tiny": "pretrain"}.get(path.stem, "train")
+    command = {"compare": "compare", "dense": "dense", "pretrain-tiny": "pretrain"}.get(path.stem, "train")
     parser, _ = build_parser()
     assert parser.parse_args([command, "--config", str(path)]).subcommand == command
 
@@ -156,13 +158,69 @@ def test_a_users_reward_outside_the_repository_changes_training(tiny):
 
 
 @pytest.mark.slow
-def test_oracle_command(tiny):
-    main(["oracle", "--windows", "1", "--window", "32", "--out", "found"])
+@pytest.mark.parametrize("context", ["reference", "routed"])
+def test_oracle_command(tiny, context):
+    main(["oracle", "--windows", "1", "--window", "16", "--context", context, "--out", "found"])
     found = json.loads(Path("found/oracle.json").read_text())
+    rows = list(csv.DictReader(Path("found/tokens.csv").read_text().splitlines(keepends=True)))
+    again = load_dataset("parquet", data_files="found/tokens.parquet", split="train", cache_dir="cache")
+    assert [row["token"] for row in rows] == again["token"] and len(rows) == 16
+    mean = sum(float(row["oracle"]) for row in rows) / 16
+    assert mean == pytest.approx(found["oracle"], abs=1e-5)
+    for row in rows:
+        assert float(row["difficulty"]) == pytest.approx(float(row["all_small"]) - float(row["oracle"]), abs=1e-5)
+        assert len(row["route"]) == 8 and set(row["route"]) <= set("sB")
+    assert Path("found/difficulty.html").read_text().count("title='all-small") == 2 * 16
     assert [row["big"] for row in found["rows"]] == list(range(9))
     assert found["oracle"] <= found["best_of_100_random"]
     for row in found["rows"]:
         assert found["oracle"] <= row["loss"] <= row["fixed_loss"] + 1e-6
+
+
+PAPER = """
+total_decisions: 2000
+env: {windows_per_batch: 1, group_size: 2, window: 32}
+soft: {updates: 1, windows_per_batch: 1}
+size: {windows: 1, pattern_windows: 1, random_patterns: 5, big: [1], prices: [0.3], resamples: 50}
+"""
+
+
+@pytest.mark.slow
+def test_paper_writes_every_figure_its_numbers_the_claims_and_a_report(tiny, capsys):
+    Path("paper.yaml").write_text(PAPER)
+    model = Path(duorl.__file__).parent / "models" / "duo_tiny"
+    main(["paper", "--config", "paper.yaml", "--model", "duo-tiny", "--out", "study"])
+    names = {f"{number}{letter}" for number in "23" for letter in "abcd"} | {"4a", "4b", "4c", "5", "6", "7"}
+    names |= {"8a", "8b", "8c"} if (model / "dense.json").is_file() else set()
+    for ending in ("png", "json"):
+        assert {path.stem for path in Path("study").glob(f"figure-*.{ending}")} == {f"figure-{name}" for name in names}
+    curves = json.loads(Path("study/figure-4b.json").read_text())["texts"]
+    assert set(curves) == {"prose", "code"} and set(curves["code"]["routed"]) == {
+        "oracle", "fixed", "soft", "PPO", "REINFORCE",
+    }  # fmt: skip
+    claims = Path("study/claims.md").read_text()
+    assert "duo-tiny" in claims and "the oracle's loss is a U" in claims
+    page = Path("study/report.html").read_bytes()
+    capsys.readouterr()
+    main(["report", "study"])
+    assert "study/report.html" in capsys.readouterr().out and Path("study/report.html").read_bytes()[:500] == page[:500]
+
+
+@pytest.mark.slow
+def test_a_dense_study_feeds_the_papers_figure_8(tiny):
+    recipe = (
+        "recipe: {out: unused, corpus: [stdlib-docs], vocab_size: 300, window: 32, evaluation_windows: 4, backbone: "
+        "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}, "
+        "training: {max_steps: 2, per_device_train_batch_size: 2, report_to: none, disable_tqdm: true}}\n"
+        "shares: [0.0, 1.0]\ntexts: [stdlib-docs]\nwindows: 4\n"
+    )
+    Path("dense.yaml").write_text(recipe)
+    main(["dense", "--config", "dense.yaml", "--out", "dense"])
+    kept = json.loads(Path("dense/dense.json").read_text())
+    assert len(kept["rows"]) == 6 and kept["settings"]["recipe"]["vocab_size"] == 300
+    weights = Path("dense/duo/model.safetensors").read_bytes()
+    main(["dense", "--config", "dense.yaml", "--out", "dense", "--resume"])
+    assert Path("dense/duo/model.safetensors").read_bytes() == weights
 
 
 @pytest.mark.slow
@@ -183,6 +241,31 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny):
     Path("stage1.yaml").write_text(text.replace("max_steps: 4", "max_steps: 6"))
     main(["pretrain", "--config", "stage1.yaml", "--resume"])
     assert json.loads(Path("model/history.json").read_text())[-1]["step"] == 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["report", "gone"], "no run in gone"),
+        (["report"], "run"),
+        (["oracle", "--memory_limit", "1000"], "memory_limit 1,000 is too small: .* need"),
+        (["oracle", "--price", "-1"], "price must be at least 0"),
+        (["oracle", "--skip", "half"], "half"),
+        (["oracle", "--context", "causal"], "causal"),
+        (["paper", "--dense", "gone"], "no dense.json at gone"),
+        (["paper", "--size.windows", "0"], "windows must be at least 1"),
+        (["paper", "--prose", "gone.txt"], "no text at 'gone.txt'"),
+        (["dense", "--recipe.out", "x", "--recipe.model", "y"], "trained from scratch"),
+        (["dense", "--recipe.out", "x", "--shares", "[2]"], "shares must be in"),
+        (["pretrain", "--out", "x", "--trained", "small"], "give the model to start from"),
+        (["pretrain", "--out", "x", "--big_share", "2"], "big_share must be in"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_other_commands_refuse_bad_input_too(arguments, message, tiny, capsys):
+    before = sorted(tiny.rglob("*"))
+    assert re.search(message, refused(arguments, capsys))
+    assert sorted(tiny.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -242,7 +325,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, caps
 
 
 def test_help_explains_every_option(capsys):
-    for command in ("train", "compare", "evaluate", "oracle", "pretrain"):
+    for command in cli.COMMANDS:
         with pytest.raises(SystemExit) as stopped:
             main([command, "--help"])
         assert stopped.value.code == 0

@@ -22,19 +22,19 @@ from duorl.routers import ConstantRouter, HeadRouter, SoftOptions
 FIGURES = [f"{number}{letter}" for number in "23" for letter in "abcd"] + ["4a", "4b", "4c", "5", "6", "7"]
 
 
-@pytest.fixture(scope="module")
-def windows():
+class Names:
+    """Stands for a tokenizer of the 61 tokens."""
+
+    def decode(self, tokens):
+        return f"<{tokens[0]}>\n" if tokens[0] % 7 == 0 else f"t{tokens[0]} $"
+
+
+def some_windows():
     return torch.randint(61, (10, 14), generator=torch.Generator().manual_seed(3))
 
 
-@pytest.fixture(scope="module")
-def study(windows):
-    class Names:
-        """Stands for a tokenizer of the 61 tokens."""
-
-        def decode(self, tokens):
-            return f"<{tokens[0]}>\n" if tokens[0] % 7 == 0 else f"t{tokens[0]} $"
-
+def small_study():
+    windows = some_windows()
     return Study(
         make_duo("llama"),
         Names(),
@@ -45,6 +45,16 @@ def study(windows):
         size=StudySize(windows=4, pattern_windows=4, random_patterns=5, prices=(0.1, 0.3), resamples=100),
         seed=0,
     )
+
+
+@pytest.fixture(scope="module")
+def windows():
+    return some_windows()
+
+
+@pytest.fixture(scope="module")
+def study():
+    return small_study()
 
 
 @pytest.fixture(scope="module")

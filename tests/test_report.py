@@ -1,0 +1,112 @@
+"""The HTML report, opened in headless Chromium."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from html import unescape
+
+import pytest
+import torch
+from test_paper import Names, small_study
+
+from duorl import report
+from duorl.evaluate import Comparer, EvaluationOptions
+from duorl.paper import claims_page, draw
+from duorl.paper.claims import claims
+from duorl.routers import ConstantRouter, HeadRouter
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None and "CI" not in os.environ, reason="no Chromium here: apt-get install chromium"
+)
+
+
+def opened(page, folder) -> tuple[str, list[str]]:
+    """The document as it stands after its scripts have run, without network, and the console's lines."""
+    assert CHROMIUM, "the report must be opened: apt-get install chromium"
+    quiet = ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-quic"]
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", *quiet]
+    offline = ["--host-resolver-rules=MAP * ~NOTFOUND", "--proxy-server=127.0.0.1:9"]
+    watched = ["--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=1200,4000", "--dump-dom"]
+    profile = f"--user-data-dir={folder / 'profile'}"
+    done = subprocess.run(
+        [*command, *offline, *watched, profile, page.as_uri()], capture_output=True, text=True, timeout=240, check=True
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.fixture(scope="module")
+def comparison_run(duo, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("comparison")
+    windows = torch.randint(61, (24, 8), generator=torch.Generator().manual_seed(2))
+    options = EvaluationOptions(windows=8, reference_windows=4, fixed_windows=4, resamples=50)
+    comparer = Comparer(
+        duo, windows[:12], windows[12:], price=0.1, actions=("small", "big"), reference="small", options=options
+    )
+    routers = {
+        "all-big": ConstantRouter("big"),
+        "best fixed": comparer.fixed,
+        "<heads> & more": HeadRouter(3, 32),
+        "oracle": comparer.oracle,
+    }
+    settings = {"command": "duorl compare --out 'a folder'", "price": 0.1}
+    comparer.compare(routers, settings).save(folder)
+    (folder / "traces.json").write_text(json.dumps(comparer.traces(Names())))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def paper_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("paper")
+    figures = small_study().run()
+    draw(figures, folder)
+    (folder / "settings.json").write_text(json.dumps({"command": "duorl paper", "model": "a model"}))
+    (folder / "claims.md").write_text(claims_page(figures, model="a model", command="duorl paper"))
+    return folder, figures
+
+
+def test_a_report_asks_for_nothing_outside(comparison_run):
+    page = report.write(comparison_run).read_text()
+    own = page.replace(re.search(r"<script>.*?</script>", page, re.DOTALL)[0], "")  # plotly's own code
+    assert not re.findall(r"(?:src|href)=['\"](?!data:)", own)
+    assert "https://" not in own and "http://" not in own
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_report_of_a_comparison_shows_its_numbers(comparison_run, tmp_path):
+    document, console = opened(report.write(comparison_run), tmp_path)
+    assert not console, console
+    assert len(re.findall(r'class="[^"]*js-plotly-plot', document)) == 4
+    assert len(re.findall(r'class="main-svg"', document)) >= 4  # every chart was drawn, not only placed
+    table = re.search(r'<table id="routers">(.*?)</table>', document, re.DOTALL)[1]
+    shown = [re.findall(r"<td[^>]*>(.*?)</td>", line, re.DOTALL) for line in table.split("<tr>")[2:]]
+    rows = json.loads((comparison_run / "comparison.json").read_text())["rows"]
+    assert [unescape(cells[0]).rstrip("*") for cells in shown] == [row["router"] for row in rows]
+    for row, line in zip(rows, table.split("<tr>")[2:], strict=True):
+        cells = dict(re.findall(r'data-key="(\w+)" data-value="([^"]+)"', line))
+        assert {key: float(value) for key, value in cells.items()} == {key: row[key] for key in cells}
+        for key in ("loss", "compute", "return", "regret"):
+            low, high = row[f"{key}_interval"]
+            assert f">{row[key]:.3f}<" in line and f"{low:.3f} to {high:.3f}" in line
+    assert "duorl compare --out 'a folder'" in document
+    assert document.count('title="all-small') == 2 * 2 * 7  # two colourings of two windows of seven tokens
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_report_of_a_paper_run_shows_its_claims_and_charts(paper_run, tmp_path):
+    folder, figures = paper_run
+    document, console = opened(report.write(folder), tmp_path)
+    assert not console, console
+    assert len(re.findall(r'class="[^"]*js-plotly-plot', document)) == 4 + 1 + 1 + 1 + 2  # 4b, maps, 4a, 4c, 7
+    table = re.search(r'<table id="claims">(.*?)</table>', document, re.DOTALL)[1]
+    for claim in claims(figures):
+        assert claim.measured in unescape(table)
+
+
+def test_a_folder_without_a_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no run in .*neither comparison\.json"):
+        report.write(tmp_path)
