@@ -1,6 +1,5 @@
 """Ratios measured in one run: `python benchmarks/speed.py`.
 
-- the exhaustive oracle against naive enumeration, one full forward per route;
 - grouped execution against computing every network and selecting;
 - an all-small pass against an all-big one, the most that routing can save.
 """
@@ -16,7 +15,6 @@ from torch import Tensor
 
 import duorl
 from duorl.models import DuoFFN
-from duorl.oracle import exhaustive
 
 
 def seconds(run: Callable[[], object], repeats: int = 5) -> float:
@@ -30,12 +28,6 @@ def seconds(run: Callable[[], object], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def naive_uniform(model: duorl.DuoForCausalLM, inputs: Tensor) -> None:
-    """All 2^L routes, each applied to every token in a full forward pass."""
-    for route in torch.cartesian_prod(*[torch.tensor([1, 2])] * model.num_layers):
-        model(input_ids=inputs, routes=route.expand(*inputs.shape, -1).contiguous())
-
-
 def compute_and_select(ffn: DuoFFN, hidden: Tensor, actions: Tensor) -> Tensor:
     """What grouped execution avoids: every network on every token."""
     both = torch.stack([ffn.small(hidden), ffn.big(hidden)])
@@ -47,11 +39,6 @@ def main() -> None:
     """Measure and print."""
     model = duorl.load("duo-tiny")
     generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(model.config.backbone.vocab_size, (1, 129), generator=generator)
-    searched = seconds(lambda: exhaustive(model, tokens, context="uniform"), repeats=3)
-    naive = seconds(lambda: naive_uniform(model, tokens[:, :-1]), repeats=1)
-    print(f"oracle: naive / exhaustive time {naive / searched:.1f}, {128 / searched:.0f} tokens per second")
-
     ffn, hidden = model.stack.ffns[0], torch.randn(16, 128, model.hidden_size, generator=generator)
     for share in (0.1, 0.5, 0.9):
         actions = 1 + (torch.rand(16, 128, generator=generator) < share).long()

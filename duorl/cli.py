@@ -25,6 +25,7 @@ import transformers
 import yaml
 from jsonargparse import ArgumentParser, Namespace, lazy_instance
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TimeElapsedColumn
 from torch import Tensor
 
@@ -205,7 +206,6 @@ class PaperOptions:
         model: `duo-tiny` or a folder.
         prose: text that stands for the paper's web text: built-in corpora, or paths and globs.
         code: text that stands for its Python.
-        quick: a small study of few windows and short trainings, Fig. 8 included; its numbers say little.
         agents: this project's learners that stand in Fig. 4b and 7.
         total_decisions: layer decisions that each of them learns from.
         env: the tokens that they learn on.
@@ -220,7 +220,6 @@ class PaperOptions:
     model: str = "duo-tiny"
     prose: list[str] | str = "stdlib-docs"
     code: list[str] | str = "stdlib-code"
-    quick: bool = False
     agents: dict[str, AgentFactory] = field(default_factory=lambda: {"PPO": PPO, "REINFORCE": REINFORCE})
     total_decisions: int = 4_000_000
     env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
@@ -697,7 +696,9 @@ def dense_command(options: Namespace, config: str) -> Callable[[], None]:
         rows = dense.measure_all(settings, folder)
         numbers = {"settings": {"command": _command(), **yaml.safe_load(config)}, "rows": rows}
         (folder / "dense.json").write_text(json.dumps(numbers, indent=1))
-        console.print(f"wrote {folder / 'dense.json'}")
+        (folder / "dense.md").write_text(dense.markdown(rows))
+        console.print(Markdown(dense.markdown(rows)))
+        console.print(f"wrote {folder}/: dense.json, dense.md, and a folder for each model")
 
     return run
 
@@ -756,6 +757,11 @@ def build_parser(without: Collection[str] = ()) -> tuple[_Parser, dict[str, _Par
         subparsers[name].add_argument(
             "--resume", action="store_true", help="keep what the output folder has finished, do the rest"
         )
+    subparsers["paper"].add_argument(
+        "--quick",
+        action="store_true",
+        help="few windows, short trainings, Fig. 8 on small models: says little, in minutes",
+    )
     parser = _Parser(prog="duorl", description="Reinforcement-learning routers for duo models.", allow_abbrev=False)
     commands = parser.add_subcommands()
     for name, subparser in subparsers.items():

@@ -181,6 +181,27 @@ def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[d
     return measure_all(options, folder)
 
 
+def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a table: accuracy and loss, and the accuracy's paired difference to the rival."""
+    lines = [
+        "| text | model | share of big | accuracy | loss | accuracy minus its rival's |",
+        "|---|---|---:|---:|---:|---|",
+    ]
+    for row in rows:
+        low, high = row["accuracy_interval"]
+        cells = [row["text"], row["model"], f"{row['big_share']:g}", f"{row['accuracy']:.3f} ({low:.3f}, {high:.3f})"]
+        cells += [f"{row['loss']:.3f}", _difference(row.get("rival"))]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _difference(rival: Mapping[str, Any] | None) -> str:
+    if rival is None:
+        return ""
+    low, high = rival["accuracy_interval"]
+    return f"{rival['accuracy']:+.3f} ({low:+.3f}, {high:+.3f}), {rival['model']}"
+
+
 @torch.no_grad()
 def _score(model: DuoForCausalLM, share: float, *, windows: Tensor, seed: int) -> dict[str, Tensor]:
     """Per window mean loss and accuracy, both (W,), with a random share of the decisions on big."""

@@ -9,7 +9,9 @@ import torch
 from conftest import make_duo, random_routes
 from test_routed_pass import reference_losses, routed_losses
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
+import duorl
 from duorl import oracle
 from duorl.models import load
 from duorl.oracle import search
@@ -363,6 +365,30 @@ def test_the_program_tries_a_triangle_of_patterns(duo, tokens, monkeypatch):
     )
     oracle.fixed_patterns(duo, tokens, method="program")
     assert len(tried) == 1 + 3 * 4 / 2
+
+
+@pytest.mark.slow
+def test_thirty_layers_are_within_reach(tokens):
+    """Where 2^30 routes cannot be enumerated: the program's patterns, and searches that start from them."""
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    torch.manual_seed(0)
+    original = LlamaForCausalLM(LlamaConfig(num_hidden_layers=30, vocab_size=61, initializer_range=0.2, **sizes))
+    model = duorl.convert(original.eval(), small_ratio=4).requires_grad_(False)
+    with pytest.raises(ValueError, match="too many to enumerate"):
+        oracle.exhaustive(model, tokens)
+    patterns = oracle.fixed_patterns(model, tokens, method="program")
+    assert [pattern.budget for pattern in patterns] == [(30 - big, big) for big in range(31)]
+    start = min(patterns, key=lambda pattern: pattern.loss)
+    assert start.loss < min(patterns[0].loss, patterns[-1].loss)
+    everywhere = torch.tensor(start.route).expand(2, 7, -1).contiguous()
+    before = reference_losses(model, tokens, everywhere)
+    for result in (
+        oracle.descent(model, tokens, start=start.route, rounds=1),
+        oracle.beam(model, tokens, width=4),
+    ):
+        assert torch.allclose(result.losses, reference_losses(model, tokens, result.routes), atol=2e-5)
+        if result.method.startswith("descent"):
+            assert (result.losses <= before + 1e-5).all() and result.losses.mean() < before.mean() - 0.05
 
 
 # skip="block"
