@@ -38,7 +38,7 @@ from duorl.corpus import load_windows, source_names
 from duorl.costs import ACTIONS, action_ids
 from duorl.dense import DenseOptions
 from duorl.difficulty import save_table, token_difficulty
-from duorl.evaluate import Comparer, Comparison, EvaluationOptions, evaluate, flatten, measure
+from duorl.evaluate import Comparer, Comparison, EvaluationOptions, check_searches, evaluate, flatten, measure
 from duorl.figures import budget_table, frontier, heat_map, markdown, table
 from duorl.journal import Journal
 from duorl.models import DuoForCausalLM, load, load_tokenizer
@@ -293,7 +293,9 @@ class Run:
         read = partial(load_windows, options.corpus, self.tokenizer, length=options.env.window)
         self.training, self.validation = _hold_back(read(split="router"))
         self.held_out = read(split="evaluation")
-        count_routes(self.model.num_layers, options.actions)
+        evaluation = options.evaluation
+        counts = (evaluation.fixed_windows, evaluation.reference_windows, options.supervised.windows)
+        check_searches(self.model, options.env.window, options.actions, *counts)
         self._try_reward()
         self.agents = self._make_agents()
 
@@ -417,9 +419,10 @@ class Run:
 
 
 def _command() -> str:
-    """What was typed."""
+    """What repeats the run: what was typed, less the word to go on with it."""
     program = Path(sys.argv[0]).name
-    return shlex.join([*(["python", program] if program.endswith(".py") else [program]), *sys.argv[1:]])
+    typed = [word for word in sys.argv[1:] if word != "--resume"]
+    return shlex.join([*(["python", program] if program.endswith(".py") else [program]), *typed])
 
 
 def _comparer(options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor, price: float) -> Comparer:
@@ -529,7 +532,8 @@ def evaluate_command(options: Namespace, config: str) -> Callable[[], None]:
     model, tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
     router = load_router(options.router).to(model.device)
     require_positive(window=options.window)
-    count_routes(model.num_layers, options.actions)
+    counts = options.evaluation.fixed_windows, options.evaluation.reference_windows
+    check_searches(model, options.window, options.actions, *counts)
     read = partial(load_windows, options.corpus, tokenizer, length=options.window)
     training, held_out = read(split="router"), read(split="evaluation")
     measure(model, router, held_out[:1])  # a router of another model's sizes fails here
@@ -552,7 +556,7 @@ def oracle_command(options: Namespace, config: str) -> Callable[[], None]:
     model, tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
     routes = count_routes(model.num_layers, options.actions)
     tokens = load_windows(options.corpus, tokenizer, split="evaluation", length=options.window)[: options.windows]
-    states_within(options.memory_limit, model, tokens, routes)
+    states_within(options.memory_limit, model, len(tokens), options.window, routes)
     LossImprovement(options.price)
     check_folder(options)
 
@@ -565,18 +569,24 @@ def oracle_command(options: Namespace, config: str) -> Callable[[], None]:
             price=options.price,
             memory_limit=options.memory_limit,
         )
-        rows = found.by_budget()
-        lucky = found.best_of_random(100, generator=torch.Generator().manual_seed(options.seed))
+        # A committed context belongs to one budget: other budgets' routes in it are not what anybody deploys.
+        rows = found.by_budget() if found.committed is None else []
+        best = found.best(options.price)
+        lucky = found.best_of_random(100, generator=torch.Generator().manual_seed(options.seed), price=options.price)
         title = f"{options.context} context, {lucky.numel():,} held-out tokens"
-        console.print(budget_table(rows, title))
-        random_loss = found.loss(lucky).mean().item()
-        best_loss = found.loss(found.best()).mean().item()
-        console.print(f"per token, whatever the budget: oracle {best_loss:.4f}, best of 100 random {random_loss:.4f}")
+        console.print(budget_table(rows, title) if rows else title)
+        random_loss, best_loss = (found.loss(index).mean().item() for index in (lucky, best))
+        spent = found.compute[best].mean().item()
+        console.print(
+            f"per token, at price {options.price:g}: oracle {best_loss:.4f} at compute {spent:.3f}, "
+            f"best of 100 random {random_loss:.4f}"
+        )
         folder = make_folder(options, "oracle", config)
         numbers = {
             "settings": yaml.safe_load(config),
             "rows": rows,
             "oracle": best_loss,
+            "oracle_compute": spent,
             "best_of_100_random": random_loss,
         }
         (folder / "oracle.json").write_text(json.dumps(numbers, indent=1))
@@ -605,17 +615,24 @@ class Paper:
         check_folder(options)
         require_positive(total_decisions=options.total_decisions)
         self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
-        count_routes(self.model.num_layers, ACTIONS)
         self.sources = {"prose": source_names(options.prose), "code": source_names(options.code)}
         read = partial(load_windows, tokenizer=self.tokenizer, length=options.env.window)
         self.training = read([name for names in self.sources.values() for name in names], split="router")
         self.texts = {name: read(names, split="evaluation") for name, names in self.sources.items()}
-        self.dense = None if options.quick else dense.find(options.dense, model_folder(options.model))
         self.size = StudySize.quick() if options.quick else options.size
+        for name, windows in self.texts.items():
+            if len(windows) < 2 or options.env.window < _LEAST_WINDOW:
+                raise ValueError(f"{name}: a study needs at least 2 windows of at least {_LEAST_WINDOW} tokens")
+        counts = min(self.size.windows, max(map(len, self.texts.values()))), self.size.pattern_windows
+        check_searches(self.model, options.env.window, ("small", "big"), *counts)
+        named = [", ".join(names) for names in self.sources.values()]
+        kept = dense.find(options.dense, model_folder(options.model), named)
+        self.dense = [] if options.quick else kept
         self.soft = replace(options.soft, updates=_QUICK_UPDATES) if options.quick else options.soft
         self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
         for factory in options.agents.values():
-            self._lockstep_agent(factory, 0.0)
+            for price in self.size.prices:
+                self._lockstep_agent(factory, price)
 
     def __call__(self) -> None:
         """Measure, draw, and write claims.md and report.html."""
@@ -649,9 +666,7 @@ class Paper:
             progress("figure 8: small models of its own")
             with contextlib.redirect_stdout(None):  # the Trainer prints its log
                 self.dense = dense.quick(folder / "dense", self.sources, self.options.seed)
-        if self.dense is not None:
-            figures |= scaling(self.dense, {name: ", ".join(names) for name, names in self.sources.items()})
-        return figures
+        return figures | scaling(self.dense, {name: ", ".join(names) for name, names in self.sources.items()})
 
     def _learn(self, factory: AgentFactory, price: float) -> Router:
         return self._lockstep_agent(factory, price).learn(self.total_decisions)
@@ -672,23 +687,26 @@ class Paper:
 
 
 _QUICK_UPDATES, _QUICK_DECISIONS = 40, 200_000
+_LEAST_WINDOW = 8
 
 
 def report_command(options: Namespace, config: str) -> Callable[[], None]:
     """Prepare `duorl report`."""
     folder = Path(options.run)
-    report.check(folder)
+    report.page(folder)
     return lambda: console.print(f"wrote {report.write(folder)}")
 
 
 def dense_command(options: Namespace, config: str) -> Callable[[], None]:
     """Prepare `duorl dense`."""
     check_folder(options)
+    _check_same_options(options, config)
     fields = {name: getattr(options, name) for name in DenseOptions.__dataclass_fields__}
     settings = DenseOptions(**fields)
-    dense.plan(settings.recipe, settings.shares, Path())
-    if settings.recipe.training.get("max_steps", 1) < 1:
-        raise ValueError("recipe.training.max_steps must be at least 1")
+    first = dense.plan(settings.recipe, settings.shares, Path())["duo"]
+    tokenizer = Pretraining(first).tokenizer  # the recipe and its text are found good
+    for text in settings.texts:
+        dense.evaluation_windows(text, tokenizer, settings)
 
     def run() -> None:
         folder = make_folder(options, "dense", config)

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerBase
 
 from duorl.checks import require_positive
 from duorl.corpus import load_windows
@@ -115,9 +116,7 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
     tokenizer = load_tokenizer(folder / "duo")
     rows = []
     for text in options.texts:
-        windows = load_windows(text.split(", "), tokenizer, split="evaluation", length=options.recipe.window)[
-            : options.windows
-        ]
+        windows = evaluation_windows(text, tokenizer, options)
         score = partial(_score, windows=windows, seed=options.seed)
         dense = {share: f"dense-{dense_size(options.recipe, share)}" for share in options.shares}
         scores = {(name, share): score(load(folder / name), 1.0) for share, name in dense.items()}
@@ -131,26 +130,38 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def find(place: str | None, model: Path) -> list[dict[str, Any]] | None:
-    """The rows of a kept dense.json.
+def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, options: DenseOptions) -> Tensor:
+    """What the models are measured on, (W, T+1); errors as for `load_windows`."""
+    found = load_windows(text.split(", "), tokenizer, split="evaluation", length=options.recipe.window)
+    return found[: options.windows]
+
+
+def find(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a kept dense.json about some texts.
 
     Args:
         place: the file or its folder; that beside the model unless given.
         model: the model's folder.
+        texts: as the rows name them.
 
     Returns:
-        The rows, or None where no place is given and the model has none.
+        The rows; none where no place is given and the model has none.
 
     Raises:
         FileNotFoundError: there is none at the place given.
+        ValueError: it has no rows about one of the texts.
     """
     path = Path(place) if place is not None else model / "dense.json"
     path = path / "dense.json" if path.is_dir() else path
     if not path.is_file():
         if place is None:
-            return None
+            return []
         raise FileNotFoundError(f"no dense.json at {place}: make one with duorl dense")
-    return json.loads(path.read_text())["rows"]
+    rows = [row for row in json.loads(path.read_text())["rows"] if row["text"] in texts]
+    missing = set(texts) - {row["text"] for row in rows}
+    if missing and place is not None:
+        raise ValueError(f"{path} says nothing of {min(missing)}: measure it with duorl dense --texts")
+    return rows
 
 
 def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[dict[str, Any]]:

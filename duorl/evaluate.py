@@ -24,7 +24,8 @@ from duorl.costs import ACTIONS, BIG, SMALL
 from duorl.difficulty import token_difficulty, token_names
 from duorl.models.attention import Memory
 from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle import exhaustive
+from duorl.oracle import count_routes, exhaustive
+from duorl.oracle.search import MEMORY_LIMIT, states_within
 from duorl.routed_pass import Context, RoutedPass, remember
 from duorl.routers import ConstantRouter, OracleRouter, PatternRouter, Router
 
@@ -122,7 +123,7 @@ def bootstrap_interval(
         statistic: applied to the resampled means; the mean itself unless given.
         seed: of the draws; the same for all routers, so that intervals are comparable.
     """
-    array = values.double().numpy()
+    array = values.double().cpu().numpy()
     draws = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
     means = array[draws].mean(1)
     low, high = np.percentile(statistic(means) if statistic else means, [2.5, 97.5])
@@ -185,6 +186,17 @@ def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
             yield from ((f"{prefix}{key}.{end}", bound) for end, bound in zip(("low", "high"), value, strict=True))
         else:
             yield f"{prefix}{key}", value
+
+
+def check_searches(model: DuoForCausalLM, length: int, actions: Sequence[str], *counts: int) -> None:
+    """Refuse exhaustive searches of so many windows that would exceed the oracle's memory limit.
+
+    Raises:
+        ValueError: too many routes, or too much memory; says how much.
+    """
+    routes = count_routes(model.num_layers, actions)
+    for count in counts:
+        states_within(MEMORY_LIMIT, model, count, length, routes)
 
 
 class Comparer:

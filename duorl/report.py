@@ -20,6 +20,7 @@ from duorl.costs import ACTIONS
 from duorl.evaluate import Comparison
 from duorl.paper.claims import claims
 from duorl.paper.pictures import around
+from duorl.paper.study import STUDIED
 
 Numbers = dict[str, Any]
 
@@ -44,26 +45,22 @@ _ACTION_SCALE = [
 _ACTION_COLORS = dict(zip(ACTIONS, ("#cccccc", "#1f77b4", "#ff7f0e"), strict=True))
 
 
-def check(folder: Path) -> None:
-    """Refuse a folder without a run to report on.
+def page(folder: Path) -> str:
+    """The page of the run in a folder.
 
     Raises:
-        FileNotFoundError: names what is looked for.
+        FileNotFoundError: there is no run, or a part of it is missing.
+        ValueError: a file is not JSON.
     """
-    if not any((folder / name).is_file() for name in ("comparison.json", "claims.md")):
-        raise FileNotFoundError(f"no run in {folder}: neither comparison.json nor a paper run's claims.md is there")
+    if not any((folder / name).is_file() for name in ("comparison.json", "settings.json")):
+        raise FileNotFoundError(f"no run in {folder}: neither comparison.json nor a paper run's settings.json is there")
+    return _comparison_page(folder) if (folder / "comparison.json").is_file() else _paper_page(folder)
 
 
 def write(folder: Path) -> Path:
-    """Write `report.html` for the run in a folder, and return its path.
-
-    Raises:
-        FileNotFoundError: there is no run.
-    """
-    check(folder)
-    page = _comparison_page(folder) if (folder / "comparison.json").is_file() else _paper_page(folder)
+    """Write `report.html` for the run in a folder, and return its path; errors as for `page`."""
     path = folder / "report.html"
-    path.write_text(page)
+    path.write_text(page(folder))
     return path
 
 
@@ -176,6 +173,8 @@ def _shares(routers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 def _paper_page(folder: Path) -> str:
     figures = {path.stem.removeprefix("figure-"): json.loads(path.read_text()) for path in folder.glob("figure-*.json")}
     settings = json.loads((folder / "settings.json").read_text())
+    if missing := [name for name in STUDIED if name not in figures]:
+        raise FileNotFoundError(f"{folder} lacks figure-{missing[0]}.json")
     parts = ["<h2>The paper's claims</h2>", _claims_table(figures), "<h2>Loss against compute (4b)</h2>"]
     for text, contexts in figures["4b"]["texts"].items():
         for context in ("reference", "routed"):

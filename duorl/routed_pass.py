@@ -26,7 +26,9 @@ from duorl.models.attention import Memory, remembering
 from duorl.models.modeling import DuoForCausalLM
 
 Context = Literal["routed", "reference"]
-LOGITS_AT_ONCE = 2**20  # elements of the head's output: what stays in a processor's cache
+_LOGITS_AT_ONCE = {"cpu": 2**20}  # elements of the head's output: what stays in a processor's cache
+_MANY_LOGITS = 2**26  # on an accelerator, to bound its memory
+_LEAST_ROWS = 256  # the head's weights are read anew for every part
 
 
 @torch.no_grad()
@@ -171,7 +173,7 @@ class RoutedPass:
         return kept
 
     def fork(self) -> RoutedPass:
-        """An independent copy of this point of the pass; tensors are shared, none is ever written in place."""
+        """An independent copy of this point of the pass; tensors are shared, and no pass writes in its own."""
         return copy.copy(self)
 
     def logits(self) -> Tensor:
@@ -190,7 +192,7 @@ class RoutedPass:
             self.tally.flops += self.flops.head * stream[..., 0].numel()
         normalized = self.stack.normalized(stream).flatten(0, 1)  # (N, d)
         targets = self.targets.repeat(len(stream) // len(self.targets), 1)
-        rows = max(1, LOGITS_AT_ONCE // self.stack.backbone.config.vocab_size)
+        rows = head_rows(self.stack.backbone.config.vocab_size, stream.device)
         parts = zip(normalized.split(rows), targets.flatten().split(rows), strict=True)
         return torch.cat([self._loss(hidden, target) for hidden, target in parts]).view_as(targets)
 
@@ -240,6 +242,11 @@ class RoutedPass:
             self.residual = self.hidden = self.entered = completed
         else:
             self._attend(completed)
+
+
+def head_rows(vocabulary: int, device: torch.device) -> int:
+    """Tokens whose logits are made at once."""
+    return max(_LEAST_ROWS, _LOGITS_AT_ONCE.get(device.type, _MANY_LOGITS) // vocabulary)
 
 
 def along(walk: RoutedPass, routes: Tensor, index: Tensor | None = None) -> Iterator[tuple[Tensor, RoutedPass]]:

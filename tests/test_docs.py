@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from duorl.cli import build_parser
+from duorl.cli import COMMANDS, build_parser
+from duorl.dense import markdown as markdown_of_dense
 from duorl.evaluate import Comparison
 from duorl.figures import markdown
+from duorl.models.loading import EMBEDDED
+from duorl.paper import claims_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -50,9 +53,8 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch):
 
 
 def test_the_readme_names_every_command():
-    assert {"train", "compare", "evaluate", "oracle", "pretrain"} <= {
-        command.split()[1].replace("train.py", "train") for command in commands(ROOT / "README.md")
-    }
+    named = {command.split()[1].replace("train.py", "train") for command in commands(ROOT / "README.md")}
+    assert named == set(COMMANDS)
 
 
 @pytest.mark.parametrize(
@@ -64,6 +66,25 @@ def test_tables_are_those_of_the_kept_results(result):
     text = "\n".join(page.read_text() for page in PAGES)
     assert markdown(comparison) in text
     assert comparison.settings["command"] in text
+
+
+def test_the_kept_study_says_what_its_numbers_say():
+    folder = ROOT / "docs" / "results" / "paper"
+    figures = {
+        path.stem.removeprefix("figure-"): json.loads(path.read_text()) for path in sorted(folder.glob("figure-*.json"))
+    }
+    settings = json.loads((folder / "settings.json").read_text())
+    assert len(figures) == 17
+    page = claims_page(figures, model=settings["model"], command=settings["command"])
+    assert (folder / "claims.md").read_text() == page
+    assert settings["command"] in (ROOT / "docs" / "paper.md").read_text()
+
+
+def test_the_dense_table_is_that_of_the_kept_rows():
+    text = (ROOT / "docs" / "paper.md").read_text()
+    kept = json.loads((EMBEDDED["duo-tiny"] / "dense.json").read_text())
+    assert markdown_of_dense(kept["rows"]) in text
+    assert kept["settings"]["command"] in text
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

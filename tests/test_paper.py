@@ -140,6 +140,40 @@ def test_claims_follow_the_numbers(figures):
     assert verdicts == {("4c", "falling"): "disagrees", ("4c", "rising"): "agrees"}
 
 
+def verdict_of(figures, said):
+    found = {claim.verdict for claim in claims(figures) if said in claim.paper and claim.text == "prose"}
+    assert len(found) == 1
+    return found.pop()
+
+
+def test_a_u_must_bend_on_both_sides_and_in_the_middle(figures):
+    turned = json.loads(json.dumps(figures))
+    curve = turned["4b"]["texts"]["prose"]["reference"]["oracle"]
+    for losses, expected in (
+        ((3.0, 2.0, 1.0, 2.0), "agrees"),
+        ((3.0, 1.0, 2.0, 2.5), "agrees"),
+        ((1.0, 2.0, 3.0, 4.0), "disagrees"),
+        ((4.0, 3.0, 2.0, 1.0), "disagrees"),
+    ):
+        for point, loss in zip(curve, losses, strict=True):
+            point["loss"], point["windows"] = loss, [loss, loss + 0.5, loss - 0.5, loss]
+        assert verdict_of(turned, "a U over the budget") == expected
+
+
+def test_evenly_is_about_every_layer_and_no_points_prove_nothing(figures):
+    turned = json.loads(json.dumps(figures))
+    layers, half = turned["2b"]["texts"]["prose"]["per_layer"], turned["2b"]["big"] / 3
+    for shares, expected in (
+        ([half] * 3, "agrees"),
+        ([half + 0.1, half - 0.1, half], "agrees"),
+        ([half + 0.3, half - 0.6, half + 0.3], "disagrees"),
+    ):
+        layers["mean"], layers["mean_interval"] = shares, [[share - 0.01, share + 0.01] for share in shares]
+        assert verdict_of(turned, "evenly") == expected
+    turned["4b"]["texts"]["prose"]["routed"]["soft"] = turned["4b"]["texts"]["prose"]["routed"]["soft"][:1]
+    assert verdict_of(turned, "the learned router improves") == "open"
+
+
 def test_every_figure_becomes_a_picture_and_its_numbers(figures, tmp_path):
     draw(figures, tmp_path)
     for name in FIGURES:
@@ -194,6 +228,6 @@ def test_the_dense_study_trains_measures_and_leaves_the_frozen_part_alone(tmp_pa
 
 
 def test_a_missing_dense_study_is_named(tmp_path):
-    assert dense.find(None, tmp_path) is None
+    assert dense.find(None, tmp_path, ["stdlib-docs"]) == []
     with pytest.raises(FileNotFoundError, match=r"no dense\.json at .*make one with duorl dense"):
-        dense.find(str(tmp_path), tmp_path)
+        dense.find(str(tmp_path), tmp_path, ["stdlib-docs"])

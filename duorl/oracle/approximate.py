@@ -18,10 +18,8 @@ from torch import Tensor
 from duorl.checks import require_positive
 from duorl.costs import Tally, action_ids
 from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle.search import route_compute, states_within, token_by_token
+from duorl.oracle.search import MEMORY_LIMIT, route_compute, states_within, token_by_token
 from duorl.routed_pass import RoutedPass, along, pick
-
-_MEMORY_LIMIT = 2**30
 
 
 @dataclass(frozen=True)
@@ -34,7 +32,7 @@ class Found:
         routes: (B, T, L) int64, action codes.
         losses: (B, T), nats.
         compute: (B, T), in [0, 1].
-        flops: what the search executed.
+        flops: what the search executed; the all-big pass that a token reads is not in it.
         seconds: wall time.
         lower_bound: the oracle's return is at least this one's, and may be higher.
     """
@@ -78,7 +76,7 @@ def beam(
     require_positive(width=width)
     codes = action_ids(actions).to(model.device)
     strategy = partial(_beam, codes=codes, width=width, price=price)
-    return _search(f"beam {width}", strategy, model, tokens, context, width * len(codes))
+    return _search(f"beam {width}", strategy, model, tokens, context)
 
 
 def _beam(walk: RoutedPass, *, codes: Tensor, width: int, price: float) -> tuple[Tensor, Tensor]:
@@ -134,7 +132,7 @@ def descent(
         raise ValueError(f"start must be {model.num_layers} codes out of {codes.tolist()}, not {list(start)}")
     route = torch.tensor(list(start), device=model.device)
     strategy = partial(_descent, codes=codes, start=route, rounds=rounds, price=price)
-    return _search(f"descent {rounds}", strategy, model, tokens, context, 1)
+    return _search(f"descent {rounds}", strategy, model, tokens, context)
 
 
 def _descent(walk: RoutedPass, *, codes: Tensor, start: Tensor, rounds: int, price: float) -> tuple[Tensor, Tensor]:
@@ -188,7 +186,7 @@ def best_of_random(
     require_positive(count=count)
     codes = action_ids(actions)
     drawn = codes[torch.randint(len(codes), (count, model.num_layers), generator=generator)].to(model.device)
-    return _search(f"random {count}", partial(_best_of, routes=drawn, price=price), model, tokens, context, 1)
+    return _search(f"random {count}", partial(_best_of, routes=drawn, price=price), model, tokens, context)
 
 
 def _best_of(walk: RoutedPass, *, routes: Tensor, price: float) -> tuple[Tensor, Tensor]:
@@ -207,7 +205,6 @@ def _search(
     model: DuoForCausalLM,
     tokens: Tensor,
     context: Literal["reference", "routed"],
-    branches: int,
 ) -> Found:
     """Run a strategy on all tokens: window by window in the reference context, token by token in the routed one."""
     if context not in ("reference", "routed"):
@@ -227,7 +224,10 @@ def _search(
                 window = tokens[row : row + 1]
                 search(RoutedPass(model, window, context="reference", tally=tally), slice(row, row + 1), 0)
         else:
-            at_once = states_within(_MEMORY_LIMIT, model, tokens, 1) // branches
+            at_once = states_within(MEMORY_LIMIT, model, len(tokens), losses.shape[1], 1)
             token_by_token(model, tokens, search, at_once=at_once, tally=tally)
+    routes, losses = routes.cpu(), losses.cpu()  # waits for an accelerator, so the clock is right
     seconds = time.perf_counter() - started
-    return Found(method, context, routes, losses, route_compute(model, routes), tally.flops, seconds)
+    return Found(
+        method, context, routes, losses, route_compute(model, routes.to(model.device)).cpu(), tally.flops, seconds
+    )

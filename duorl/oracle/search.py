@@ -18,10 +18,12 @@ from duorl.models.attention import Memory
 from duorl.models.config import inner_size
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.table import RouteTable, SearchContext, cheapest
-from duorl.routed_pass import LOGITS_AT_ONCE, RoutedPass, along, remember
+from duorl.routed_pass import RoutedPass, along, head_rows, remember
 
 _STATES_AT_ONCE = 4096  # token states at the widest; more do not run faster
-_MOST_ROUTES = 2**16
+MOST_ROUTES = 2**16
+MEMORY_LIMIT = 2**32
+"""Bytes that a search may take unless told otherwise."""
 _FLOAT = 4  # bytes
 
 
@@ -46,7 +48,7 @@ def count_routes(layers: int, actions: Sequence[str]) -> int:
         ValueError: unknown action, or more routes than can be searched.
     """
     routes = len(action_ids(actions)) ** layers
-    if routes > _MOST_ROUTES:
+    if routes > MOST_ROUTES:
         raise ValueError(f"{len(actions)} actions in {layers} layers make {routes:.1e} routes, too many to enumerate")
     return routes
 
@@ -76,7 +78,7 @@ def exhaustive(
     actions: Sequence[str] = ("small", "big"),
     price: float = 0.0,
     allowed: Tensor | None = None,
-    memory_limit: int = 2**30,
+    memory_limit: int = MEMORY_LIMIT,
 ) -> RouteTable:
     """Search all A^L routes of every token.
 
@@ -111,8 +113,9 @@ def exhaustive(
         raise ValueError(f"unknown context {context!r}: choose from {', '.join(get_args(SearchContext))}")
     tokens = tokens.to(model.device)
     routes = all_routes(model.num_layers, actions).to(tokens.device)
-    at_once = states_within(memory_limit, model, tokens, len(routes))
-    losses = torch.empty(*tokens[:, 1:].shape, len(routes), device=tokens.device)
+    count, length = tokens[:, 1:].shape
+    at_once = states_within(memory_limit, model, count, length, len(routes))
+    losses = torch.empty(count, length, len(routes), device=tokens.device)
     compute, codes, tally = route_compute(model, routes), action_ids(actions).tolist(), Tally()
     if context != "routed":
         for window, found in zip(tokens.split(1), losses.split(1), strict=True):
@@ -187,8 +190,15 @@ def route_compute(model: DuoForCausalLM, routes: Tensor) -> Tensor:
     return model.action_compute[torch.arange(model.num_layers, device=routes.device), routes].sum(-1)
 
 
-def states_within(limit: int, model: DuoForCausalLM, tokens: Tensor, routes: int) -> int:
+def states_within(limit: int, model: DuoForCausalLM, count: int, length: int, routes: int) -> int:
     """How many token states may be in flight under a memory limit in bytes: all of a window, or more while it pays.
+
+    Args:
+        limit: bytes.
+        model: a duo model.
+        count: windows, B.
+        length: tokens per window, T.
+        routes: of the table, R.
 
     Counted are the table, the stored keys and values, the head's logits, and per state what is alive at once: three
     vectors for each depth of the search, and the working tensors of an FFN or an attention.
@@ -196,13 +206,13 @@ def states_within(limit: int, model: DuoForCausalLM, tokens: Tensor, routes: int
     Raises:
         ValueError: not even one window's tokens fit.
     """
-    config, (count, length) = model.config.backbone, tokens[:, 1:].shape
+    config = model.config.backbone
     size, layers = model.hidden_size, model.num_layers
     scores = 4 * config.num_attention_heads * length
     working = max(4 * inner_size(config), 12 * size + scores)
     stored = 2 * layers * model.flops.width  # keys and values of the tokens that are searched together
     per_state = _FLOAT * (3 * size * (layers + 1) + working + stored)
-    fixed = _FLOAT * (count * length * routes + 4 * max(LOGITS_AT_ONCE, config.vocab_size))
+    fixed = _FLOAT * (count * length * routes + 4 * config.vocab_size * head_rows(config.vocab_size, model.device))
     fits = (limit - fixed) // per_state
     if fits < length:
         raise ValueError(

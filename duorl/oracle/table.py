@@ -22,7 +22,7 @@ class RouteTable:
         losses: (B, T, R), nats.
         compute: (R,), in [0, 1].
         context: which keys and values the tokens read, see `exhaustive`.
-        flops: what the search executed.
+        flops: what the search executed; the all-big pass that a token reads is not in it.
         committed: (B, T) indices into `routes`, in the `routed` context the routes whose keys and values later tokens
             read; the losses are those given these routes. None in the others.
     """
@@ -51,7 +51,13 @@ class RouteTable:
         return cheapest(self.losses + price * self.compute, allowed)
 
     def fixed_ranking(self, price: float = 0.0, *, allowed: Tensor | None = None) -> Tensor:
-        """All routes, the best one for all tokens together first: (R,) indices; those not allowed come last."""
+        """All routes, the best one for all tokens together first: (R,) indices; those not allowed come last.
+
+        Raises:
+            ValueError: a budget that changes along the sequence, (T, R), which no fixed route can keep.
+        """
+        if allowed is not None and allowed.ndim > 1:
+            raise ValueError("one route for all tokens has one budget: give `allowed` of shape (R,)")
         return _among(self.losses.mean((0, 1)) + price * self.compute, allowed).argsort()
 
     def best_fixed(self, price: float = 0.0, *, allowed: Tensor | None = None) -> int:
@@ -85,13 +91,12 @@ class RouteTable:
             Bool, (R,), or (T, R) for (T,).
         """
         big = (self.routes == BIG).sum(1)
-        count = torch.as_tensor(count, device=big.device)[..., None]
-        return (big <= count if at_most else big == count).squeeze(0 if count.ndim == 1 else ())
+        count = _per_position(count).to(big.device)
+        return big <= count if at_most else big == count
 
     def within(self, compute: float | Tensor) -> Tensor:
         """Which routes spend at most `compute`, a number or (T,), in [0, 1]: bool, (R,) or (T, R), for `allowed`."""
-        limit = torch.as_tensor(compute, device=self.compute.device)[..., None] + 1e-6  # compute is a sum of floats
-        return (self.compute <= limit).squeeze(0 if limit.ndim == 1 else ())
+        return self.compute <= _per_position(compute).to(self.compute.device) + 1e-6  # compute is a sum of floats
 
     def frontier(self) -> Frontier:
         """The least mean loss at every mean compute: each token chooses at a common price, for all prices at once.
@@ -137,6 +142,7 @@ class RouteTable:
         Raises:
             ValueError: a route is not in the table.
         """
+        routes = routes.to(self.routes.device)
         place = 3 ** torch.arange(self.routes.shape[1], device=routes.device)
         lookup = torch.full((3 ** self.routes.shape[1],), -1, device=routes.device)
         lookup[(self.routes * place).sum(-1)] = torch.arange(len(self.routes), device=routes.device)
@@ -193,6 +199,12 @@ def _sorted_frontier(
         compute=torch.cat([first_compute, first_compute + gained_compute]),
         loss=torch.cat([first_loss, first_loss - gained_loss]),
     )
+
+
+def _per_position(limit: float | Tensor) -> Tensor:
+    """A number as it is; one per position, (T,), as (T, 1), to be compared with (R,)."""
+    limit = torch.as_tensor(limit)
+    return limit[..., None] if limit.ndim else limit
 
 
 def cheapest(cost: Tensor, allowed: Tensor | None = None) -> Tensor:

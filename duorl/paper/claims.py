@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from math import comb
 from typing import Any
 
 import torch
@@ -90,6 +91,8 @@ def _within(interval: Interval, border: float) -> str:
 
 def _all(verdicts: Sequence[str]) -> str:
     """A claim about several numbers: it disagrees where one does, and agrees where all do."""
+    if not verdicts:
+        return "open"
     for verdict in ("disagrees", "open"):
         if verdict in verdicts:
             return verdict
@@ -120,26 +123,29 @@ def _number(values: Numbers, key: str = "mean") -> str:
 def _oracle_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
     for text, found in figures["4a"]["texts"].items():
         lead = found["best_random_minus_oracle"]
+        fixed = figures["4b"]["texts"][text]["reference"]["fixed"]
+        worth = fixed[0]["loss"] - fixed[-1]["loss"]
         yield Claim(
             "4a",
             "the oracle is far below the best of 100 random patterns",
             text,
             f"{figures['4a']['big']} big; best of the random patterns ({len(found['patterns'])} different ones drawn), "
-            f"one for all tokens, minus oracle: {_number(lead)}",
-            _verdict(lead["mean_interval"], above=0),
+            f"one for all tokens, minus oracle: {_number(lead)} (far: more than all-big gains over all-small, "
+            f"{worth:.3f})",
+            _verdict(lead["mean_interval"], above=worth),
         )
     for text, found in figures["4b"]["texts"].items():
-        curve = found["reference"]["oracle"]
+        curve, half = found["reference"]["oracle"], figures["4b"]["layers"] / 2
         best = min(curve, key=lambda point: point["loss"])
+        arms = [_difference(best, end) for end in (curve[0], curve[-1])]
+        bent = _all([_verdict(arm["mean_interval"], below=0) for arm in arms])
         yield Claim(
             "4b",
             "the oracle's loss is a U over the budget, best at half of the layers",
             text,
-            f"best at {best['big']} of {figures['4b']['layers']} big, there minus all-big: "
-            f"{_number(best, 'minus_all_big')}; at no big layer: {_number(curve[0], 'minus_all_big')}",
-            "disagrees"
-            if best["big"] in (0, figures["4b"]["layers"])
-            else _verdict(best["minus_all_big_interval"], below=0),
+            f"best at {best['big']} of {figures['4b']['layers']} big (half: within one layer); there minus no big "
+            f"layer {_number(arms[0])}, minus all-big {_number(arms[1])}",
+            bent if abs(best["big"] - half) <= 1 else "disagrees",
         )
         yield Claim(
             "4b",
@@ -168,21 +174,17 @@ def _pattern_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
     for letter, where in (("a", "late"), ("b", "evenly"), ("c", "early")):
         numbers = figures[f"2{letter}"]
         for text, found in numbers["texts"].items():
-            late = found["lateness"]
-            low, high = late["mean_interval"]
-            verdict = {
-                "late": _verdict((low, high), above=0),
-                "early": _verdict((low, high), below=0),
-                "evenly": _within((low, high), 0.5),
-            }
-            yield Claim(
-                f"2{letter}",
-                f"with {_SHARES[letter]} of the layers big the oracle puts them {where}",
-                text,
-                f"mean layer of big minus the middle, {numbers['big']} big: {_number(late)}"
-                + (" (evenly: within half a layer)" if where == "evenly" else ""),
-                verdict[where],
-            )
+            late, share = found["lateness"], numbers["big"] / numbers["layers"]
+            if where == "evenly":
+                layers = found["per_layer"]["mean_interval"]
+                verdict = _all([_within([bound - share for bound in interval], _EVEN) for interval in layers])
+                shares = ", ".join(f"{mean:.2f}" for mean in found["per_layer"]["mean"])
+                measured = f"share of big by layer {shares} (evenly: within {_EVEN} of {share:.2f})"
+            else:
+                verdict = _verdict(late["mean_interval"], **({"above": 0} if where == "late" else {"below": 0}))
+                measured = f"mean layer of big minus the middle, {numbers['big']} big: {_number(late)}"
+            claim = f"with {_SHARES[letter]} of the layers big the oracle puts them {where}"
+            yield Claim(f"2{letter}", claim, text, measured, verdict)
     for text, found in figures["2d"]["texts"].items():
         shares = found["per_layer"]
         layer = min(range(len(shares["mean"])), key=lambda index: shares["mean"][index])
@@ -196,15 +198,19 @@ def _pattern_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             _verdict((low, high), above=0.9),
         )
         exits = found["early_exits"]
+        low, high = exits["mean_interval"]
+        border = 2 / comb(figures["2d"]["layers"], figures["2d"]["big"])
         yield Claim(
             "2d",
             "with skip, no early-exit shape shows",
             text,
-            f"{exits['mean']:.1%} of the routes skip all layers after the first skipped one (none shows: under 10 %)",
-            _verdict(exits["mean_interval"], below=0.1),
+            f"{exits['mean']:.1%} ({low:.1%}, {high:.1%}) of the routes skip all layers after the first skipped one "
+            f"(none shows: under twice chance, {border:.1%})",
+            _verdict((low, high), below=border),
         )
 
 
+_EVEN = 0.15  # of the tokens
 _SHARES = {"a": "a third", "b": "half", "c": "two thirds"}
 
 

@@ -81,10 +81,9 @@ _LABELS = {"fixed": "best fixed pattern", "soft": "soft router (the paper's)"}
 
 
 def _curves(numbers: Numbers) -> Figure:
-    titles = [f"{text}, {context}" for text in numbers["texts"] for context in ("reference", "routed")]
+    panels = [(text, context) for text in numbers["texts"] for context in ("reference", "routed")]
     figure, axes = plt.subplots(len(numbers["texts"]), 2, figsize=(10, 7), layout="constrained", squeeze=False)
-    for axis, title in zip(axes.flat, titles, strict=True):
-        text, context = title.split(", ")
+    for axis, (text, context) in zip(axes.flat, panels, strict=True):
         axis.set_title(f"{text}, {context} context", fontsize=9)
         for kind, points in numbers["texts"][text][context].items():
             points = sorted(points, key=lambda point: point["compute"])
@@ -188,7 +187,7 @@ def _single_routes(numbers: Numbers) -> Figure:
     for axis, (name, kind) in zip(axes, panels, strict=True):
         text = numbers["texts"][name]
         image = axis.imshow(text["routes"][kind], aspect="auto", origin="lower", cmap=_ACTION_COLORS, norm=norm)
-        axis.set_title(f"{name}, {kind}", fontsize=9)
+        axis.set_title(f"{name}, {kind}, {'reference' if kind == 'oracle' else 'routed'} context", fontsize=9)
         axis.set_ylabel("layer")
         axis.set_xticks(range(len(text["tokens"])), [shown(token) for token in text["tokens"]], rotation=90, fontsize=6)
     bar = figure.colorbar(image, ax=axes, ticks=range(3), shrink=0.3)

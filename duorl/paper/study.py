@@ -22,6 +22,7 @@ from duorl.difficulty import token_difficulty, token_names
 from duorl.evaluate import Measurement, bootstrap_interval, measure
 from duorl.models import DuoForCausalLM
 from duorl.oracle import RouteTable, exhaustive, fixed_patterns
+from duorl.oracle.search import MOST_ROUTES
 from duorl.routed_pass import remember
 from duorl.routers import PatternRouter, Router, SoftOptions, train_soft
 
@@ -56,6 +57,12 @@ class StudySize:
         return cls(windows=8, pattern_windows=8, big=(1,), prices=(0.3,), resamples=500)
 
     def __post_init__(self) -> None:
+        if self.windows < 2:
+            raise ValueError(f"windows must be at least 2, for intervals over them, not {self.windows}")
+        if not self.prices or min(self.prices) < 0:
+            raise ValueError(f"prices must be at least one, each at least 0, not {list(self.prices)}")
+        if self.big is not None and any(count < 1 for count in self.big):
+            raise ValueError(f"big must be numbers of layers from 1 on, not {list(self.big)}")
         counts = ("windows", "pattern_windows", "random_patterns", "resamples")
         require_positive(**{name: getattr(self, name) for name in counts})
 
@@ -130,7 +137,7 @@ class Study:
     @cached_property
     def tables(self) -> dict[str, RouteTable]:
         """All routes of all tokens over small and big, in the reference context."""
-        return {name: exhaustive(self.model, windows) for name, windows in self.texts.items()}
+        return {name: _on_cpu(exhaustive(self.model, windows)) for name, windows in self.texts.items()}
 
     @cached_property
     def patterns(self) -> dict[int, list[int]]:
@@ -168,7 +175,7 @@ class Study:
         self.progress("heat maps, big or skip")
         actions, routes = ("skip", "big"), {}
         for name, windows in self.texts.items():
-            table = exhaustive(self.model, windows, actions=actions)
+            table = _on_cpu(exhaustive(self.model, windows, actions=actions))
             routes[name] = table.routes[table.best(allowed=table.with_big(big))].cpu()
         oracle = self._heat_maps("oracle, big or skip", big, routes)
         for name, found in routes.items():
@@ -236,7 +243,7 @@ class Study:
 
     @property
     def _soft_budgets(self) -> list[int]:
-        more = range(1, self.depth) if self.size.big is None else self.size.big
+        more = range(1, self.depth) if self.size.big is None else [big for big in self.size.big if big <= self.depth]
         return sorted({*self.budgets, *more})
 
     def _all_big(self, name: str) -> Tensor:
@@ -255,9 +262,10 @@ class Study:
     def _routed_oracle_and_fixed(self, name: str) -> dict[str, list[_Measured]]:
         """The oracle that commits its routes, for the paper's budgets and for one big layer; all fixed patterns."""
         oracle = []
-        for big in (1, *self.budgets):
+        for big in sorted({1, *self.budgets}):
             allowed = self.tables[name].with_big(big)
-            table = exhaustive(self.model, self.texts[name], context="routed", allowed=allowed)
+            allowed = allowed.to(self.model.device)
+            table = _on_cpu(exhaustive(self.model, self.texts[name], context="routed", allowed=allowed))
             assert table.committed is not None
             oracle.append(self._chosen(table, table.committed, big))
         patterns = [route for _, route in sorted(self.patterns.items())]
@@ -282,7 +290,7 @@ class Study:
         texts: dict[str, Numbers] = {}
         for name, table in self.tables.items():
             length = self.texts[name].shape[1] - 1
-            falling = torch.linspace(middle + spread, middle - spread, length).round().long()
+            falling = torch.linspace(middle + spread, middle - spread, length).round().long().clamp(0, self.depth)
             budgets = {"constant": torch.full((length,), middle), "falling": falling, "rising": falling.flip(0)}
             losses = {kind: self._losses_of_schedule(table, budget) for kind, budget in budgets.items()}
             texts[name] = {
@@ -329,11 +337,16 @@ class Study:
         return {"context": "reference", "texts": texts}
 
     def single_routes(self) -> Numbers:
-        """Routes of one sequence of each text: the oracle over three actions, the soft router, ours (Fig. 7)."""
+        """Routes of one sequence of each text: the oracle over three actions, the soft router, ours (Fig. 7).
+
+        The routers' are those of the routed context, in which they are deployed; the oracle's of the reference context.
+        Where three actions are too many to enumerate the oracle has two.
+        """
         texts = {}
+        actions = ACTIONS if len(ACTIONS) ** self.depth <= MOST_ROUTES else ("small", "big")
         for name, windows in self.texts.items():
             first = windows[:1, : _SHOWN_TOKENS + 1]
-            table = exhaustive(self.model, first, actions=ACTIONS)
+            table = _on_cpu(exhaustive(self.model, first, actions=actions))
             routers = {"soft": self._soft(self.budgets[1])}
             routers |= {kind: self._learned(kind, self.size.prices[0]) for kind in self.learners}
             routes = {"oracle": table.routes[table.best(_SMALL_PRICE)]}
@@ -342,7 +355,7 @@ class Study:
                 "tokens": token_names(first[0, 1:], self.tokenizer),
                 "routes": {kind: found[0].T.tolist() for kind, found in routes.items()},  # (L, T)
             }
-        return {"actions": list(ACTIONS), "layers": self.depth, "oracle_price": _SMALL_PRICE, "texts": texts}
+        return {"actions": list(actions), "layers": self.depth, "oracle_price": _SMALL_PRICE, "texts": texts}
 
     # Routers
 
@@ -372,7 +385,8 @@ class Study:
     @cached_property
     def _memories(self) -> dict[str, list]:
         return {
-            name: [remember(self.model, part) for part in windows.split(_BATCH)] for name, windows in self.texts.items()
+            name: [remember(self.model, part.to(self.model.device)) for part in windows.split(_BATCH)]
+            for name, windows in self.texts.items()
         }
 
     def _in_reference(self, router: Router, name: str) -> Measurement:
@@ -396,13 +410,17 @@ def scaling(rows: Sequence[Numbers], texts: Mapping[str, str]) -> dict[str, Numb
 
     Args:
         rows: see `duorl.dense.measure_all`.
-        texts: the rows' texts by the names that the figures give them; the first is 8a's, the second 8b's.
+        texts: the rows' texts by the names that the figures give them; the first is 8a's, the second 8b's. A text that
+            no row is about is left out.
     """
 
     def points(text: str, model: str) -> list[Numbers]:
         return [row for row in rows if row["text"] == text and row["model"].startswith(model)]
 
     figures = {}
+    texts = {name: text for name, text in texts.items() if points(text, "duo")}
+    if not texts:
+        return {}
     for letter, (name, text) in zip("ab", texts.items(), strict=False):
         models = {"duo, random routing": points(text, "duo"), "dense": points(text, "dense")}
         figures[f"8{letter}"] = {"texts": {name: models}}
@@ -413,9 +431,16 @@ def scaling(rows: Sequence[Numbers], texts: Mapping[str, str]) -> dict[str, Numb
     return figures
 
 
+STUDIED = (*(f"{number}{letter}" for number in "23" for letter in "abcd"), "4a", "4b", "4c", "5", "6", "7")
+"""The figures that a study measures; the 8th is `duorl.dense`'s."""
 _BATCH = 16
 _SHOWN_TOKENS = 48
 _SMALL_PRICE = 0.01  # between routes of the same loss the cheaper one is shown
+
+
+def _on_cpu(table: RouteTable) -> RouteTable:
+    tensors: dict[str, Any] = {name: value.cpu() for name, value in vars(table).items() if isinstance(value, Tensor)}
+    return replace(table, **tensors)
 
 
 def _lateness(chosen: Tensor) -> Tensor:
@@ -437,7 +462,7 @@ def early_exits(routes: Tensor) -> Tensor:
 
 
 def _rank_correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's correlation within each window, (W, T) to (W,)."""
+    """Spearman's correlation within each window, equal values ranked in the order they come: (W, T) to (W,)."""
     ranks = [values.argsort(1).argsort(1).float() for values in (x, y)]
     centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
     return (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
