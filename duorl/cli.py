@@ -614,20 +614,24 @@ class Paper:
         self.options, self.config = options, config
         check_folder(options)
         require_positive(total_decisions=options.total_decisions)
-        self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
+        if options.env.window < _LEAST_WINDOW:
+            raise ValueError(
+                f"env.window must be at least {_LEAST_WINDOW} tokens for a study, not {options.env.window}"
+            )
         self.sources = {"prose": source_names(options.prose), "code": source_names(options.code)}
+        named = [", ".join(names) for names in self.sources.values()]
+        kept = dense.find(options.dense, model_folder(options.model), named)
+        self.dense = [] if options.quick else kept
+        self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
         read = partial(load_windows, tokenizer=self.tokenizer, length=options.env.window)
         self.training = read([name for names in self.sources.values() for name in names], split="router")
         self.texts = {name: read(names, split="evaluation") for name, names in self.sources.items()}
         self.size = StudySize.quick() if options.quick else options.size
         for name, windows in self.texts.items():
-            if len(windows) < 2 or options.env.window < _LEAST_WINDOW:
-                raise ValueError(f"{name}: a study needs at least 2 windows of at least {_LEAST_WINDOW} tokens")
+            if len(windows) < 2:
+                raise ValueError(f"{name}: a study needs at least 2 windows of evaluation text: give more")
         counts = min(self.size.windows, max(map(len, self.texts.values()))), self.size.pattern_windows
         check_searches(self.model, options.env.window, ("small", "big"), *counts)
-        named = [", ".join(names) for names in self.sources.values()]
-        kept = dense.find(options.dense, model_folder(options.model), named)
-        self.dense = [] if options.quick else kept
         self.soft = replace(options.soft, updates=_QUICK_UPDATES) if options.quick else options.soft
         self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
         for factory in options.agents.values():

@@ -1,5 +1,8 @@
 """Small random models of several families, and duo-tiny."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -48,6 +51,15 @@ def make_duo(family: str, small_ratio: int = 4):
         for parameter in duo.stack.ffns[layer].small.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return duo.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def small_corpus(tmp_path_factory):
+    """A file of real text, read in a moment and long enough for all three splits."""
+    path = tmp_path_factory.mktemp("corpus") / "text.txt"
+    modules = sorted(Path(os.__file__).parent.glob("*.py"))[:40]
+    path.write_text("\n".join(module.read_text("utf8") for module in modules))
+    return str(path)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -205,9 +206,10 @@ def test_dense_models_have_the_duos_flops(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_dense_study_trains_measures_and_leaves_the_frozen_part_alone(tmp_path):
-    options = dense.DenseOptions(RECIPE, shares=(0.0, 1.0), texts=("stdlib-docs",), windows=4)
-    dense.train(dense.plan(RECIPE, options.shares, tmp_path), processes=2)
+def test_the_dense_study_trains_measures_and_leaves_the_frozen_part_alone(tmp_path, small_corpus):
+    recipe = replace(RECIPE, corpus=small_corpus)
+    options = dense.DenseOptions(recipe, shares=(0.0, 1.0), texts=(small_corpus,), windows=4)
+    dense.train(dense.plan(recipe, options.shares, tmp_path), processes=2)
     rows = dense.measure_all(options, tmp_path)
     assert [(row["model"], row["big_share"]) for row in rows] == [
         ("dense-4", 0.0), ("dense-64", 1.0), ("duo", 0.0), ("duo", 1.0), ("frozen", 0.0), ("frozen", 1.0),
@@ -218,11 +220,11 @@ def test_the_dense_study_trains_measures_and_leaves_the_frozen_part_alone(tmp_pa
     found = {(row["model"], row["big_share"]): row for row in rows}
     assert found["frozen", 1.0]["loss"] == found["dense-64", 1.0]["loss"]
     tokenizer = duorl.load_tokenizer(tmp_path / "duo")
-    text = duorl.load_windows("stdlib-docs", tokenizer, split="evaluation", length=32)[:4]
+    text = duorl.load_windows(small_corpus, tokenizer, split="evaluation", length=32)[:4]
     expected = measure(duorl.load(tmp_path / "duo"), ConstantRouter("small"), text).loss.mean().item()
     assert found["duo", 0.0]["loss"] == pytest.approx(expected, abs=1e-5)
     assert 0 <= found["duo", 0.0]["accuracy"] <= 1 and math.isfinite(found["duo", 1.0]["rival"]["accuracy"])
-    figures = scaling(rows, {"prose": "stdlib-docs"})
+    figures = scaling(rows, {"prose": small_corpus})
     assert list(figures) == ["8a", "8c"]
     draw(figures, tmp_path)
 
