@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import io
 import json
 import os
 import re
@@ -668,7 +669,7 @@ class Paper:
         figures = study.run()
         if self.options.quick:
             progress("figure 8: small models of its own")
-            with contextlib.redirect_stdout(None):  # the Trainer prints its log
+            with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its log
                 self.dense = dense.quick(folder / "dense", self.sources, self.options.seed)
         return figures | scaling(self.dense, {name: ", ".join(names) for name, names in self.sources.items()})
 
