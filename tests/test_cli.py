@@ -245,7 +245,8 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny, small_corpus):
         "{model_type: llama, hidden_size: 32, intermediate_size: 64, num_hidden_layers: 2, num_attention_heads: 2}"
     )
     training = "{max_steps: 4, per_device_train_batch_size: 2, save_steps: 2, report_to: none, disable_tqdm: true}"
-    text = f"out: model\ncorpus: [{small_corpus}]\nvocab_size: 300\nwindow: 32\nbackbone: {backbone}\ntraining: {training}\n"
+    sizes = "vocab_size: 300\nwindow: 32"
+    text = f"out: model\ncorpus: [{small_corpus}]\n{sizes}\nbackbone: {backbone}\ntraining: {training}\n"
     Path("stage1.yaml").write_text(text)
     main(["pretrain", "--config", "stage1.yaml"])
     model, tokenizer = duorl.load("model"), duorl.load_tokenizer("model")
