@@ -337,17 +337,8 @@ class Run:
 
     def _lockstep(self) -> Lockstep:
         options = self.options
-        return Lockstep(
-            self.model,
-            self.training,
-            windows_per_batch=options.env.windows_per_batch,
-            seed=options.seed,
-            reward=options.reward,
-            actions=options.actions,
-            context=options.env.context,
-            group_size=options.env.group_size,
-            token_discount=options.env.token_discount,
-            reference=options.reference,
+        return _lockstep(
+            options, self.model, self.training, options.reward, actions=options.actions, reference=options.reference
         )
 
     def _kept(self, name: str, make: Callable[[], Router]) -> Router:
@@ -417,6 +408,22 @@ class Run:
             f"\nwrote {self.folder}/: report.html, comparison.json and .csv, figures/, {routers}, config.yaml"
         )
         console.print(f"{_tensorboard()} --logdir {self.folder / 'tensorboard'}", soft_wrap=True)
+
+
+def _lockstep(options: Namespace, model: DuoForCausalLM, training: Tensor, reward: Reward, **more: Any) -> Lockstep:
+    """The tokens that a run's `env` options describe."""
+    env = options.env
+    return Lockstep(
+        model,
+        training,
+        windows_per_batch=env.windows_per_batch,
+        seed=options.seed,
+        reward=reward,
+        context=env.context,
+        group_size=env.group_size,
+        token_discount=env.token_discount,
+        **more,
+    )
 
 
 def _command() -> str:
@@ -677,18 +684,7 @@ class Paper:
         return self._lockstep_agent(factory, price).learn(self.total_decisions)
 
     def _lockstep_agent(self, factory: AgentFactory, price: float) -> Agent:
-        env = self.options.env
-        lockstep = Lockstep(
-            self.model,
-            self.training,
-            windows_per_batch=env.windows_per_batch,
-            seed=self.options.seed,
-            reward=LossImprovement(price),
-            context=env.context,
-            group_size=env.group_size,
-            token_discount=env.token_discount,
-        )
-        return factory(lockstep)
+        return factory(_lockstep(self.options, self.model, self.training, LossImprovement(price)))
 
 
 _QUICK_UPDATES, _QUICK_DECISIONS = 40, 200_000
