@@ -114,15 +114,15 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
         and the duo. Each number has its 95 % bootstrap interval over windows beside it.
     """
     tokenizer = load_tokenizer(folder / "duo")
+    dense = {share: f"dense-{dense_size(options.recipe, share)}" for share in options.shares}
+    models = {name: load(folder / name) for name in ("duo", "frozen", *dense.values())}
     rows = []
     for text in options.texts:
         windows = evaluation_windows(text, tokenizer, options)
         score = partial(_score, windows=windows, seed=options.seed)
-        dense = {share: f"dense-{dense_size(options.recipe, share)}" for share in options.shares}
-        scores = {(name, share): score(load(folder / name), 1.0) for share, name in dense.items()}
+        scores = {(name, share): score(models[name], 1.0) for share, name in dense.items()}
         for name in ("duo", "frozen"):
-            model = load(folder / name)
-            scores |= {(name, share): score(model, share) for share in options.shares}
+            scores |= {(name, share): score(models[name], share) for share in options.shares}
         for (name, share), found in scores.items():
             row = {"text": text, "model": name, "big_share": share, "tokens": windows[:, 1:].numel()}
             rival = {"duo": dense[share], "frozen": "duo"}.get(name)

@@ -193,15 +193,15 @@ def route_compute(model: DuoForCausalLM, routes: Tensor) -> Tensor:
 def states_within(limit: int, model: DuoForCausalLM, count: int, length: int, routes: int) -> int:
     """How many token states may be in flight under a memory limit in bytes: all of a window, or more while it pays.
 
+    Counted are the table, the stored keys and values, the head's logits, and per state what is alive at once: three
+    vectors for each depth of the search, and the working tensors of an FFN or an attention.
+
     Args:
         limit: bytes.
         model: a duo model.
         count: windows, B.
         length: tokens per window, T.
         routes: of the table, R.
-
-    Counted are the table, the stored keys and values, the head's logits, and per state what is alive at once: three
-    vectors for each depth of the search, and the working tensors of an FFN or an attention.
 
     Raises:
         ValueError: not even one window's tokens fit.
