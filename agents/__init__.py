@@ -4,10 +4,10 @@ The command line knows them by their class's name, `--agent PPO`; in Python they
 """
 
 from agents.base import Agent
-from agents.ppo import PPO
+from agents.on_policy import A2C, PPO, MaskablePPO
 from agents.reinforce import REINFORCE
 
 PPOAgent = PPO
 ReinforceAgent = REINFORCE
 
-__all__ = ["PPO", "REINFORCE", "Agent", "PPOAgent", "ReinforceAgent"]
+__all__ = ["A2C", "PPO", "REINFORCE", "Agent", "MaskablePPO", "PPOAgent", "ReinforceAgent"]

@@ -41,6 +41,6 @@ def explained_variance(predicted: Tensor, actual: Tensor) -> float:
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Entropy in nats of softmax policies: (..., A) to (...)."""
+    """Entropy in nats of softmax policies: (..., A) to (...). Choices that are ruled out, at -inf, add nothing."""
     log_shares = torch.log_softmax(logits, dim=-1)
-    return -(log_shares.exp() * log_shares).sum(-1)
+    return -(log_shares.exp() * log_shares.clamp(min=torch.finfo(logits.dtype).min)).sum(-1)

@@ -5,7 +5,10 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from duorl.routers import HeadRouter, Router
+import torch
+
+from duorl.routers import HeadRouter, PatternRouter, Router, load
+from duorl.routers.heads import LayerHeads
 from envs.lockstep import Lockstep
 
 Monitor = Callable[[int, dict[str, float], Router], None]
@@ -21,13 +24,36 @@ class Agent(ABC):
     Args:
         env: tokens in lockstep; its seed also starts the weights and the sampled actions.
         width: hidden units of the policy's heads; 0 for linear ones.
+        init: folder of a saved router to start from, whose sizes then count; None for a fresh one.
+
+    Raises:
+        ValueError: the saved router is not one of heads for this environment.
     """
 
-    def __init__(self, env: Lockstep, width: int):
+    def __init__(self, env: Lockstep, width: int, init: str | None = None):
         self.env = env
-        self.router = HeadRouter(env.layers, env.model.hidden_size, env.actions, width, env.first_seed).to(
-            env.model.device
+        fresh = HeadRouter(
+            env.layers,
+            env.model.hidden_size,
+            env.actions,
+            width=width,
+            seed=env.first_seed,
+            prices=env.prices,
+            signals=env.signals,
         )
+        self.router = (fresh if init is None else _saved(init, fresh)).to(env.model.device)
+
+    def heads(self, outputs: int) -> LayerHeads:
+        """Fresh heads on what the policy sees: a critic, with one output."""
+        config = self.router.config
+        return LayerHeads(
+            self.env.layers,
+            self.env.model.hidden_size,
+            outputs,
+            config["width"],
+            torch.Generator().manual_seed(self.env.first_seed + 1),
+            self.router.conditions,
+        ).to(self.env.model.device)
 
     @property
     def decisions_per_update(self) -> int:
@@ -48,3 +74,25 @@ class Agent(ABC):
 
     def _finish(self) -> HeadRouter:
         return self.router.eval().requires_grad_(False)
+
+
+def _saved(folder: str, fresh: HeadRouter) -> HeadRouter:
+    """The router in a folder, where it can take the fresh one's place."""
+    router = load(folder)
+    if isinstance(router, PatternRouter):
+        return fresh.leaning(router.config["route"])
+    same = ("layers", "hidden_size", "actions", "prices", "signals")
+    if not isinstance(router, HeadRouter) or any(router.config[key] != fresh.config[key] for key in same):
+        expected = ", ".join(f"{key} {fresh.config[key]}" for key in same)
+        raise ValueError(f"init {folder} holds a {type(router).__name__} that does not fit: this run needs {expected}")
+    return router.requires_grad_(True)
+
+
+def refuse_budget(env: Lockstep, name: str) -> None:
+    """Learners whose choices cannot be ruled out do not take a hard budget.
+
+    Raises:
+        ValueError: the environment has one.
+    """
+    if env.big_layers is not None:
+        raise ValueError(f"{name} cannot keep big_layers {env.big_layers}: use MaskablePPO or REINFORCE")

@@ -11,7 +11,6 @@ from torch.nn.functional import mse_loss
 from agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
 from agents.base import Agent, Monitor
 from duorl.routers import HeadRouter
-from duorl.routers.heads import LayerHeads
 from envs.lockstep import Lockstep
 
 Baseline = Literal["none", "mean", "leave-one-out", "value"]
@@ -27,6 +26,7 @@ class REINFORCE(Agent):
         learning_rate: of Adam; falls linearly to 0.
         entropy_bonus: weight of the policy's entropy, in nats of return per nat of entropy.
         width: hidden units of a head; 0 for linear heads.
+        init: folder of a saved router to start from.
 
     Raises:
         ValueError: `leave-one-out` without copies.
@@ -40,16 +40,16 @@ class REINFORCE(Agent):
         learning_rate: float = 1e-2,
         entropy_bonus: float = 0.0,
         width: int = 0,
+        init: str | None = None,
     ):
-        super().__init__(env, width)
+        super().__init__(env, width, init)
         if baseline == "leave-one-out" and env.group_size < 2:
             raise ValueError("baseline 'leave-one-out' compares copies of a token: set group_size to at least 2")
         self.baseline = baseline
         self.entropy_bonus = entropy_bonus
         self.learning_rate = learning_rate
         self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)
-        init = torch.Generator().manual_seed(env.first_seed + 1)
-        self.critic = LayerHeads(env.layers, env.model.hidden_size, 1, width, init).to(env.model.device)
+        self.critic = self.heads(1)
         self.optimizer = torch.optim.Adam([*self.router.parameters(), *self.critic.parameters()], lr=learning_rate)
 
     def learn(self, total_decisions: int, monitor: Monitor | None = None) -> HeadRouter:
@@ -89,13 +89,14 @@ class REINFORCE(Agent):
         env, logits, log_chosen, values = self.env, [], [], []
         env.draw()
         while not env.done:
-            scores = self.router.logits(env.hidden, env.layer, env.compute)
+            scores = self.router.logits(env.hidden, env.layer, env.compute, env.conditions)
+            scores = scores.masked_fill(~env.action_masks(), -torch.inf)
             log_shares = torch.log_softmax(scores, dim=-1)
             choice = torch.multinomial(log_shares.detach().exp(), 1, generator=self.generator)
             logits.append(scores)
             log_chosen.append(log_shares.gather(1, choice).squeeze(1))
             if self.baseline == "value":
-                values.append(self.critic(env.hidden, env.layer, env.compute).squeeze(1))
+                values.append(self.critic(env.hidden, env.layer, env.compute, env.conditions).squeeze(1))
             env.step(choice.squeeze(1))
         return torch.stack(logits), torch.stack(log_chosen), torch.stack(values or [torch.zeros(1)])
 

@@ -10,12 +10,16 @@ A reward sees one layer decision for all tokens at once. A class of your own is 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from duorl.costs import SKIP
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Step:
         reference_loss: (N,) nats, its loss in the same context under the reference route; None before the last.
         previous: the decision before this one, None at the first.
         lens: computes `lens_loss`; use that.
+        distance: computes `teacher_gain`; use that.
     """
 
     layer: int
@@ -45,12 +50,29 @@ class Step:
     reference_loss: Tensor | None = None
     previous: Step | None = field(default=None, repr=False)
     lens: Callable[[], Tensor] | None = field(default=None, repr=False)
+    distance: Callable[[], Tensor] | None = field(default=None, repr=False)
 
     @cached_property
     def lens_loss(self) -> Tensor:
         """(N,) nats: the loss of the prediction that the head would make from `next_hidden`; costs a head once."""
         assert self.lens is not None
         return self.lens()
+
+    @cached_property
+    def teacher_gain(self) -> Tensor:
+        """(N,) nats: how much closer than the reference route's the prediction is to all-big's, by KL(all-big || .).
+
+        Zeros before the last decision; costs a head and an all-big pass once.
+        """
+        if not self.last:
+            return torch.zeros_like(self.compute)
+        assert self.distance is not None
+        return self.distance()
+
+    @cached_property
+    def relative_update(self) -> Tensor:
+        """(N,): |next_hidden - hidden| / |hidden|, what the chosen network did to the residual stream."""
+        return (self.next_hidden - self.hidden).norm(dim=-1) / self.hidden.norm(dim=-1)
 
     @property
     def gain(self) -> Tensor:
@@ -89,9 +111,7 @@ class LossImprovement(Reward):
     """
 
     def __init__(self, price: float = 0.1):
-        if price < 0:
-            raise ValueError(f"price must be at least 0 nats per all-big pass, not {price}")
-        self.price = price
+        self.price = check_price(price)
 
     def __call__(self, step: Step) -> Tensor:
         """(N,) nats."""
@@ -123,6 +143,48 @@ class LogitLensShaping(Reward):
         return self.scale * (after - before)
 
 
+class TeacherKL(Reward):
+    """The default reward with all-big's whole distribution in place of the label, or beside it.
+
+    A label says of one token in a vocabulary whether a route was good; the teacher says it of all, so that gains
+    spread less. But a router can then only be as good as all-big, which a good route beats.
+
+    Args:
+        price: what an all-big pass costs, in nats; at least 0.
+        share: of the gain that is measured by the distance to all-big; the rest is the label's, in [0, 1].
+    """
+
+    def __init__(self, price: float = 0.1, share: float = 1.0):
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must be in [0, 1], not {share}")
+        self.price, self.share = check_price(price), share
+
+    def __call__(self, step: Step) -> Tensor:
+        """(N,) nats."""
+        return self.later(step) - self.price * step.compute
+
+    def later(self, step: Step) -> Tensor:
+        """(N,) nats: the gain."""
+        return self.share * step.teacher_gain + (1 - self.share) * step.gain
+
+
+class RedundancyCharge(Reward):
+    """Charges networks that ran and hardly changed the token's state (after DynaLay, 2023).
+
+    Args:
+        charge: nats per redundant decision.
+        threshold: a decision other than skip is redundant where its relative update |dh| / |h| is below this.
+    """
+
+    def __init__(self, charge: float = 0.01, threshold: float = 0.1):
+        self.charge, self.threshold = charge, threshold
+
+    def __call__(self, step: Step) -> Tensor:
+        """(N,) nats: 0 or -charge."""
+        redundant = (step.action != SKIP) & (step.relative_update < self.threshold)
+        return -self.charge * redundant.to(step.compute.dtype)
+
+
 class Sum(Reward):
     """The sum of several rewards.
 
@@ -146,6 +208,44 @@ class Sum(Reward):
 
 def price_of(reward: Reward) -> float:
     """The price of compute inside a reward, in nats per all-big pass: its parts' sum, 0 where none has a price."""
+    return sum(float(part.price) for part in _priced(reward))
+
+
+def with_price(reward: Reward) -> tuple[Reward, Callable[[float | Tensor], None]]:
+    """A reward whose price can be changed while it is in use.
+
+    Args:
+        reward: has an attribute `price`, or is a sum of which one part has; it stays as it is.
+
+    Returns:
+        A copy, and what sets its price: a number, or (N,), one per token.
+
+    Raises:
+        ValueError: there is no price to change, or more than one.
+    """
+    reward = copy.deepcopy(reward)
+    priced = _priced(reward)
+    if len(priced) != 1:
+        raise ValueError(
+            f"{type(reward).__name__} has {len(priced) or 'no'} prices: to vary the price one part of the reward, "
+            "and one alone, must have an attribute `price`"
+        )
+    return reward, partial(setattr, priced[0], "price")
+
+
+def _priced(reward: Reward) -> list[Any]:
+    """The parts that have a price."""
     if isinstance(reward, Sum):
-        return sum(price_of(part) for part in reward.rewards)
-    return float(getattr(reward, "price", 0.0))
+        return [part for each in reward.rewards for part in _priced(each)]
+    return [reward] if hasattr(reward, "price") else []
+
+
+def check_price(price: float) -> float:
+    """The price itself.
+
+    Raises:
+        ValueError: it is below 0.
+    """
+    if price < 0:
+        raise ValueError(f"price must be at least 0 nats per all-big pass, not {price}")
+    return price

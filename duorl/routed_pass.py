@@ -15,11 +15,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, kl_div
 
 from duorl.costs import SKIP, Tally
 from duorl.models.attention import Memory, remembering
@@ -188,17 +189,26 @@ class RoutedPass:
                 model's loss.
         """
         stream = self.residual if stream is None else stream
+        targets = self.targets.repeat(len(stream) // len(self.targets), 1)
+        return self._by_rows(partial(cross_entropy, reduction="none"), stream, targets)
+
+    def divergences(self, teacher: Tensor) -> Tensor:
+        """KL(teacher || prediction) in nats at the end of the pass, (K * B, P).
+
+        Args:
+            teacher: (B, P, V), log-probabilities of the same tokens' predictions by another pass.
+        """
+        return self._by_rows(_divergence, self.residual, teacher.repeat(self.copies, 1, 1))
+
+    def _by_rows(self, score: Callable[[Tensor, Tensor], Tensor], stream: Tensor, against: Tensor) -> Tensor:
+        """Compare the head's logits with something per token, few enough tokens at a time: (K * B, P)."""
         if self.tally:
             self.tally.flops += self.flops.head * stream[..., 0].numel()
         normalized = self.stack.normalized(stream).flatten(0, 1)  # (N, d)
-        targets = self.targets.repeat(len(stream) // len(self.targets), 1)
         rows = head_rows(self.stack.backbone.config.vocab_size, stream.device)
-        parts = zip(normalized.split(rows), targets.flatten().split(rows), strict=True)
-        return torch.cat([self._loss(hidden, target) for hidden, target in parts]).view_as(targets)
-
-    def _loss(self, normalized: Tensor, targets: Tensor) -> Tensor:
-        logits = self.stack.head(normalized[None])[0].float()
-        return cross_entropy(logits, targets, reduction="none")
+        parts = zip(normalized.split(rows), against.flatten(0, 1).split(rows), strict=True)
+        scores = [score(self.stack.head(hidden[None])[0].float(), other) for hidden, other in parts]
+        return torch.cat(scores).view(stream.shape[:2])
 
     def _embed(self, copies: int) -> Tensor:
         """Ask the model how it calls its layers for this many branches; returns what enters layer 0."""
@@ -242,6 +252,10 @@ class RoutedPass:
             self.residual = self.hidden = self.entered = completed
         else:
             self._attend(completed)
+
+
+def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
+    return kl_div(logits.log_softmax(-1), teacher, reduction="none", log_target=True).sum(-1)
 
 
 def head_rows(vocabulary: int, device: torch.device) -> int:

@@ -31,22 +31,26 @@ def _windows(name: str, corpus: tuple[str, ...], length: int) -> Tensor:
     return load_windows(corpus, load_tokenizer(name), split="router", length=length)
 
 
-def observation_space(hidden_size: int, layers: int) -> spaces.Dict:
+def observation_space(dynamics: RoutingDynamics) -> spaces.Dict:
     """The observation of one token; see `DuoRoutingEnv`."""
-    return spaces.Dict(
-        {
-            "hidden": spaces.Box(-np.inf, np.inf, (hidden_size,), np.float32),
-            "layer": spaces.Discrete(layers + 1),
-            "compute": spaces.Box(0.0, 1.0, (1,), np.float32),
-        }
-    )
+    entries: dict[str, spaces.Space] = {
+        "hidden": spaces.Box(-np.inf, np.inf, (dynamics.model.hidden_size,), np.float32),
+        "layer": spaces.Discrete(dynamics.layers + 1),
+        "compute": spaces.Box(0.0, 1.0, (1,), np.float32),
+    }
+    if dynamics.num_conditions:
+        entries["conditions"] = spaces.Box(-np.inf, np.inf, (dynamics.num_conditions,), np.float32)
+    return spaces.Dict(entries)
 
 
 def observe(dynamics: RoutingDynamics) -> dict[str, np.ndarray]:
-    """The observations of N tokens in lockstep: hidden (N, d), layer (N,), compute (N, 1)."""
+    """The observations of N tokens in lockstep: hidden (N, d), layer (N,), compute (N, 1), and conditions (N, C)."""
     hidden = dynamics.hidden.float().cpu().numpy()
     compute = dynamics.compute.float().cpu().numpy()[:, None].clip(0.0, 1.0)
-    return {"hidden": hidden, "layer": np.full(len(hidden), dynamics.layer, np.int64), "compute": compute}
+    batch = {"hidden": hidden, "layer": np.full(len(hidden), dynamics.layer, np.int64), "compute": compute}
+    if (conditions := dynamics.conditions) is not None:
+        batch["conditions"] = conditions.float().cpu().numpy()
+    return batch
 
 
 def _build(
@@ -79,6 +83,7 @@ class DuoRoutingEnv(gymnasium.Env):
     | `hidden` | `Box(-inf, inf, (d,))` | what this layer's FFN would read; after the last, the final residual stream |
     | `layer` | `Discrete(L + 1)` | the layer to decide, L at the end |
     | `compute` | `Box(0, 1, (1,))` | FFN FLOPs spent so far, as a share of an all-big pass |
+    | `conditions` | `Box(-inf, inf, (1,))` | with `signals`: how far the layer before moved the token's state |
 
     ## Rewards
     `LossImprovement(price=0.1)`: each decision costs price * its compute, the last one also earns the token's
@@ -96,6 +101,8 @@ class DuoRoutingEnv(gymnasium.Env):
     - `windows`: (W, T+1) tokens; from `corpus` unless given.
     - `corpus`, `window`: text of the router split, and tokens per window.
     - `reward`, `actions`, `reference`: see `envs.lockstep.RoutingDynamics`.
+    - `signals`, `big_layers`: see there; with `big_layers=k` exactly k layers must be big, and `action_masks()` says
+      which actions can still meet that.
     - `render_mode`: `"ansi"` draws the route so far, a character per layer: `.` skip, `s` small, `B` big.
 
     ## Version History
@@ -114,12 +121,23 @@ class DuoRoutingEnv(gymnasium.Env):
         reward: Reward | None = None,
         actions: Sequence[str] = ("small", "big"),
         reference: str = "small",
+        signals: bool = False,
+        big_layers: int | None = None,
         render_mode: Literal["ansi"] | None = None,
     ):
         self.dynamics, self.windows = _build(
-            model, windows, corpus, window, reward=reward, actions=actions, context="reference", reference=reference
+            model,
+            windows,
+            corpus,
+            window,
+            reward=reward,
+            actions=actions,
+            context="reference",
+            reference=reference,
+            signals=signals,
+            big_layers=big_layers,
         )
-        self.observation_space = observation_space(self.dynamics.model.hidden_size, self.dynamics.layers)
+        self.observation_space = observation_space(self.dynamics)
         self.action_space = spaces.Discrete(len(self.dynamics.actions))
         self.render_mode = render_mode
         self._place = {"window": 0, "position": 0}
@@ -141,6 +159,10 @@ class DuoRoutingEnv(gymnasium.Env):
         self._route.append(self.dynamics.actions[int(action)])
         return self._observation(), float(reward), self.dynamics.done, False, self._info()
 
+    def action_masks(self) -> np.ndarray:
+        """(A,) bool: the actions from which the budget can still be met; sb3-contrib's MaskablePPO asks for them."""
+        return self.dynamics.action_masks()[0].cpu().numpy()
+
     def render(self) -> str | None:
         """The route so far as text, e.g. `window 3 position 17: sBBs____`."""
         if self.render_mode is None:
@@ -151,7 +173,7 @@ class DuoRoutingEnv(gymnasium.Env):
 
     def _observation(self) -> dict[str, Any]:
         batch = observe(self.dynamics)
-        return {"hidden": batch["hidden"][0], "layer": np.int64(self.dynamics.layer), "compute": batch["compute"][0]}
+        return {**{key: values[0] for key, values in batch.items()}, "layer": np.int64(self.dynamics.layer)}
 
     def _info(self) -> dict[str, Any]:
         if not self.dynamics.done:
@@ -223,7 +245,7 @@ class DuoRoutingVectorEnv(VectorEnv):
         self.num_envs = num_envs
         self.whole_windows = tokens_per_window == length
         self.batch = num_envs // (tokens_per_window * group_size)
-        self.single_observation_space = observation_space(self.dynamics.model.hidden_size, self.dynamics.layers)
+        self.single_observation_space = observation_space(self.dynamics)
         self.single_action_space = spaces.Discrete(len(self.dynamics.actions))
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)

@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from duorl.costs import ACTIONS, action_ids
+from duorl.costs import ACTIONS, BIG, SMALL, action_ids
 from duorl.models.loading import require_frozen
 from duorl.models.modeling import DuoForCausalLM
-from duorl.rewards import LossImprovement, Reward, Step
+from duorl.rewards import LossImprovement, Reward, Step, with_price
 from duorl.routed_pass import Context, RoutedPass, remember
+from duorl.routers.heads import PRICE_FEATURES, check_prices, draw_prices, price_features, update_norm
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,14 @@ class RoutingDynamics:
         reference: the action of the reference route, whose loss gains are measured against.
         token_discount: in the routed context a token's route also changes what later tokens read. The learner is
             credited with `reward.later`, their gains, times this per token of distance; 0: with its own reward alone.
+        prices: lowest and highest price; every window of an episode then has its own, given to `reset`, which replaces
+            the reward's and is an input of the learner. None: the reward's own.
+        signals: learners also see how far the layer before moved a token's state, see `duorl.routers.heads`.
+        big_layers: exactly so many layers of every route must be big, a hard budget: see `action_masks`.
 
     Raises:
-        ValueError: the discount is not in [0, 1), a parameter of the model is trainable, or an action is unknown.
+        ValueError: the discount is not in [0, 1), a parameter of the model is trainable, an action is unknown, the
+            reward has no price to vary, or the budget cannot be met.
     """
 
     def __init__(
@@ -81,6 +87,9 @@ class RoutingDynamics:
         group_size: int = 1,
         reference: str = "small",
         token_discount: float = 0.0,
+        prices: Sequence[float] | None = None,
+        signals: bool = False,
+        big_layers: int | None = None,
     ):
         require_frozen(model)
         if not 0 <= token_discount < 1:
@@ -88,6 +97,11 @@ class RoutingDynamics:
         self.token_discount = token_discount
         self.model = model
         self.reward = reward or LossImprovement()
+        self.prices = None if prices is None else check_prices(prices)
+        self.price: Tensor | None = None
+        self.signals = signals
+        if self.prices is not None:
+            self.reward, self._set_price = with_price(self.reward)
         self.codes = action_ids(actions).to(model.device)
         self.actions = tuple(ACTIONS[code] for code in self.codes.tolist())
         self.context: Context = context
@@ -95,23 +109,39 @@ class RoutingDynamics:
         self.reference = int(action_ids([reference]))
         self.layers = model.num_layers
         self.layer = self.layers
+        self.big_layers = big_layers
+        if big_layers is not None and not (0 <= big_layers <= self.layers and {SMALL, BIG} <= set(self.codes.tolist())):
+            raise ValueError(
+                f"big_layers must be in 0 to {self.layers} and needs the actions small and big, not {big_layers} of "
+                f"{', '.join(self.actions)}"
+            )
 
     @torch.no_grad()
-    def reset(self, tokens: Tensor, positions: Tensor | None = None) -> None:
+    def reset(self, tokens: Tensor, positions: Tensor | None = None, price: Tensor | None = None) -> None:
         """Begin an episode.
 
         Args:
             tokens: (B, T+1) windows.
             positions: (B, P), the tokens to route, in the reference context; all T unless given.
+            price: (B,), each window's price where they vary.
         """
         tokens = tokens.to(self.model.device)
         positions = None if positions is None else positions.to(self.model.device)
         memory = remember(self.model, tokens, positions) if self.context == "reference" else None
-        base = RoutedPass(self.model, tokens, context=self.context, memory=memory)
-        while not base.done:
-            base.take(self.reference)
-        self.reference_loss = base.losses().repeat(self.group_size, 1).flatten()
-        self._walk = RoutedPass(self.model, tokens, context=self.context, memory=memory, copies=self.group_size)
+        self._begin = partial(RoutedPass, self.model, tokens, context=self.context, memory=memory)
+        self._teacher: Tensor | None = None
+        self._base = self._constant(self.reference)
+        self.reference_loss = self._base.losses().repeat(self.group_size, 1).flatten()
+        self._walk = self._begin(copies=self.group_size)
+        if self.prices is not None:
+            if price is None:
+                raise ValueError("prices vary: give each window's to reset")
+            self.price = (
+                price.to(tokens.device)[:, None].expand_as(self._base.compute).repeat(self.group_size, 1).flatten()
+            )
+            self._set_price(self.price)
+        self._previous: Tensor | None = None
+        self._big = torch.zeros_like(self.compute, dtype=torch.int64)
         self._steps: list[Step] = []
         self._rewards: list[Tensor] = []
         self._credits: list[Tensor] = []
@@ -128,6 +158,33 @@ class RoutingDynamics:
         return self._walk.compute.flatten()
 
     @property
+    def conditions(self) -> Tensor | None:
+        """(N, C), what a learner sees beside the hidden state and the compute; None where there is nothing."""
+        parts = [] if self.prices is None or self.price is None else [price_features(self.price, self.prices)]
+        parts += [update_norm(self.hidden, self._previous)] if self.signals else []
+        return torch.cat(parts, dim=-1) if parts else None
+
+    @property
+    def num_conditions(self) -> int:
+        """C, see `conditions`."""
+        return PRICE_FEATURES * (self.prices is not None) + self.signals
+
+    def action_masks(self) -> Tensor:
+        """(N, A) bool: the choices from which the budget of big layers can still be met exactly; all without one.
+
+        Raises:
+            RuntimeError: the episode is over.
+        """
+        if self.done:
+            raise RuntimeError("the episode is over: call reset")
+        masks = torch.ones(len(self.compute), len(self.codes), dtype=torch.bool, device=self.codes.device)
+        if self.big_layers is not None:
+            missing = self.big_layers - self._big
+            masks[missing == 0] = self.codes != BIG
+            masks[missing == self.layers - self.layer] = self.codes == BIG
+        return masks
+
+    @property
     def done(self) -> bool:
         """All layers are decided."""
         return self.layer == self.layers
@@ -139,6 +196,8 @@ class RoutingDynamics:
             raise RuntimeError("the episode is over: call reset")
         walk, actions = self._walk, self.codes[choice]
         hidden, before = walk.residual.flatten(0, 1), self.compute
+        self._previous = self.hidden
+        self._big += actions == BIG
         walk.step(actions.view_as(walk.compute))
         self.layer += 1
         last = walk.done
@@ -153,6 +212,7 @@ class RoutingDynamics:
             reference_loss=self.reference_loss if last else None,
             previous=self._steps[-1] if self._steps else None,
             lens=partial(_lens, walk, walk.entered),
+            distance=self._teacher_gain if last else None,
         )
         self._steps.append(step)
         reward = self.reward(step)
@@ -162,6 +222,21 @@ class RoutingDynamics:
         self._rewards.append(reward)
         self._credits.append(reward + self._credit_for_later(step))
         return self._credits[-1]
+
+    def _constant(self, action: int) -> RoutedPass:
+        """A finished pass in which all tokens take one action."""
+        walk = self._begin()
+        while not walk.done:
+            walk.take(action)
+        return walk
+
+    @torch.no_grad()
+    def _teacher_gain(self) -> Tensor:
+        """(N,) nats: see `Step.teacher_gain`."""
+        if self._teacher is None:
+            self._teacher = self._constant(BIG).logits().float().log_softmax(-1)
+        distances = self._base.divergences(self._teacher).repeat(self.group_size, 1)
+        return (distances - self._walk.divergences(self._teacher)).flatten()
 
     def _credit_for_later(self, step: Step) -> Tensor:
         """(N,): what later tokens owe to this one. In the reference context tokens do not read each other's routes."""
@@ -218,8 +293,9 @@ class Lockstep(RoutingDynamics):
         model: a frozen duo model.
         windows: (W, T+1) router-training text.
         windows_per_batch: B.
-        seed: of the order of the windows; agents start from it too.
-        options: as for `RoutingDynamics`.
+        seed: of the order of the windows and of their prices; agents start from it too.
+        options: as for `RoutingDynamics`. Where prices vary, each window's is drawn anew in every episode, uniformly
+            on a log scale; its copies share it.
     """
 
     def __init__(self, model: DuoForCausalLM, windows: Tensor, *, windows_per_batch: int = 4, seed: int = 0, **options):
@@ -232,6 +308,7 @@ class Lockstep(RoutingDynamics):
     def seed(self, seed: int) -> None:
         """Start the order of the windows anew."""
         self._order = window_order(len(self.windows), self.windows_per_batch, np.random.default_rng(seed))
+        self._draws = torch.Generator().manual_seed(seed)
 
     @property
     def num_tokens(self) -> int:
@@ -240,4 +317,5 @@ class Lockstep(RoutingDynamics):
 
     def draw(self) -> None:
         """Begin an episode with the next windows."""
-        self.reset(self.windows[torch.from_numpy(next(self._order))])
+        windows = self.windows[torch.from_numpy(next(self._order))]
+        self.reset(windows, price=self.prices and draw_prices(self.prices, len(windows), self._draws))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
+from torch import Tensor
 
 from envs.gym_env import observation_space, observe
 from envs.lockstep import Lockstep, Outcome
@@ -30,8 +32,7 @@ class RoutingVecEnv(VecEnv):
         self.lockstep = lockstep
         self.outcome: Outcome | None = None
         self.render_mode = None
-        space = observation_space(lockstep.model.hidden_size, lockstep.layers)
-        super().__init__(lockstep.num_tokens, space, spaces.Discrete(len(lockstep.actions)))
+        super().__init__(lockstep.num_tokens, observation_space(lockstep), spaces.Discrete(len(lockstep.actions)))
         self._infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
 
     def reset(self):
@@ -69,9 +70,21 @@ class RoutingVecEnv(VecEnv):
         setattr(self, attr_name, value)
 
     def env_method(self, method_name: str, *args, indices=None, **kwargs) -> list[Any]:
-        """Refused: the tokens are rows of one batch, not environments with methods."""
-        raise NotImplementedError("the tokens of a lockstep batch have no methods of their own")
+        """`action_masks`, one (A,) per token; the tokens are rows of one batch and have no other methods."""
+        if method_name != "action_masks":
+            raise NotImplementedError(f"the tokens of a lockstep batch have no method {method_name!r}")
+        return list(self.lockstep.action_masks().cpu().numpy())
+
+    def has_attr(self, attr_name: str) -> bool:
+        """Whether the batch, or the lockstep behind it, has it."""
+        return hasattr(self, attr_name) or hasattr(self.lockstep, attr_name)
 
     def env_is_wrapped(self, wrapper_class, indices=None) -> list[bool]:
         """None is."""
         return [False] * len(list(self._get_indices(indices)))
+
+
+def seen(observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """An observation of Stable-Baselines3's as heads take it: hidden (N, d), layer (N,), compute (N,), conditions."""
+    layer, compute = observation["layer"].long().flatten(), observation["compute"].flatten()
+    return observation["hidden"], layer, compute, observation.get("conditions")
