@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import layer_norm, one_hot
 
 from duorl.costs import action_ids
 from duorl.routers.base import Router
