@@ -76,6 +76,31 @@ class Agent(ABC):
         return self.router.eval().requires_grad_(False)
 
 
+class EpisodicAgent(Agent):
+    """A learner that takes one gradient step per episode of all tokens, at a rate that falls linearly to 0."""
+
+    optimizer: torch.optim.Optimizer
+    learning_rate: float
+    progress = 0.0  # of the training, in [0, 1)
+
+    @abstractmethod
+    def update(self) -> dict[str, float]:
+        """One episode of all tokens and one gradient step; returns its metrics by tag."""
+
+    def learn(self, total_decisions: int, monitor: Monitor | None = None) -> HeadRouter:
+        """Train; see `Agent.learn`."""
+        decisions = 0
+        while decisions < total_decisions:
+            self.progress = decisions / total_decisions
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate * (1 - self.progress)
+            metrics = self.update()
+            decisions += self.decisions_per_update
+            if monitor:
+                monitor(decisions, metrics, self.router)
+        return self._finish()
+
+
 def _saved(folder: str, fresh: HeadRouter) -> HeadRouter:
     """The router in a folder, where it can take the fresh one's place."""
     router = load(folder)

@@ -9,14 +9,13 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
-from agents.base import Agent, Monitor
-from duorl.routers import HeadRouter
+from agents.base import EpisodicAgent
 from envs.lockstep import Lockstep
 
 Baseline = Literal["none", "mean", "leave-one-out", "value"]
 
 
-class REINFORCE(Agent):
+class REINFORCE(EpisodicAgent):
     """Policy gradient: E[sum_l grad log pi(a_l | s_l) * (G_l - b_l)], one update per episode of all tokens.
 
     Args:
@@ -51,18 +50,6 @@ class REINFORCE(Agent):
         self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)
         self.critic = self.heads(1)
         self.optimizer = torch.optim.Adam([*self.router.parameters(), *self.critic.parameters()], lr=learning_rate)
-
-    def learn(self, total_decisions: int, monitor: Monitor | None = None) -> HeadRouter:
-        """Train; see `Agent.learn`."""
-        decisions = 0
-        while decisions < total_decisions:
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate * (1 - decisions / total_decisions)
-            metrics = self.update()
-            decisions += self.decisions_per_update
-            if monitor:
-                monitor(decisions, metrics, self.router)
-        return self._finish()
 
     def update(self) -> dict[str, float]:
         """One episode of all tokens and one gradient step; returns its metrics by tag."""

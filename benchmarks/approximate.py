@@ -12,9 +12,9 @@ import torch
 
 import duorl
 from duorl.allocator import keep_freed_memory
-from duorl.evaluate import bootstrap_interval
 from duorl.oracle import beam, best_of_random, descent, exhaustive, fixed_patterns
 from duorl.oracle.patterns import pattern_losses
+from duorl.statistics import bootstrap_interval
 
 _WINDOWS, _PATTERN_WINDOWS, _LENGTH = 16, 32, 128
 _PRICES = (0.0, 0.3)

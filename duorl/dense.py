@@ -25,10 +25,10 @@ from transformers import PreTrainedTokenizerBase
 
 from duorl.checks import require_positive
 from duorl.corpus import load_windows
-from duorl.evaluate import bootstrap_interval
 from duorl.models import DuoForCausalLM, load, load_tokenizer
 from duorl.models.config import inner_size, inner_size_name
 from duorl.models.pretrain import Pretraining, PretrainOptions, backbone_config, random_routes
+from duorl.statistics import bootstrap_interval
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from duorl.oracle import count_routes, exhaustive
 from duorl.oracle.search import MEMORY_LIMIT, states_within
 from duorl.routed_pass import Context, RoutedPass, remember
 from duorl.routers import ConstantRouter, OracleRouter, PatternRouter, Router
+from duorl.statistics import bootstrap_interval, sign_flip_test
 
 _SHOWN_WINDOWS = 2
 
@@ -77,6 +78,12 @@ class Measurement:
     seconds: Tensor
 
 
+def _stacked(seeds: Sequence[Measurement]) -> Measurement:
+    """Measurements of the same windows as one, with a first axis S."""
+    columns = zip(*(vars(measured).values() for measured in seeds), strict=True)
+    return Measurement(*(torch.stack(column) for column in columns))
+
+
 @torch.no_grad()
 def measure(
     model: DuoForCausalLM,
@@ -110,24 +117,6 @@ def measure(
         seconds = torch.tensor([(time.perf_counter() - started) / loss.numel()])
         parts.append((loss, walk.compute.cpu(), torch.stack(actions, dim=-1).cpu(), seconds))
     return Measurement(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-def bootstrap_interval(
-    values: Tensor, *, resamples: int = 2000, statistic: Callable[[np.ndarray], np.ndarray] | None = None, seed: int = 0
-) -> tuple[float, float]:
-    """Percentile 95 % interval of a statistic of the mean over windows.
-
-    Args:
-        values: (W,), one number per window.
-        resamples: draws of W windows with replacement.
-        statistic: applied to the resampled means; the mean itself unless given.
-        seed: of the draws; the same for all routers, so that intervals are comparable.
-    """
-    array = values.double().cpu().numpy()
-    draws = np.random.default_rng(seed).integers(len(array), size=(resamples, len(array)))
-    means = array[draws].mean(1)
-    low, high = np.percentile(statistic(means) if statistic else means, [2.5, 97.5])
-    return float(low), float(high)
 
 
 def evaluate(
@@ -214,6 +203,8 @@ class Comparer:
     Attributes:
         fixed: the best fixed pattern, with which differences are paired.
         oracle: the exhaustive oracle, on the first `options.reference_windows` windows.
+        knowable: a large network on a router's inputs. What it regrets only the label could have told; what others
+            regret beyond it they could have known. An estimate: a larger one, or more text, might know more.
     """
 
     def __init__(
@@ -239,6 +230,8 @@ class Comparer:
         cheap = ConstantRouter(reference)
         self._cheap = measure(model, cheap, self.windows, batch=options.batch)
         self._cheap_reference = self._measure_reference(cheap)
+        self.knowable: Router | None = None
+        self._knowable_returns: Tensor | None = None
         self._traced: dict[str, dict[str, Any]] = {}
         self._fixed = measure(model, self.fixed, self.windows, batch=options.batch)
 
@@ -252,25 +245,30 @@ class Comparer:
         ranking = self._patterns.fixed_ranking(self.price)[: self.options.finalists]
         return min((PatternRouter(self._patterns.routes[index].tolist()) for index in ranking), key=cost)
 
-    def compare(self, routers: Mapping[str, Router], settings: dict[str, Any]) -> Comparison:
-        """A row per router, by the name it is given, and the two frontiers."""
-        rows = [self.row(name, router) for name, router in routers.items()]
+    def compare(self, routers: Mapping[str, Sequence[Router]], settings: dict[str, Any]) -> Comparison:
+        """A row per name, for a router or one per training seed, and the two frontiers."""
+        rows = [self.row(name, seeds) for name, seeds in routers.items()]
         return Comparison(settings, rows, {"fixed": self.fixed_frontier(), "oracle": self.oracle_frontier()})
 
-    def row(self, name: str, router: Router) -> dict[str, Any]:
-        """Measure one router; see docs/metrics.md for the keys. The oracle, which is searched, sees fewer windows."""
-        sees_label = isinstance(router, OracleRouter)
+    def row(self, name: str, seeds: Sequence[Router]) -> dict[str, Any]:
+        """Measure a router, trained with one seed or several.
+
+        The oracle, which is searched, sees fewer windows. See docs/metrics.md for the keys.
+        """
+        sees_label = isinstance(seeds[0], OracleRouter)
         windows = self.searched if sees_label else self.windows
-        measured = measure(self.model, router, windows, batch=len(windows) if sees_label else self.options.batch)
-        self._traced[name] = self._trace(measured.routes)
+        batch = len(windows) if sees_label else self.options.batch
+        measured = _stacked([measure(self.model, router, windows, batch=batch) for router in seeds])
+        self._traced[name] = self._trace(measured.routes[0])
         return {
             "router": name,
             "context": "routed",
             "sees_label": sees_label,
-            "tokens": measured.loss.numel(),
+            "seeds": len(seeds),
+            "tokens": measured.loss[0].numel(),
             **self._deployed(measured),
             **self._against_fixed(measured),
-            **self._reference(self._measure_reference(router)),
+            **self._reference(_stacked([self._measure_reference(router) for router in seeds])),
         }
 
     def traces(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -304,17 +302,17 @@ class Comparer:
         return bootstrap_interval(values, resamples=self.options.resamples, statistic=statistic)
 
     def _returns(self, measured: Measurement, cheap: Measurement) -> Tensor:
-        """(W,) mean return per window."""
-        gain = cheap.loss[: len(measured.loss)] - measured.loss
-        return (gain - self.price * measured.compute).mean(1)
+        """(W,), or (S, W) for several seeds: mean return per window."""
+        gain = cheap.loss[: measured.loss.shape[-2]] - measured.loss
+        return (gain - self.price * measured.compute).mean(-1)
 
     def _deployed(self, measured: Measurement) -> dict[str, Any]:
-        loss, compute = measured.loss.mean(1), measured.compute.mean(1)
+        loss, compute = measured.loss.mean(-1), measured.compute.mean(-1)
         returns = self._returns(measured, self._cheap)
-        length = measured.loss.shape[1]
+        length = measured.loss.shape[-1]
         flops = self.model.flops.token(compute, (length + 1) / 2)
-        shares = {name: (measured.routes == code).float().mean((1, 2)) for code, name in enumerate(ACTIONS)}
-        seconds = measured.seconds
+        shares = {name: (measured.routes == code).float().mean((-2, -1)) for code, name in enumerate(ACTIONS)}
+        seconds = measured.seconds.flatten()
         return {
             "loss": loss.mean().item(),
             "loss_interval": self._interval(loss),
@@ -333,12 +331,13 @@ class Comparer:
         }
 
     def _against_fixed(self, measured: Measurement) -> dict[str, Any]:
-        count = len(measured.loss)
+        count = measured.loss.shape[-2]
         returns = self._returns(measured, self._cheap) - self._returns(self._fixed, self._cheap)[:count]
-        losses = measured.loss.mean(1) - self._fixed.loss[:count].mean(1)
+        losses = measured.loss.mean(-1) - self._fixed.loss[:count].mean(-1)
         return {
             "return_minus_fixed": returns.mean().item(),
             "return_minus_fixed_interval": self._interval(returns),
+            "return_minus_fixed_p": sign_flip_test(returns),
             "loss_minus_fixed": losses.mean().item(),
             "loss_minus_fixed_interval": self._interval(losses),
         }
@@ -348,20 +347,34 @@ class Comparer:
         best = table.best(self.price)
         loss, compute = table.loss(best).cpu(), table.compute[best].cpu()
         gain = self._cheap_reference.loss - loss
-        regret = (gain - self.price * compute).mean(1) - self._returns(measured, self._cheap_reference)
-        agreement = (measured.routes == self.oracle.routes.cpu()).float().mean((1, 2))
+        returns = self._returns(measured, self._cheap_reference)
+        regret = (gain - self.price * compute).mean(-1) - returns
+        agreement = (measured.routes == self.oracle.routes.cpu()).float().mean((-2, -1))
         return {
             "regret": regret.mean().item(),
             "regret_interval": self._interval(regret),
+            **self._avoidable(returns),
             "agreement": agreement.mean().item(),
             "agreement_interval": self._interval(agreement),
             "reference": {
                 "context": "reference",
-                "tokens": measured.loss.numel(),
+                "tokens": measured.loss[0].numel(),
                 "loss": measured.loss.mean().item(),
-                "loss_interval": self._interval(measured.loss.mean(1)),
+                "loss_interval": self._interval(measured.loss.mean(-1)),
                 "compute": measured.compute.mean().item(),
             },
+        }
+
+    def _avoidable(self, returns: Tensor) -> dict[str, Any]:
+        """The part of the regret that a router could have avoided, by the estimate of `knowable`."""
+        if self.knowable is None:
+            return {}
+        if self._knowable_returns is None:
+            self._knowable_returns = self._returns(self._measure_reference(self.knowable), self._cheap_reference)
+        avoidable = self._knowable_returns - returns
+        return {
+            "regret_avoidable": avoidable.mean().item(),
+            "regret_avoidable_interval": self._interval(avoidable),
         }
 
     def oracle_frontier(self) -> list[dict[str, Any]]:

@@ -105,3 +105,81 @@ def budget_table(rows: list[dict[str, float]], title: str) -> Table:
         numbers = (row["loss"], row["compute"], row["fixed_loss"], row["fixed_compute"])
         shown.add_row(str(row["big"]), *(f"{number:.4f}" for number in numbers))
     return shown
+
+
+def budget_frontiers(found: dict, text: str) -> Figure:
+    """Routers over all budgets: the frontiers with their bands, and how far they lie below the best fixed pattern.
+
+    Args:
+        found: one text of `budgets.json`.
+        text: its name.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for index, router in enumerate(found["routers"]):
+        color = "0.55" if router["router"] == _FIXED else f"C{index - 1}"
+        steps = router["frontier"]
+        xs, ys = [step["compute"] for step in steps], [step["loss"] for step in steps]
+        left.plot(xs, ys, ".-", color=color, label=router["router"], linewidth=1)
+        left.fill_between(xs, *zip(*(step["interval"] for step in steps), strict=True), color=color, alpha=0.08)
+        points = _below_fixed(found["rows"], router["router"])
+        if points:
+            targets, differences, bars = zip(*points, strict=True)
+            shifted = [target + 0.006 * (index - len(found["routers"]) / 2) for target in targets]
+            spread = list(zip(*bars, strict=True))
+            right.errorbar(shifted, differences, yerr=spread, fmt="D", color=color, capsize=3, markersize=4)
+    left.axhline(found["all_big"], color="0.8", linestyle="--", label="all-big")
+    right.axhline(0, color="0.55")
+    for axes, title in (
+        (left, f"{text}: held-out loss, mean over seeds; bands: 95 %, seeds and windows"),
+        (right, "loss minus the best fixed pattern's at equal compute, paired"),
+    ):
+        axes.set_xlabel("compute (FFN FLOPs / all-big)")
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.2)
+    left.set_ylabel("nats per token")
+    left.legend(fontsize=8)
+    return figure
+
+
+_FIXED = "best fixed"
+
+
+def _below_fixed(rows: list[dict], router: str) -> list[tuple[float, float, tuple[float, float]]]:
+    """Per target that the router reaches: the target, the difference, and the bars below and above it."""
+    points = []
+    for row in rows:
+        if row["router"] == router and (against := row["minus"].get(_FIXED)):
+            low, high = against["interval"]
+            points.append(
+                (row["target"], against["difference"], (against["difference"] - low, high - against["difference"]))
+            )
+    return points
+
+
+def budgets_markdown(numbers: dict) -> str:
+    """The tables of `budgets.json`: per text, every router's loss at every target, and its difference to best fixed."""
+    return "\n".join(_budget_table(text, found) for text, found in numbers["texts"].items())
+
+
+def _budget_table(text: str, found: dict) -> str:
+    targets = sorted({row["target"] for row in found["rows"]})
+    cells = {(row["router"], row["target"]): _budget_cell(row) for row in found["rows"]}
+    head = ["router", "seeds", *(f"at {100 * target:g} %" for target in targets), "all-big's loss at", "hypervolume"]
+    lines = [f"**{text}**, {found['tokens']:,} tokens, all-big {found['all_big']:.3f}", ""]
+    lines += [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for router in found["routers"]:
+        name, level = router["router"], router["level_at"]
+        losses = [cells[name, target] for target in targets]
+        end = ["never" if level is None else f"{100 * level:.0f} %", f"{router['hypervolume']:.4f}"]
+        lines.append(f"| {' | '.join([name, str(router['seeds']), *losses, *end])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _budget_cell(row: dict) -> str:
+    if row["loss"] is None:
+        return f"spends {row['spends'][0]:.2f} to {row['spends'][1]:.2f}"
+    against = row["minus"].get(_FIXED)
+    if against is None:
+        return f"{row['loss']:.4f}"
+    low, high = against["interval"]
+    return f"{row['loss']:.4f}, {against['difference']:+.4f} ({low:+.4f}, {high:+.4f})"

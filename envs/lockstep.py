@@ -5,7 +5,7 @@ All episodes have L steps, so any number of tokens go through the model in locks
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -100,8 +100,9 @@ class RoutingDynamics:
         self.prices = None if prices is None else check_prices(prices)
         self.price: Tensor | None = None
         self.signals = signals
+        self._set_price: Callable[[float | Tensor], None] | None = None
         if self.prices is not None:
-            self.reward, self._set_price = with_price(self.reward)
+            self.charge(self.prices[0])  # a reward without a price is found now
         self.codes = action_ids(actions).to(model.device)
         self.actions = tuple(ACTIONS[code] for code in self.codes.tolist())
         self.context: Context = context
@@ -139,13 +140,23 @@ class RoutingDynamics:
             self.price = (
                 price.to(tokens.device)[:, None].expand_as(self._base.compute).repeat(self.group_size, 1).flatten()
             )
-            self._set_price(self.price)
+            self.charge(self.price)
         self._previous: Tensor | None = None
         self._big = torch.zeros_like(self.compute, dtype=torch.int64)
         self._steps: list[Step] = []
         self._rewards: list[Tensor] = []
         self._credits: list[Tensor] = []
         self.layer = 0
+
+    def charge(self, price: float | Tensor) -> None:
+        """Let an all-big pass cost this from now on, in this environment alone: a number, or (N,), one per token.
+
+        Raises:
+            ValueError: the reward has no price to change.
+        """
+        if self._set_price is None:
+            self.reward, self._set_price = with_price(self.reward)
+        self._set_price(price)
 
     @property
     def hidden(self) -> Tensor:
@@ -189,16 +200,31 @@ class RoutingDynamics:
         """All layers are decided."""
         return self.layer == self.layers
 
-    @torch.no_grad()
-    def step(self, choice: Tensor) -> Tensor:
-        """Decide one layer: choice (N,) int64 indexes `actions`; returns (N,) rewards, with later tokens' credit."""
+    def step(self, choice: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Decide one layer.
+
+        Args:
+            choice: (N,) int64, indexes `actions`.
+            weights: (N, A), each action's share in a mixture through which rewards can be differentiated: the choice as
+                zeros and ones, for instance. All networks then run. None: only the chosen ones run, without gradients.
+
+        Returns:
+            (N,) rewards, with later tokens' credit.
+        """
+        with torch.set_grad_enabled(weights is not None):
+            return self._step(choice, weights)
+
+    def _step(self, choice: Tensor, weights: Tensor | None) -> Tensor:
         if self.done:
             raise RuntimeError("the episode is over: call reset")
         walk, actions = self._walk, self.codes[choice]
         hidden, before = walk.residual.flatten(0, 1), self.compute
         self._previous = self.hidden
         self._big += actions == BIG
-        walk.step(actions.view_as(walk.compute))
+        if weights is None:
+            walk.step(actions.view_as(walk.compute))
+        else:
+            walk.mix(weights.unflatten(0, walk.compute.shape), self.codes.tolist())
         self.layer += 1
         last = walk.done
         step = Step(
@@ -230,7 +256,6 @@ class RoutingDynamics:
             walk.take(action)
         return walk
 
-    @torch.no_grad()
     def _teacher_gain(self) -> Tensor:
         """(N,) nats: see `Step.teacher_gain`."""
         if self._teacher is None:
@@ -252,7 +277,8 @@ class RoutingDynamics:
         assert last.loss is not None
         routes = torch.stack([step.action for step in self._steps], dim=1)
         rewards, credits = torch.stack(self._rewards), torch.stack(self._credits)
-        return Outcome(last.loss, last.gain, self.compute, rewards, credits, routes)
+        parts = (last.loss, last.gain, self.compute, rewards, credits, routes)
+        return Outcome(*(part.detach() for part in parts))
 
 
 def later_sum(values: Tensor, discount: float) -> Tensor:
@@ -264,8 +290,7 @@ def later_sum(values: Tensor, discount: float) -> Tensor:
 
 
 def _lens(walk: RoutedPass, stream: Tensor) -> Tensor:
-    with torch.no_grad():
-        return walk.losses(stream).flatten()
+    return walk.losses(stream).flatten()
 
 
 def window_order(count: int, batch: int, generator: np.random.Generator) -> Iterator[np.ndarray]:

@@ -7,10 +7,11 @@ import pytest
 import torch
 from test_routed_pass import routed_losses
 
-from duorl.evaluate import Comparer, EvaluationOptions, bootstrap_interval, evaluate, measure
+from duorl.evaluate import Comparer, EvaluationOptions, evaluate, measure
 from duorl.figures import budget_table, frontier, heat_map, table
 from duorl.oracle import exhaustive
 from duorl.routers import ConstantRouter, HeadRouter, RandomRouter
+from duorl.statistics import bootstrap_interval
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from duorl.evaluate import bootstrap_interval
+from duorl.statistics import bootstrap_interval
 
 Numbers = dict[str, Any]
 Interval = Sequence[float]

@@ -19,12 +19,13 @@ from transformers import PreTrainedTokenizerBase
 from duorl.checks import require_positive
 from duorl.costs import ACTIONS, BIG, SKIP
 from duorl.difficulty import token_difficulty, token_names
-from duorl.evaluate import Measurement, bootstrap_interval, measure
+from duorl.evaluate import Measurement, measure
 from duorl.models import DuoForCausalLM
 from duorl.oracle import RouteTable, exhaustive, fixed_patterns
 from duorl.oracle.search import MOST_ROUTES
 from duorl.routed_pass import remember
 from duorl.routers import PatternRouter, Router, SoftOptions, train_soft
+from duorl.statistics import bootstrap_interval
 
 Numbers = dict[str, Any]
 Learner = Callable[[float], Router]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -27,6 +28,26 @@ class Router(nn.Module):
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         _KINDS[cls.__name__] = cls
+
+    @property
+    def takes_price(self) -> bool:
+        """It was trained for a range of prices and has not been told one: see `at`."""
+        return self.config.get("prices") is not None and self.config.get("price") is None
+
+    def at(self, *, price: float) -> Router:
+        """This router at a price, in nats per all-big pass, where it was trained for a range of them.
+
+        Raises:
+            ValueError: it was trained for one price alone, or not for this one.
+        """
+        if self.config.get("prices") is None:
+            raise ValueError("this router was trained for one price: train with env.prices for a range of them")
+        low, high = self.config["prices"]
+        if not low <= price <= high:
+            raise ValueError(f"price {price:g} is outside of {low:g} to {high:g}, for which this router was trained")
+        router = copy.copy(self)
+        router.config = {**self.config, "price": float(price)}
+        return router
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
         """Called before each pass over windows (B, T+1). Deployable routers do not look at the targets."""

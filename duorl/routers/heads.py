@@ -6,7 +6,6 @@ A router may be trained for a range of prices at once; it then takes the price a
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from itertools import pairwise
@@ -160,21 +159,6 @@ class HeadRouter(Router):
         generator = torch.Generator().manual_seed(seed)
         self.heads = LayerHeads(layers, hidden_size, len(actions), width, generator, self.conditions)
         self._previous: Tensor | None = None
-
-    def at(self, *, price: float) -> HeadRouter:
-        """This router at a price: shares the weights, decides and is saved with that price.
-
-        Raises:
-            ValueError: it was trained for one price alone, or not for this one.
-        """
-        if self.prices is None:
-            raise ValueError("this router was trained for one price: train with env.prices for a range of them")
-        low, high = self.prices
-        if not low <= price <= high:
-            raise ValueError(f"price {price:g} is outside of {low:g} to {high:g}, for which this router was trained")
-        router = copy.copy(self)
-        router.config = {**self.config, "price": float(price)}
-        return router
 
     def leaning(self, route: Sequence[int]) -> HeadRouter:
         """This router, its biases moved so that it starts out near a route of L action codes, and still explores.

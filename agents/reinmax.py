@@ -1,0 +1,142 @@
+"""ReinMax: a policy gradient whose advantages are the frozen model's own derivatives."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
+from agents.base import EpisodicAgent
+from envs.lockstep import Lockstep
+
+
+class ReinMax(EpisodicAgent):
+    """Policy gradient through the differentiable model, on sampled routes.
+
+    The model is frozen and differentiable, so that one backward pass along a sampled route tells, for every layer
+    and token at once, what another action would have changed to first order, later tokens' losses included. ReinMax
+    (Liu et al. 2023, Heun's method) weighs these derivatives so that the estimate of an action's advantage is of
+    second order: `action_effects`. It is biased by what is of higher order, and its variance is far below REINFORCE's.
+
+    With `correction` 1 the estimate becomes a control variate instead: REINFORCE on what the other copies'
+    derivatives do not explain, plus their exact expectation, as in MuProp (Gu et al. 2016) and REBAR (Tucker et al.
+    2017): unbiased up to its scale, which is fitted to the batch. Values between the two trade bias for variance.
+
+    Args:
+        env: tokens in lockstep; its seed also starts the weights and the sampled actions.
+        correction: share of REINFORCE in the gradient, 0 to 1; above 0 it needs the environment's group_size of at
+            least 2.
+        learning_rate: of Adam; falls linearly to 0.
+        least_share: actions are not taken to be rarer than this in weighing derivatives, which bounds the weights.
+        sharpness: inverse temperature at the end of training; it rises geometrically from 1, so that what is sampled
+            comes near the greedy routes that are deployed.
+        width: hidden units of a head; 0 for linear heads.
+        init: folder of a saved router to start from.
+
+    Raises:
+        ValueError: a correction without copies, or not in [0, 1]; a sharpness below 1.
+    """
+
+    def __init__(
+        self,
+        env: Lockstep,
+        *,
+        correction: float = 0.0,
+        learning_rate: float = 1e-2,
+        least_share: float = 0.1,
+        sharpness: float = 8.0,
+        width: int = 0,
+        init: str | None = None,
+    ):
+        super().__init__(env, width, init)
+        if not 0 <= correction <= 1:
+            raise ValueError(f"correction must be in [0, 1], not {correction}")
+        if correction and env.group_size < 2:
+            raise ValueError("a correction compares copies of a token: set group_size to at least 2")
+        if sharpness < 1:
+            raise ValueError(f"sharpness must be at least 1, not {sharpness}")
+        self.correction, self.learning_rate, self.least_share = correction, learning_rate, least_share
+        self.sharpness = sharpness
+        self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)
+        self.optimizer = torch.optim.Adam(self.router.parameters(), lr=learning_rate)
+
+    def update(self) -> dict[str, float]:
+        """One episode of all tokens and one gradient step; returns its metrics by tag."""
+        logits, chosen, slopes = self._episode()
+        shares = logits.softmax(-1)
+        with torch.no_grad():
+            effects = action_effects(slopes, chosen, shares, self.least_share)
+            explained = rewards_to_go(explained_by(effects, chosen, shares))
+        loss = -(effects * shares).sum((0, 2)).mean()
+        if self.correction:
+            loss = loss.lerp(self._unbiased(logits, chosen, effects), self.correction)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        outcome = self.env.outcome
+        return {
+            **outcome.metrics(),
+            "train/entropy": entropy(logits.detach()).mean().item(),
+            "train/explained_variance": explained_variance(explained, rewards_to_go(outcome.credits)),
+        }
+
+    def _unbiased(self, logits: Tensor, chosen: Tensor, effects: Tensor) -> Tensor:
+        """REINFORCE on what the other copies' derivatives leave unexplained, and their own expectation exactly."""
+        size = self.env.group_size
+        shares, returns = logits.softmax(-1), rewards_to_go(self.env.outcome.credits)
+        with torch.no_grad():
+            others = leave_one_out(effects.transpose(1, 2).flatten(0, 1), size)  # (L * A, N)
+            others = others.unflatten(0, (len(effects), -1)).transpose(1, 2)
+            known = rewards_to_go(explained_by(others, chosen, shares))
+            advantages = returns - leave_one_out(returns, size)
+            scale = (advantages * known).sum() / known.square().sum()  # by least squares
+        log_chosen = logits.log_softmax(-1)[chosen.bool()].view_as(known)
+        pathwise = (others * shares).sum((0, 2)).mean()
+        return -scale * pathwise - (log_chosen * (advantages - scale * known)).sum(0).mean()
+
+    def _episode(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample one route per token: logits, choices as zeros and ones, slopes d rewards / d choices; (L, N, A)."""
+        env, logits, mixtures, rewards = self.env, [], [], []
+        env.draw()
+        inverse = self.sharpness**self.progress
+        while not env.done:
+            conditions = None if env.conditions is None else env.conditions.detach()
+            scores = self.router.logits(env.hidden.detach(), env.layer, env.compute.detach(), conditions)
+            scores = (inverse * scores).masked_fill(~env.action_masks(), -torch.inf)
+            choice = torch.multinomial(scores.detach().softmax(-1), 1, generator=self.generator)
+            mixture = torch.zeros_like(scores).scatter(1, choice, 1.0).requires_grad_()
+            rewards.append(env.step(choice.squeeze(1), mixture))
+            logits.append(scores)
+            mixtures.append(mixture)
+        slopes = torch.autograd.grad(torch.stack(rewards).sum(), mixtures)
+        return torch.stack(logits), torch.stack(mixtures).detach(), torch.stack(slopes)
+
+
+def action_effects(slopes: Tensor, chosen: Tensor, shares: Tensor, least_share: float) -> Tensor:
+    """What each action is worth by the derivatives at the chosen one, up to a constant: ReinMax, for A actions.
+
+    sum_a e_a grad pi_a estimates grad E[R]. With R(a) - R(c) replaced by the mean of the derivatives at both ends
+    times the difference (the trapezoid rule, exact where R is quadratic in the choice), and the far end's
+    derivative sampled where it is chosen, with weight 1 / pi:
+    e_a = D_a / 2 + [a = c] (D_c - sum_b pi_b D_b) / (2 pi_c), D the slopes at the choice c.
+
+    Args:
+        slopes: (..., A), d R / d choice at the chosen action.
+        chosen: (..., A), zeros and a one.
+        shares: (..., A), the policy.
+        least_share: lower bound on pi_c in the weight.
+
+    Returns:
+        Shape (..., A).
+    """
+    surprise = (slopes * (chosen - shares)).sum(-1, keepdim=True)
+    weight = chosen / (2 * (shares * chosen).sum(-1, keepdim=True).clamp(min=least_share))
+    return slopes / 2 + weight * surprise
+
+
+def explained_by(effects: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
+    """The part of a return that a choice explains: its effect less the policy's mean effect, (..., A) to (...).
+
+    Its mean over the policy is 0 where the effects do not depend on the choice.
+    """
+    return (effects * (chosen - shares)).sum(-1)

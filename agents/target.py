@@ -1,0 +1,121 @@
+"""Training to a budget: the price of compute by dual ascent, until the router spends what it shall."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+
+from agents.base import Agent, Monitor
+from duorl.routers import HeadRouter, Router
+
+Spending = Callable[[Router], float]
+"""Mean compute of a deployed router on text that nobody trains on."""
+
+_STEP = 2.0  # of the logarithm of the price per unit of compute too much
+_ROUNDS = 10  # extra ones at most, each a tenth of the training
+
+
+class TargetCompute:
+    """Dual ascent on the price (Altman 1999): max over routers, min over prices, of gain - price * (compute - target).
+
+    While the agent learns, the held-out compute of its greedy router is measured `checks` times, and the logarithm
+    of the price moves with what is spent too much. After that training goes on in short rounds until the compute is
+    within the tolerance.
+
+    Args:
+        agent: learns; its reward must have a price.
+        target: mean compute to spend, in (0, 1).
+        spending: measures a router's held-out compute.
+        price: to start from.
+        checks: measurements during training.
+        tolerance: of the compute at the end.
+
+    Attributes:
+        price: the price so far, nats per all-big pass.
+        compute: what the router spent when it was last measured.
+
+    Raises:
+        ValueError: the target is not in (0, 1), or the reward has no price.
+    """
+
+    def __init__(
+        self,
+        agent: Agent,
+        target: float,
+        spending: Spending,
+        *,
+        price: float,
+        checks: int = 40,
+        tolerance: float = 0.01,
+    ):
+        if not 0 < target < 1:
+            raise ValueError(f"target_compute must be between 0 and 1, not {target}")
+        self.agent, self.target, self.spending = agent, target, spending
+        self.price, self.checks, self.tolerance = price, checks, tolerance
+        self.compute = math.nan
+        agent.env.charge(price)
+
+    @property
+    def met(self) -> bool:
+        """The last measured compute is within the tolerance."""
+        return abs(self.compute - self.target) <= self.tolerance
+
+    def learn(self, total_decisions: int, monitor: Monitor | None = None) -> HeadRouter:
+        """Train; see `Agent.learn`. The price is in the metrics, as `train/price`."""
+        every = total_decisions / self.checks
+        router = self.agent.learn(total_decisions, self._watch(monitor, every, 0))
+        extra = total_decisions // _ROUNDS
+        for done in range(_ROUNDS):
+            self.compute = self.spending(router)
+            if self.met:
+                break
+            self._move()
+            router.requires_grad_(True)
+            router = self.agent.learn(extra, self._watch(monitor, every, total_decisions + done * extra))
+        self.compute = self.spending(router)
+        return router
+
+    def _watch(self, monitor: Monitor | None, every: float, before: int) -> Monitor:
+        """Moves the price after every so many decisions, and tells the monitor of it."""
+        size = self.agent.decisions_per_update
+
+        def watch(decisions: int, metrics: Mapping[str, float], router: Router) -> None:
+            if decisions // every > (decisions - size) // every:
+                self.compute = self.spending(router)
+                self._move()
+            if monitor:
+                monitor(before + decisions, {**metrics, "train/price": self.price}, router)
+
+        return watch
+
+    def _move(self) -> None:
+        """One step of dual ascent; in the logarithm, so that the price stays above 0."""
+        self.price *= math.exp(_STEP * (self.compute - self.target))
+        self.agent.env.charge(self.price)
+
+
+def price_for(router: HeadRouter, target: float, spending: Spending, *, steps: int = 12) -> float:
+    """The price at which a router for a range of prices spends what it shall, by bisection on a log scale.
+
+    Args:
+        router: spends less at higher prices.
+        target: mean compute.
+        spending: measures a router's held-out compute.
+        steps: halvings of the range.
+
+    Raises:
+        ValueError: the router is for one price, or cannot spend that much or that little at its prices.
+    """
+    if router.prices is None:
+        raise ValueError("this router was trained for one price: train with env.prices for a range of them")
+    low, high = router.prices
+    most, least = spending(router.at(price=low)), spending(router.at(price=high))
+    if not least <= target <= most:
+        raise ValueError(
+            f"target_compute {target:g} is out of reach: at prices {high:g} to {low:g} the router spends "
+            f"{least:.2f} to {most:.2f}; widen env.prices or train for longer"
+        )
+    for _ in range(steps):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if spending(router.at(price=middle)) > target else (low, middle)
+    return math.sqrt(low * high)
