@@ -120,4 +120,4 @@ def refuse_budget(env: Lockstep, name: str) -> None:
         ValueError: the environment has one.
     """
     if env.big_layers is not None:
-        raise ValueError(f"{name} cannot keep big_layers {env.big_layers}: use MaskablePPO or REINFORCE")
+        raise ValueError(f"{name} cannot keep big_layers {env.big_layers}: use MaskablePPO, REINFORCE or GFlowNet")

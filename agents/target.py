@@ -48,9 +48,7 @@ class TargetCompute:
         checks: int = 40,
         tolerance: float = 0.01,
     ):
-        if not 0 < target < 1:
-            raise ValueError(f"target_compute must be between 0 and 1, not {target}")
-        self.agent, self.target, self.spending = agent, target, spending
+        self.agent, self.target, self.spending = agent, check_target(target), spending
         self.price, self.checks, self.tolerance = price, checks, tolerance
         self.compute = math.nan
         agent.env.charge(price)
@@ -92,6 +90,17 @@ class TargetCompute:
         """One step of dual ascent; in the logarithm, so that the price stays above 0."""
         self.price *= math.exp(_STEP * (self.compute - self.target))
         self.agent.env.charge(self.price)
+
+
+def check_target(target: float) -> float:
+    """The target itself.
+
+    Raises:
+        ValueError: it is not in (0, 1).
+    """
+    if not 0 < target < 1:
+        raise ValueError(f"target_compute must be between 0 and 1, not {target}")
+    return target
 
 
 def price_for(router: HeadRouter, target: float, spending: Spending, *, steps: int = 12) -> float:

@@ -187,14 +187,21 @@ def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
         FileNotFoundError: a path or glob matches nothing.
         ValueError: a file cannot be read, or the split's text is shorter than one window.
     """
-    texts = [document.text for document in documents(sources, split)]
-    encoded = tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else []
+    windows = cut(documents(sources, split), tokenizer, length)
+    if windows is None:
+        raise ValueError(
+            f"the {split} split of {', '.join(source_names(sources))} is shorter than a window of {length} + 1 tokens: "
+            "give more text or a smaller window"
+        )
+    return windows
+
+
+def cut(texts: Sequence[Document], tokenizer, length: int) -> Tensor | None:
+    """Windows of some documents, as `load_windows` describes them; None where they are shorter than one."""
+    encoded = tokenizer([document.text for document in texts], add_special_tokens=False)["input_ids"] if texts else []
     end = tokenizer.eos_token_id
     stream = torch.tensor([token for ids in encoded for token in (*ids, end)], dtype=torch.int64)
     if len(stream) <= length:
-        raise ValueError(
-            f"the {split} split of {', '.join(source_names(sources))} has {len(stream)} tokens, shorter than one "
-            f"window of {length} + 1: give more text or a smaller window"
-        )
+        return None
     windows = stream.unfold(0, length + 1, length)
     return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]

@@ -6,8 +6,11 @@ from conftest import make_duo
 
 import agents
 from agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
+from agents.reinmax import action_effects
+from agents.target import TargetCompute, price_for
+from duorl.evaluate import measure
 from duorl.rewards import LossImprovement, Reward
-from duorl.routers import HeadRouter
+from duorl.routers import HeadRouter, PatternRouter
 from envs import Lockstep, RoutingVecEnv
 
 
@@ -71,8 +74,6 @@ def test_ppo_solves_a_known_optimum(duo, windows, group_size):
 
 def _routes(model, router: HeadRouter, windows) -> list[int]:
     """The one route that the router takes for all tokens."""
-    from duorl.evaluate import measure
-
     routes = measure(model, router, windows).routes.flatten(0, 1)
     assert (routes == routes[0]).all()
     return routes[0].tolist()
@@ -109,6 +110,162 @@ def _expected_return(router, env, windows):
         log_shares = log_shares + torch.log_softmax(scores, -1).gather(1, choice[:, None]).squeeze(1)
         dynamics.step(choice)
     return (log_shares.exp() * dynamics.outcome.rewards.sum(0)).sum()
+
+
+def test_a2c_solves_a_known_optimum(duo, windows):
+    env = Lockstep(duo, windows, windows_per_batch=8, group_size=4, reward=PrefersBigInLayerOne())
+    agent = agents.A2C(env, learning_rate=0.1)
+    returns = []
+    router = agent.learn(60 * agent.decisions_per_update, lambda _, seen, __: returns.append(seen["rollout/return"]))
+    assert returns[0] < 0 < 0.9 < returns[-1]
+    assert _routes(duo, router, windows) == [1, 2, 1]
+
+
+class Charges(Reward):
+    """A known optimum that depends on the price: compute is worth 0.5, and costs the price."""
+
+    def __init__(self, price: float = 0.1):
+        self.price = price
+
+    def __call__(self, step):
+        return 3 * (0.5 - self.price) * step.compute
+
+
+@pytest.mark.parametrize("agent", ["PPO", "A2C", "REINFORCE", "ReinMax"])
+def test_one_router_answers_for_all_prices(duo, windows, agent):
+    env = Lockstep(duo, windows, windows_per_batch=8, group_size=4, reward=Charges(), prices=(0.1, 2.5))
+    learner = getattr(agents, agent)(env, learning_rate=0.03)
+    router = learner.learn(80 * learner.decisions_per_update)
+    assert _routes(duo, router.at(price=0.15), windows) == [2, 2, 2]
+    assert _routes(duo, router.at(price=2.0), windows) == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"use router\.at"):
+        _routes(duo, router, windows)
+    with pytest.raises(ValueError, match=r"outside of 0\.1 to 2\.5"):
+        router.at(price=3.0)
+
+
+def test_reinmax_is_exact_where_the_reward_is_quadratic_in_the_choice():
+    """The mean over choices of sum_a e_a grad pi_a is the gradient of the enumerated expectation."""
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.randn(4, generator=generator, dtype=torch.double, requires_grad=True)
+    square = torch.randn(4, 4, generator=generator, dtype=torch.double)
+    linear = torch.randn(4, generator=generator, dtype=torch.double)
+    ends = torch.eye(4, dtype=torch.double)
+    rewards = torch.stack([end @ square @ end + linear @ end for end in ends])
+    slopes = ends @ (square + square.T) + linear  # (choices, A)
+    shares = scores.softmax(-1)
+    exact = torch.autograd.grad(shares @ rewards, scores, retain_graph=True)[0]
+    effects = action_effects(slopes, ends, shares.detach().expand(4, 4), least_share=0.0)
+    expected = shares.detach() @ effects
+    estimate = torch.autograd.grad(shares @ expected, scores)[0]
+    assert torch.allclose(estimate, exact)
+
+
+def test_reinmax_with_full_correction_is_the_enumerated_policy_gradient():
+    """Unbiased up to the fitted scale: the mean over many copies approaches grad sum_r pi(r) G(r)."""
+    duo = make_duo("llama")
+    windows = torch.randint(61, (1, 2), generator=torch.Generator().manual_seed(5))  # T = 1
+    env = Lockstep(duo, windows, windows_per_batch=1, group_size=2000, reward=LossImprovement(0.1))
+    agent = agents.ReinMax(env, correction=1.0, sharpness=1.0)
+    logits, chosen, slopes = agent._episode()
+    effects = action_effects(slopes, chosen, logits.softmax(-1).detach(), agent.least_share)
+    parameter = agent.router.heads.biases[0]
+    (sampled,) = torch.autograd.grad(-agent._unbiased(logits, chosen, effects), parameter)
+    exact = torch.autograd.grad(_expected_return(agent.router, env, windows), parameter)[0]
+    scale = exact.abs().max()
+    assert scale > 1e-3
+    assert (sampled - exact).abs().max() < 0.25 * scale
+
+
+def test_reinmax_learns_what_reinforce_learns(duo, windows):
+    """The default reward on few windows: both must come near the best route of all."""
+    returns = {}
+    for name, options in (("REINFORCE", {}), ("ReinMax", {}), ("ReinMax", {"correction": 0.5})):
+        env = Lockstep(duo, windows, windows_per_batch=8, group_size=4, reward=LossImprovement(0.3))
+        learner = getattr(agents, name)(env, learning_rate=0.03, **options)
+        seen = []
+        learner.learn(150 * learner.decisions_per_update, lambda _, m, __, seen=seen: seen.append(m["rollout/return"]))
+        returns[name + str(options)] = sum(seen[-10:]) / 10
+        assert returns[name + str(options)] > seen[0] + 0.02
+    assert max(returns.values()) - min(returns.values()) < 0.3 * (max(returns.values()) - seen[0]), returns
+
+
+def test_reinmax_refuses_a_correction_without_copies(duo, windows):
+    with pytest.raises(ValueError, match="group_size to at least 2"):
+        agents.ReinMax(Lockstep(duo, windows, windows_per_batch=2), correction=0.5)
+
+
+@pytest.mark.parametrize("agent", ["MaskablePPO", "REINFORCE", "ReinMax"])
+@pytest.mark.parametrize("big", [0, 1, 3])
+def test_a_hard_budget_is_kept_exactly(duo, windows, agent, big):
+    env = Lockstep(duo, windows, windows_per_batch=4, group_size=2, big_layers=big)
+    learner = getattr(agents, agent)(env)
+    learner.learn(3 * learner.decisions_per_update)
+    outcome = learner.vec_env.outcome if agent == "MaskablePPO" else env.outcome
+    assert ((outcome.routes == 2).sum(1) == big).all()
+
+
+def test_maskable_ppo_finds_the_best_place_for_one_big_layer(duo, windows):
+    env = Lockstep(duo, windows, windows_per_batch=8, group_size=4, reward=PrefersBigInLayerOne(), big_layers=1)
+    agent = agents.MaskablePPO(env, learning_rate=0.03, epochs=4)
+    returns = []
+    agent.learn(60 * agent.decisions_per_update, lambda _, seen, __: returns.append(seen["rollout/return"]))
+    assert returns[0] < 0.5 < 0.9 < returns[-1]
+
+
+def test_ppo_refuses_a_hard_budget(duo, windows):
+    for agent in (agents.PPO, agents.A2C):
+        with pytest.raises(ValueError, match="use MaskablePPO"):
+            agent(Lockstep(duo, windows, windows_per_batch=2, big_layers=1))
+
+
+def test_any_agent_starts_from_a_saved_router(duo, windows, tmp_path):
+    env = Lockstep(duo, windows, windows_per_batch=2, group_size=2)
+    saved = HeadRouter(3, 32, ("small", "big"), width=5, seed=7)
+    saved.save_pretrained(tmp_path / "heads")
+    PatternRouter([2, 1, 2]).save_pretrained(tmp_path / "pattern")
+    for name in ("PPO", "A2C", "MaskablePPO", "REINFORCE", "ReinMax"):
+        router = getattr(agents, name)(env, init=str(tmp_path / "heads")).router
+        assert torch.equal(router.heads.weights[0], saved.heads.weights[0])
+    assert _routes(duo, agents.PPO(env, init=str(tmp_path / "pattern")).router, windows) == [2, 1, 2]
+    HeadRouter(4, 32).save_pretrained(tmp_path / "deeper")
+    with pytest.raises(ValueError, match="does not fit: this run needs layers 3"):
+        agents.PPO(env, init=str(tmp_path / "deeper"))
+
+
+def test_target_compute_is_met_by_dual_ascent(duo, windows):
+    env = Lockstep(duo, windows, windows_per_batch=8, group_size=4, reward=LossImprovement(0.02))
+    agent = agents.REINFORCE(env, learning_rate=0.03)
+    prices = []
+
+    def spending(router):
+        return measure(duo, router, windows).compute.mean().item()
+
+    dual = TargetCompute(agent, 0.35, spending, price=0.02, tolerance=0.03)
+    router = dual.learn(200 * agent.decisions_per_update, lambda _, seen, __: prices.append(seen["train/price"]))
+    assert dual.met and spending(router) == dual.compute == pytest.approx(0.35, abs=0.03)
+    assert prices[0] == 0.02 and max(prices) > 0.2
+
+
+def test_target_compute_refuses_what_it_cannot_do(duo, windows):
+    agent = agents.REINFORCE(Lockstep(duo, windows, windows_per_batch=2, group_size=2, reward=PrefersBigInLayerOne()))
+    with pytest.raises(ValueError, match="no prices"):
+        TargetCompute(agent, 0.5, lambda _: 0.5, price=0.1)
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        TargetCompute(agent, 1.5, lambda _: 0.5, price=0.1)
+
+
+def test_the_price_for_a_compute_is_found_by_bisection():
+    router = HeadRouter(3, 32, prices=(0.01, 1.0))
+
+    def spending(priced):
+        return 0.9 - 0.4 * priced.config["price"]
+
+    assert price_for(router, 0.7, spending) == pytest.approx(0.5, rel=0.01)
+    with pytest.raises(ValueError, match="out of reach"):
+        price_for(router, 0.95, spending)
+    with pytest.raises(ValueError, match="one price"):
+        price_for(HeadRouter(3, 32), 0.5, spending)
 
 
 @pytest.mark.parametrize("agent", ["PPO", "REINFORCE"])

@@ -121,23 +121,77 @@ def test_train_writes_the_whole_run_folder(tiny, capsys):
         assert again[0][key] == pytest.approx(expected[key]), key
 
 
+COMPARE = """
+agents: {PPO: PPO, REINFORCE: REINFORCE, ReinMax: ReinMax}
+own_env: {ReinMax: {group_size: 1, windows_per_batch: 2}}
+env: {windows_per_batch: 1, group_size: 2, window: 64, prices: [0.02, 0.8]}
+total_decisions: 3000
+seeds: 2
+targets: [0.3, 0.5]
+knowable: 8
+rivals: [supervised, soft, knn, ensemble]
+knn: {windows: 2}
+ensemble: {windows: 2, members: 2, epochs: 1}
+"""
+
+
 @pytest.mark.slow
-def test_compare_trains_all_agents_and_resumes(tiny, capsys):
-    arguments = ["compare", "--config", str(ROOT / "configs" / "compare.yaml"), "--config", "tiny.yaml", "--out", "all"]
+def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
+    Path("compare.yaml").write_text(COMPARE)
+    configs = ["--config", "tiny.yaml", "--config", "compare.yaml", "--corpus", small_corpus]
+    arguments = ["compare", *configs, "--out", "all"]
     main(arguments)
     first = json.loads(Path("all/comparison.json").read_text())
-    assert [row["router"] for row in first["rows"]][7:] == ["PPO", "REINFORCE", "oracle"]
-    weights = Path("all/routers/PPO/router.safetensors").read_bytes()
-    Path("all/routers/REINFORCE/router.json").unlink()
+    learned = ["supervised", "soft", "knn", "ensemble", "PPO", "REINFORCE", "ReinMax"]
+    assert [row["router"] for row in first["rows"]][5:-1] == learned
+    assert [row["seeds"] for row in first["rows"]] == [1] * 5 + [2] * 7 + [1]
+    split = {row["router"]: row["regret"] - row["regret_avoidable"] for row in first["rows"]}
+    assert list(split.values()) == pytest.approx([split["oracle"]] * len(split), abs=1e-5)  # what the label alone tells
+    assert set(Path("all/tensorboard").glob("*/*")) == {
+        Path("all/tensorboard", name, f"seed-{seed}") for name in learned[4:] for seed in (0, 1)
+    }
+    budgets = json.loads(Path("all/budgets.json").read_text())
+    (found,) = budgets["texts"].values()
+    assert len(found["rows"]) == 2 * 8 and len(found["routers"]) == 8
+    assert {row["target"] for row in found["rows"]} == {0.3, 0.5}
+    assert "best fixed" in Path("all/budgets.md").read_text()
+    weights = Path("all/routers/PPO/seed-1/router.safetensors").read_bytes()
+    for left in ("REINFORCE/seed-0/router.json", "ReinMax/seed-1/ladder-" + budgets_name(small_corpus)):
+        Path("all/routers", left).unlink()
     capsys.readouterr()
     main([*arguments, "--resume"])
-    printed = capsys.readouterr().out
-    assert "train REINFORCE" in printed and "train PPO" not in printed
-    assert Path("all/routers/PPO/router.safetensors").read_bytes() == weights
+    assert Path("all/routers/PPO/seed-1/router.safetensors").read_bytes() == weights
     assert "made with seed 0, not 1" in refused([*arguments, "--resume", "--seed", "1"], capsys)
     again = json.loads(Path("all/comparison.json").read_text())
     for before, after in zip(first["rows"], again["rows"], strict=True):
         assert before["loss"] == after["loss"] and before["return_interval"] == after["return_interval"]
+    assert json.loads(Path("all/budgets.json").read_text())["texts"] == budgets["texts"]
+
+
+def budgets_name(corpus: str) -> str:
+    return corpus.replace("/", "_") + ".safetensors"
+
+
+@pytest.mark.slow
+def test_train_to_a_target_and_to_a_hard_budget(tiny, small_corpus):
+    usual = ["train", "--config", "tiny.yaml", "--corpus", small_corpus, "--rivals", "[]"]
+    main([*usual, "--total_decisions", "5000", "--target_compute", "0.5", "--out", "soft"])
+    rows = {row["router"]: row for row in json.loads(Path("soft/comparison.json").read_text())["rows"]}
+    settings = json.loads(Path("soft/comparison.json").read_text())["settings"]
+    events = EventAccumulator("soft/tensorboard/PPO").Reload().Scalars("train/price")
+    assert events[-1].value == pytest.approx(settings["price"]) and rows["PPO"]["compute"] == pytest.approx(
+        0.5, abs=0.1
+    )
+    budget = ["--agent", "MaskablePPO", "--env.big_layers", "3", "--total_decisions", "2000", "--out", "hard"]
+    main([*usual, *budget])
+    rows = {row["router"]: row for row in json.loads(Path("hard/comparison.json").read_text())["rows"]}
+    assert rows["MaskablePPO"]["actions"]["big"] == pytest.approx(3 / 8)
+    priced = ["--env.prices", "[0.02, 0.8]", "--total_decisions", "2000", "--out", "priced"]
+    main([*usual, *priced])
+    few = ["--evaluation.windows=2", "--evaluation.reference_windows=1", "--evaluation.fixed_windows=1"]
+    text = ["--corpus", small_corpus, "--window=64"]
+    main(["evaluate", "--router", "priced/router", "--price=0.1", *text, *few, "--out=one"])
+    assert json.loads(Path("one/comparison.json").read_text())["settings"]["price"] == 0.1
 
 
 @pytest.mark.slow
@@ -278,6 +332,11 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny, small_corpus):
         (["dense", "--recipe.out", "x", "--shares", "[2]"], "shares must be in"),
         (["pretrain", "--out", "x", "--trained", "small"], "give the model to start from"),
         (["pretrain", "--out", "x", "--big_share", "2"], "big_share must be in"),
+        (["compare", "--agents", "{PPO: PPO}", "--targets", "[0.5]"], "give env.prices"),
+        (["compare", "--agents", "{PPO: PPO}", "--env.prices", "[0.1, 1]", "--targets", "[2]"], "between 0 and 1"),
+        (["compare", "--agents", "{soft: PPO}"], "cannot be called 'soft'"),
+        (["compare", "--agents", "{PPO: PPO}", "--own_env", "{A2C: {}}"], "'A2C', which is not among the agents"),
+        (["compare", "--agents", "{PPO: PPO}", "--own_env", "{PPO: {copies: 2}}"], "copies"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -294,7 +353,15 @@ def test_other_commands_refuse_bad_input_too(arguments, message, tiny, capsys):
         (["--agent.learnin_rate", "3"], "did you mean learning_rate"),
         (["--config", "wrong.yaml"], "'total_decison'.*did you mean total_decisions"),
         (["--config", "gone.yaml"], "gone.yaml"),
-        (["--agent", "FOO"], "PPO, REINFORCE"),
+        (["--agent", "FOO"], "choose from A2C, DQN, MEX, PPO, REINFORCE"),
+        (["--env.prices", "[0.5, 0.1]"], "prices must be the lowest and the highest"),
+        (["--env.prices", "[0.5, 1.0]"], r"price 0\.3 is not among env\.prices"),
+        (["--target_compute", "1.5"], "target_compute must be between 0 and 1"),
+        (["--env.big_layers", "3"], "use MaskablePPO"),
+        (["--agent", "MaskablePPO", "--env.big_layers", "9"], "big_layers must be in 0 to 8"),
+        (["--agent.init", "nowhere"], "no router in nowhere"),
+        (["--reward", "bare.Bare", "--env.prices", "[0.1, 1.0]"], "is not among env.prices"),
+        (["--reward", "bare.Bare", "--target_compute", "0.5"], "no prices"),
         (["--seed", "x"], "seed.*Got value: x"),
         (["--corpus", '["gone.txt"]'], "no text at 'gone.txt'"),
         (["--corpus", '["zero.txt"]'], "zero.txt is empty"),
@@ -338,6 +405,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, caps
         "import duorl.rewards\nclass Scalar(duorl.rewards.Reward):\n    def __call__(self, step):\n        return 1.0\n"
     )
     (tiny / "scalar.py").write_text(reward)
+    (tiny / "bare.py").write_text(reward.replace("Scalar", "Bare").replace("1.0", "step.compute"))
     before = sorted(tiny.rglob("*"))
     assert re.search(message, refused(["train", *arguments], capsys))
     assert sorted(path for path in tiny.rglob("*") if "__pycache__" not in path.parts) == before

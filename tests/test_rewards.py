@@ -4,15 +4,25 @@ import pytest
 import torch
 from conftest import random_routes
 
-from duorl.rewards import LogitLensShaping, LossImprovement, Reward, Step, Sum, price_of
+from duorl.rewards import (
+    LogitLensShaping,
+    LossImprovement,
+    RedundancyCharge,
+    Reward,
+    Step,
+    Sum,
+    TeacherKL,
+    price_of,
+    with_price,
+)
 from envs import RoutingDynamics
 
 
-def play(model, tokens, reward, seed=0, context="routed"):
-    """Random choices through one episode; returns the dynamics."""
-    dynamics = RoutingDynamics(model, reward=reward, actions=("skip", "small", "big"), context=context)
-    dynamics.reset(tokens)
-    routes = random_routes(model, tokens, seed).flatten(0, 1)
+def play(model, tokens, reward, seed=0, context="routed", routes=None, price=None, **options):
+    """One episode along (N, L) routes, random ones unless given; returns the dynamics."""
+    dynamics = RoutingDynamics(model, reward=reward, actions=("skip", "small", "big"), context=context, **options)
+    dynamics.reset(tokens, price=price)
+    routes = random_routes(model, tokens, seed).flatten(0, 1) if routes is None else routes
     while not dynamics.done:
         dynamics.step(routes[:, dynamics.layer])
     return dynamics
@@ -102,3 +112,116 @@ def test_a_reward_of_the_wrong_shape_is_refused_by_name(duo, tokens):
 def test_a_reward_without_a_call_says_so():
     with pytest.raises(NotImplementedError, match="Reward must define __call__"):
         Reward()(Step(0, *[torch.zeros(1)] * 4, last=False))
+
+
+def naive_log_probabilities(model, tokens, routes, position=None):
+    """By the model's own forward, (B, T, V): routes for all tokens, or for one position and all-big elsewhere."""
+    if position is not None:
+        routes, chosen = torch.full_like(routes, 2), routes[:, position]
+        routes[:, position] = chosen
+    return model(input_ids=tokens[:, :-1], routes=routes).logits.log_softmax(-1)
+
+
+def naive_distance(model, tokens, routes, context):
+    """KL(all-big || routes), (B, T): in the reference context a pass per position, all-big before it."""
+    teacher = naive_log_probabilities(model, tokens, torch.full_like(routes, 2))
+    positions = range(tokens.shape[1] - 1)
+    if context == "routed":
+        student = naive_log_probabilities(model, tokens, routes)
+    else:
+        student = torch.stack([naive_log_probabilities(model, tokens, routes, t)[:, t] for t in positions], dim=1)
+    return (teacher.exp() * (teacher - student)).sum(-1)
+
+
+@pytest.mark.parametrize("context", ["routed", "reference"])
+def test_the_teacher_gain_is_the_naive_one(duo, tokens, context):
+    """Of two copies with a route each; the reference route is all-small."""
+    first, second = random_routes(duo, tokens, 0), random_routes(duo, tokens, 1)
+    routes = torch.stack([first, second]).flatten(0, 2)
+    earned = play(duo, tokens, TeacherKL(0.0), context=context, routes=routes, group_size=2).outcome.rewards
+    reference = naive_distance(duo, tokens, torch.ones_like(first), context)
+    expected = [reference - naive_distance(duo, tokens, each, context) for each in (first, second)]
+    assert torch.allclose(earned[-1], torch.stack(expected).flatten(), atol=1e-5)
+    assert (earned[:-1] == 0).all() and earned[-1].abs().max() > 0.01
+
+
+@pytest.mark.parametrize("context", ["routed", "reference"])
+def test_all_big_closes_the_whole_distance_to_itself_and_the_reference_none(duo, tokens, context):
+    big, small = (torch.full((14, 3), action) for action in (2, 1))
+    distance = naive_distance(duo, tokens, torch.ones_like(random_routes(duo, tokens)), context).flatten()
+    won = play(duo, tokens, TeacherKL(0.0), context=context, routes=big).outcome.rewards.sum(0)
+    assert torch.allclose(won, distance, atol=1e-5)
+    none = play(duo, tokens, TeacherKL(0.0), context=context, routes=small).outcome.rewards.sum(0)
+    assert torch.allclose(none, torch.zeros(14), atol=1e-5)
+
+
+def test_the_teachers_share_leads_from_the_label_to_the_teacher(duo, tokens):
+    plain = play(duo, tokens, LossImprovement(0.3)).outcome.rewards
+    label, half, teacher = (play(duo, tokens, TeacherKL(0.3, share)).outcome.rewards for share in (0.0, 0.5, 1.0))
+    assert torch.equal(label, plain)
+    assert torch.allclose(half, (label + teacher) / 2, atol=1e-6)
+    assert not torch.allclose(label, teacher)
+    with pytest.raises(ValueError, match=r"share must be in \[0, 1\], not 1.5"):
+        TeacherKL(share=1.5)
+
+
+def test_the_teachers_gain_is_credited_to_earlier_tokens(duo, tokens):
+    outcome = play(duo, tokens, TeacherKL(0.0), token_discount=0.5).outcome
+    gains = outcome.rewards[-1].view(2, 7)
+    owed = (outcome.credits - outcome.rewards)[-1].view(2, 7)
+    assert torch.allclose(owed[:, -2], 0.5 * gains[:, -1], atol=1e-6)
+    assert torch.allclose(owed[:, 0], sum(0.5**s * gains[:, s] for s in range(1, 7)), atol=1e-6)
+
+
+def test_what_ran_and_hardly_changed_the_state_is_charged():
+    """|h| = 5 and |dh| = 0.4 is a relative update of 0.08, |dh| = 0.6 one of 0.12."""
+    hidden = torch.tensor([[3.0, 4.0]]).repeat(4, 1)
+    moved = torch.tensor([[0.0, 0.0], [0.0, 0.4], [0.4, 0.0], [0.6, 0.0]])
+    step = Step(0, torch.tensor([0, 1, 2, 2]), torch.zeros(4), hidden, hidden + moved, last=False)
+    assert torch.allclose(step.relative_update, torch.tensor([0.0, 0.08, 0.08, 0.12]), atol=1e-6)
+    assert RedundancyCharge(0.5, threshold=0.1)(step).tolist() == [0, -0.5, -0.5, 0]
+    assert RedundancyCharge(0.5, threshold=0.2)(step).tolist() == [0, -0.5, -0.5, -0.5]
+
+
+def test_a_price_is_set_on_a_copy():
+    original = LossImprovement(0.1) + LogitLensShaping()
+    reward, set_price = with_price(original)
+    set_price(0.4)
+    assert price_of(reward) == pytest.approx(0.4) and price_of(original) == pytest.approx(0.1)
+    set_price(torch.tensor([0.0, 0.5]))
+    step = Step(0, torch.tensor([2, 2]), torch.tensor([0.5, 0.5]), *[torch.zeros(2, 1)] * 2, last=False)
+    assert reward.rewards[0](step).tolist() == [0, -0.25]
+
+
+def test_there_must_be_one_price_to_vary(duo):
+    with pytest.raises(ValueError, match="LogitLensShaping has no prices"):
+        with_price(LogitLensShaping())
+    with pytest.raises(ValueError, match="Sum has 2 prices"):
+        with_price(LossImprovement() + TeacherKL())
+    with pytest.raises(ValueError, match="RedundancyCharge has no prices"):
+        RoutingDynamics(duo, reward=RedundancyCharge(), prices=(0.1, 0.5))
+
+
+@pytest.mark.parametrize("reward", [LossImprovement(7.0), LossImprovement(7.0) + RedundancyCharge(0.0)])
+def test_each_token_is_charged_its_own_windows_price(duo, tokens, reward):
+    """Copies share their window's price, and the reward that was given keeps its own."""
+    routes = random_routes(duo, torch.cat([tokens, tokens])).flatten(0, 1)
+    options = {"group_size": 2, "prices": (0.1, 0.5), "price": torch.tensor([0.1, 0.5])}
+    outcome = play(duo, tokens, reward, routes=routes, **options).outcome
+    price = torch.tensor([0.1] * 7 + [0.5] * 7).repeat(2)
+    assert torch.allclose(outcome.rewards.sum(0), outcome.gain - price * outcome.compute, atol=1e-6)
+    assert price_of(reward) == 7
+
+
+@pytest.mark.parametrize("reward", [LossImprovement(0.3), TeacherKL(0.3), LossImprovement(0.3) + LogitLensShaping()])
+def test_a_reward_of_losses_has_derivatives_where_a_step_is_given_weights(duo, tokens, reward):
+    """More than the price's, at all-small: at all-big the distance to the teacher is least and has none."""
+    dynamics = RoutingDynamics(duo, reward=reward)
+    dynamics.reset(tokens)
+    small = torch.tensor([1.0, 0.0]).repeat(14, 1)
+    first = small.clone().requires_grad_()
+    total = dynamics.step(torch.zeros(14, dtype=torch.long), first)
+    while not dynamics.done:
+        total = total + dynamics.step(torch.zeros(14, dtype=torch.long), small)
+    (slopes,) = torch.autograd.grad(total.sum(), first)
+    assert not torch.allclose(slopes, (-0.3 * duo.action_compute[0, 1:]).expand(14, 2), atol=1e-3)

@@ -20,8 +20,7 @@ from duorl.routers import (
     train_supervised,
 )
 from duorl.routers.heads import LayerHeads
-from duorl.routers.soft import sharpness, soft_loss, soft_pass
-from duorl.routers.supervised import oracle_decisions
+from duorl.routers.soft import hardened, sharpness, soft_loss, soft_pass
 
 
 @pytest.fixture
@@ -86,19 +85,9 @@ def test_mixed_layers_equal_layer_by_layer():
     assert torch.allclose(heads(hidden, layer, compute), one_by_one, atol=1e-6)
 
 
-def test_oracle_decisions_are_the_oracles(duo, windows):
-    hidden, compute, labels = oracle_decisions(duo, windows, price=0.1, actions=("small", "big"))
-    table = exhaustive(duo, windows, context="reference")
-    routes = table.routes[table.best(0.1)].flatten(0, 1)
-    assert torch.equal(labels.T + 1, routes)
-    spent = torch.stack([duo.action_compute[i][routes[:, i]] for i in range(3)]).cumsum(0)
-    assert torch.allclose(compute[1:], spent[:-1]) and (compute[0] == 0).all()
-    assert hidden.shape == (3, 56, 32)
-
-
 def test_supervised_learns_the_oracles_actions(duo, windows):
     """On the text it was taught on it agrees with the oracle far more often than an untrained router does."""
-    options = SupervisedOptions(windows=8, epochs=300, batch_size=168, learning_rate=0.01)
+    options = SupervisedOptions(windows=8, target="action", epochs=300, batch_size=168, learning_rate=0.01)
     oracle = measure(duo, OracleRouter(price=0.0), windows, context="reference").routes
 
     def agreement(router):
@@ -112,7 +101,12 @@ def test_soft_loss_is_the_papers():
     losses, compute = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.2, 0.6]])
     assert soft_loss(losses, compute, options=SoftOptions(budget=0.5, alpha=10.0), price=9.0) == pytest.approx(2.1)
     assert soft_loss(losses, compute, options=SoftOptions(), price=0.5) == pytest.approx(2.2)
+    assert soft_loss(losses, compute, options=SoftOptions(), price=torch.tensor([[1.0, 2.0]])) == pytest.approx(2.7)
     assert [sharpness(x, 1.0, 16.0) for x in (0.0, 0.5, 1.0)] == [1, 4, 16]
+    assert [sharpness(x, 1.0, 16.0, "linear") for x in (0.0, 0.5, 1.0)] == [1, 8.5, 16]
+    assert [sharpness(x, 1.0, 16.0, "constant") for x in (0.0, 0.5, 1.0)] == [16, 16, 16]
+    with pytest.raises(ValueError, match="unknown schedule 'cosine': choose from geometric"):
+        SoftOptions(schedule="cosine")
 
 
 def test_a_sharp_mixture_is_the_deployed_router(duo, windows):
@@ -121,6 +115,29 @@ def test_a_sharp_mixture_is_the_deployed_router(duo, windows):
     measured = measure(duo, router, windows)
     assert torch.allclose(losses, measured.loss, atol=1e-3)
     assert torch.allclose(compute, measured.compute, atol=1e-3)
+
+
+def test_straight_through_runs_as_deployed_and_learns_as_the_mixture(duo, windows):
+    router = HeadRouter(3, 32, seed=1, prices=(0.1, 1.0))
+    price = torch.full((8, 1), 0.4)
+    losses, compute = soft_pass(duo, router, windows, 1.0, price, straight_through=True)
+    measured = measure(duo, router.at(price=0.4), windows)
+    assert torch.allclose(losses, measured.loss, atol=1e-4) and torch.allclose(compute, measured.compute, atol=1e-4)
+    losses.mean().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in router.parameters())
+    shares, direction = torch.tensor([[0.2, 0.5, 0.3]], requires_grad=True), torch.tensor([[1.0, 2.0, 4.0]])
+    hard = hardened(shares)
+    (hard * direction).sum().backward()
+    assert torch.allclose(hard, torch.tensor([[0.0, 1.0, 0.0]])) and torch.equal(shares.grad, direction)
+
+
+def test_a_soft_router_for_a_range_spends_less_where_compute_is_dear(duo, windows):
+    options = SoftOptions(updates=150, windows_per_batch=8, learning_rate=0.03)
+    router = train_soft(duo, windows, price=0.0, prices=(0.01, 20.0), options=options)
+    spent = [measure(duo, router.at(price=price), windows).compute.mean() for price in (0.01, 20.0)]
+    assert spent[1] < 0.3 < spent[0]
+    with pytest.raises(ValueError, match="a budget leaves nothing"):
+        train_soft(duo, windows, price=0.0, prices=(0.01, 20.0), options=SoftOptions(budget=0.5))
 
 
 def test_the_soft_router_reaches_its_budget_and_obeys_a_price(duo, windows):

@@ -84,7 +84,7 @@ def test_gflownet_keeps_a_hard_budget(duo, windows):
     env = Lockstep(duo, windows, windows_per_batch=2, big_layers=1, reward=PrefersBigInLayerOne())
     agent = agents.GFlowNet(env, learning_rate=0.03)
     seen = []
-    agent.learn(100 * agent.decisions_per_update, lambda _, metrics, __: seen.append(metrics))
+    agent.learn(60 * agent.decisions_per_update, lambda _, metrics, __: seen.append(metrics))
     assert (env.outcome.routes == 2).sum(1).eq(1).all()
     assert all(math.isfinite(value) for value in seen[-1].values())
     assert seen[-1]["rollout/return"] > 0.9
@@ -139,7 +139,7 @@ def test_dqn_does_not_bootstrap_beyond_the_last_layer(duo, windows):
     """Q of the last layer is the last reward, whatever the next episode's first state promises."""
     env = Lockstep(duo, windows, windows_per_batch=8, reward=PrefersBigInLayerOne())
     agent = agents.DQN(env, **QUICK)
-    q = agent.learn(100 * agent.decisions_per_update)
+    q = agent.learn(60 * agent.decisions_per_update)
     env.draw()
     expected = [[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]  # small and big, with the best continuation
     for layer in range(3):
@@ -166,7 +166,7 @@ def test_it_solves_a_known_optimum(duo, windows, name):
     agent = getattr(agents, name)(env, **LEARNERS[name])
     returns = []
     router = agent.learn(
-        100 * agent.decisions_per_update, lambda _, metrics, __: returns.append(metrics["rollout/return"])
+        60 * agent.decisions_per_update, lambda _, metrics, __: returns.append(metrics["rollout/return"])
     )
     assert returns[0] < 0 < 0.9 < returns[-1]
     assert _routes(duo, router, windows) == [1, 2, 1]
@@ -200,6 +200,6 @@ def test_one_router_for_all_prices(duo, windows, name):
     """It takes the price as an input, and answers a high one with less compute."""
     env = Lockstep(duo, windows, windows_per_batch=8, group_size=4, prices=(0.02, 0.8))
     agent = getattr(agents, name)(env, **LEARNERS[name])
-    router = agent.learn(100 * agent.decisions_per_update)
+    router = agent.learn(50 * agent.decisions_per_update)
     low, high = (measure(duo, router.at(price=price), windows).compute.mean() for price in (0.02, 0.8))
     assert high < low

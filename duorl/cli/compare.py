@@ -68,13 +68,15 @@ class Compare:
             raise ValueError(f"targets must be computes between 0 and 1, not {options.targets}")
         self.bench = Workbench(options)
         self._check_names()
-        for factory in options.agents.values():
-            self.bench.agent(factory, options.seed)
+        for name, factory in options.agents.items():
+            self.bench.agent(factory, options.seed, name)
 
     def _check_names(self) -> None:
         if not self.options.agents:
             raise ValueError("no agents to compare: name at least one in `agents`")
         taken = {*unlearned(["small"], 0), "best fixed", "oracle", _KNOWABLE, *self.options.rivals}
+        if unknown := set(self.options.own_env) - set(self.options.agents):
+            raise ValueError(f"own_env names {min(unknown)!r}, which is not among the agents")
         for name in self.options.agents:
             if name in taken or Path(name).name != name:
                 raise ValueError(f"an agent cannot be called {name!r}: the comparison or the folder needs that name")
@@ -193,7 +195,7 @@ def _work(folder: Path, job: _Job) -> None:
 def _make(bench: Workbench, job: _Job, config: str) -> Router:
     if job.name not in bench.options.agents:
         return bench.rival(job.name, job.seed)
-    agent = bench.agent(bench.options.agents[job.name], job.seed)
+    agent = bench.agent(bench.options.agents[job.name], job.seed, job.name)
     return bench.learn(agent, job.name, job.events, config, lambda **_: None)
 
 

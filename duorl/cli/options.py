@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from agents import PPO, REINFORCE, Agent
 from duorl.checks import require_positive
@@ -77,6 +77,7 @@ class RunOptions:
         target_compute: share of an all-big pass to spend, in place of a price: the price is found by dual ascent in
             training, or, where `env.prices` makes it an input, afterwards; see docs/budgets.md.
         env: the tokens that agents learn on.
+        own_env: options of `env` that are others for single agents, by the agents' names.
         supervised: training of the supervised router.
         soft: training of the paper's soft router.
         knn: the nearest-neighbour router.
@@ -103,6 +104,7 @@ class RunOptions:
     total_decisions: int = 8_000_000
     target_compute: float | None = None
     env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
+    own_env: dict[str, dict[str, Any]] = field(default_factory=dict)
     supervised: SupervisedOptions = field(default_factory=SupervisedOptions)
     soft: SoftOptions = field(default_factory=SoftOptions)
     knn: KNNOptions = field(default_factory=KNNOptions)

@@ -107,5 +107,5 @@ class Paper:
 
     def _agent(self, factory: AgentFactory, price: float) -> Agent:
         return factory(
-            make_lockstep(self.options, self.model, self.training, LossImprovement(price), seed=self.options.seed)
+            make_lockstep(self.options.env, self.model, self.training, LossImprovement(price), seed=self.options.seed)
         )

@@ -25,7 +25,7 @@ from duorl.models.pretrain import PretrainOptions
 from duorl.rewards import LossImprovement
 
 LEARNERS = [name for name in agents.__all__ if name != "Agent" and not name.endswith("Agent")]
-_COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "knowable")
+_COMPARE_ONLY = ("agents", "own_env", "seeds", "processes", "targets", "knowable")
 _TRAIN_ONLY = ("target_compute",)
 
 

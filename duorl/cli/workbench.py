@@ -18,18 +18,20 @@ from rich.console import Console
 from torch import Tensor
 
 from agents import Agent
-from agents.target import TargetCompute, price_for
+from agents.target import TargetCompute, check_target, price_for
 from duorl import report
 from duorl.checks import require_positive
-from duorl.cli.options import AgentFactory
+from duorl.cli.options import AgentFactory, EnvironmentOptions
 from duorl.corpus import load_windows
 from duorl.costs import action_ids
 from duorl.evaluate import Comparer, Comparison, check_searches, evaluate, flatten, measure
 from duorl.figures import frontier, heat_map, markdown, table
 from duorl.journal import Journal
 from duorl.models import DuoForCausalLM, load, load_tokenizer
-from duorl.rewards import LossImprovement, Reward, price_of
+from duorl.rewards import LossImprovement, Reward, price_of, with_price
 from duorl.routers import (
+    BudgetRouter,
+    HeadRouter,
     Router,
     train_ensemble,
     train_knn,
@@ -68,6 +70,9 @@ class Workbench:
         counts = (evaluation.fixed_windows, evaluation.reference_windows, options.supervised.windows)
         check_searches(self.model, options.env.window, options.actions, *counts)
         self._try_reward()
+        if options.get("target_compute") is not None:
+            check_target(options.target_compute)
+            with_price(options.reward)
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -81,11 +86,11 @@ class Workbench:
         while not trial.done:
             trial.step(torch.zeros(self.options.env.window, dtype=torch.int64, device=self.model.device))
 
-    def agent(self, factory: AgentFactory, seed: int) -> Agent:
-        """A fresh learner; errors as for its class."""
+    def agent(self, factory: AgentFactory, seed: int, name: str = "") -> Agent:
+        """A fresh learner, of that name among the run's; errors as for its class and its environment."""
         options = self.options
         lockstep = make_lockstep(
-            options,
+            replace(EnvironmentOptions(**vars(options.env)), **options.get("own_env", {}).get(name, {})),
             self.model,
             self.training,
             options.reward,
@@ -119,7 +124,7 @@ class Workbench:
         journal.picture(total, "routes/share_of_big", heat_map(routes, f"{name} on held-out router text"))
         journal.hparams(_scalars(config), self._validate(router))
         journal.close()
-        return router
+        return router if self.options.env.big_layers is None else self.deployed(router)
 
     def _to_target(self, agent: Agent, monitor: Callable[..., None]) -> Router:
         """Learn; with a target compute, at the price at which that is spent, which becomes the run's."""
@@ -152,14 +157,16 @@ class Workbench:
         return {f"validation/{key}": value for key, value in found.items()}
 
     def deployed(self, router: Router) -> Router:
-        """The router at the run's price, where it takes one."""
-        return router.at(price=self.price) if router.takes_price else router
+        """The router at the run's price, where it takes one, and held to the run's hard budget, where there is one."""
+        router = router.at(price=self.price) if router.takes_price else router
+        budget = self.options.env.big_layers
+        return router if budget is None or not isinstance(router, HeadRouter) else BudgetRouter(router, budget)
 
     def rival(self, name: str, seed: int) -> Router:
         """Train a router without reinforcement learning: `supervised`, `soft`, `knn`, `ensemble` or `knowable`."""
         options = self.options
         # Wide heads on the same inputs, an estimate of what could have been known from them.
-        wide = replace(options.supervised, width=options.knowable)
+        wide = replace(options.supervised, width=options.get("knowable", 0))
         trainers: dict[str, Callable[..., Router]] = {
             "supervised": partial(train_supervised, options=options.supervised),
             "soft": partial(train_soft, options=options.soft),
@@ -180,10 +187,9 @@ class Workbench:
 
 
 def make_lockstep(
-    options: Namespace, model: DuoForCausalLM, training: Tensor, reward: Reward, *, seed: int, **more: Any
+    env: EnvironmentOptions, model: DuoForCausalLM, training: Tensor, reward: Reward, *, seed: int, **more: Any
 ) -> Lockstep:
-    """The tokens that a run's `env` options describe."""
-    env = options.env
+    """The tokens that options describe."""
     return Lockstep(
         model,
         training,

@@ -39,7 +39,7 @@ class SoftOptions:
         schedule: how it gets there; `constant` has the last from the start.
         straight_through: every token takes its likeliest action alone, as when deployed, and only the gradient is that
             of the mixture.
-        learning_rate: of Adam.
+        learning_rate: of Adam; falls linearly to 0.
         width: hidden units of a head; 0 for the paper's linear map.
     """
 
@@ -114,6 +114,7 @@ def train_soft(
         raise ValueError("a budget leaves nothing to a range of prices: give one of the two")
     router = HeadRouter(model.num_layers, model.hidden_size, actions, options.width, seed, prices).to(model.device)
     optimizer = torch.optim.Adam(router.parameters(), lr=options.learning_rate)
+    falling = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, options.updates)
     generator = torch.Generator().manual_seed(seed)
     for update in range(options.updates):
         picked = torch.randint(len(windows), (options.windows_per_batch,), generator=generator)
@@ -126,6 +127,7 @@ def train_soft(
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        falling.step()
     return router.eval().requires_grad_(False)
 
 

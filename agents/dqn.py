@@ -1,0 +1,265 @@
+"""DQN and MEX: value learners. The router's logits are Q values, so the deployed router is the greedy Q policy."""
+
+from __future__ import annotations
+
+import math
+import sys
+from copy import deepcopy
+from math import ceil
+from typing import Any, cast
+
+import numpy as np
+import stable_baselines3
+import torch
+from stable_baselines3.common.buffers import DictReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
+from torch import Tensor
+from torch.nn.functional import mse_loss
+
+from agents.advantages import explained_variance, rewards_to_go
+from agents.base import Agent, Monitor, refuse_budget
+from duorl.routers import HeadRouter
+from envs.lockstep import Lockstep
+from envs.sb3 import RoutingVecEnv, seen
+
+
+def epsilon_greedy_entropy(epsilon: float, actions: int) -> float:
+    """Entropy in nats of a policy that takes one of A actions at random with probability epsilon, else the best."""
+    shares = [1 - epsilon + epsilon / actions] + [epsilon / actions] * (actions - 1)
+    return -sum(share * math.log(share) for share in shares if share > 0)
+
+
+def mex_loss(q: Tensor, chosen: Tensor, target: Tensor, eta: float) -> Tensor:
+    """Mean of (Q(s, a) - target)^2 - eta * (max_b Q(s, b) - logsumexp_b Q(s, b)), a scalar.
+
+    Maximize to Explore (Liu et al. 2023, arXiv 2305.18258): the error of the values and, against it, an optimistic
+    value, in one objective. Less the logsumexp only the lead of the best action counts, not the level of all.
+
+    Args:
+        q: (B, A), nats.
+        chosen: (B,) int64, the actions that were taken.
+        target: (B,), nats: reward + value of the next state.
+        eta: weight of optimism; 0 for the squared error alone.
+    """
+    error = mse_loss(q.gather(1, chosen[:, None]).squeeze(1), target)
+    return error - eta * (q.amax(1) - q.logsumexp(1)).mean()
+
+
+class _RouterQ(BasePolicy):
+    """Q values of observations, (N, A): a router's logits."""
+
+    def __init__(self, *spaces, router: HeadRouter):
+        super().__init__(*spaces)
+        self.router = router
+
+    def forward(self, obs) -> Tensor:
+        return self.router.logits(*seen(obs))
+
+    def _predict(self, observation, deterministic: bool = True) -> Tensor:
+        return self(observation).argmax(1)
+
+
+class RoutingQPolicy(DQNPolicy):
+    """For Stable-Baselines3's DQN: a `HeadRouter` and a copy of it as the target network.
+
+    Args:
+        router: trained in place.
+        args, kwargs: as Stable-Baselines3 gives them.
+    """
+
+    def __init__(self, *args, router: HeadRouter, **kwargs):
+        self._parts = router, deepcopy(router).requires_grad_(False)
+        super().__init__(*args, **kwargs)
+
+    def _build(self, lr_schedule) -> None:
+        spaces = self.observation_space, self.action_space
+        networks = (cast(QNetwork, _RouterQ(*spaces, router=router)) for router in self._parts)
+        self.q_net, self.q_net_target = networks
+        self.optimizer = torch.optim.Adam(self.q_net.parameters(), lr=lr_schedule(1))
+
+
+class _TokenDQN(stable_baselines3.DQN):
+    """Every token explores for itself; Stable-Baselines3's own tosses one coin for all environments of a step."""
+
+    generator: np.random.Generator
+
+    @property
+    def epsilon(self) -> float:
+        """The share of random choices; all of them before learning starts."""
+        if self.num_timesteps < self.learning_starts:
+            return 1.0
+        return self.exploration_schedule(self._current_progress_remaining)
+
+    @torch.no_grad()
+    def _sample_action(self, learning_starts, action_noise=None, n_envs=1) -> tuple[np.ndarray, np.ndarray]:
+        observation = cast(dict[str, Tensor], obs_as_tensor(cast(Any, self._last_obs), self.device))
+        greedy = self.q_net(observation).argmax(1).cpu().numpy()
+        random = self.generator.integers(self.q_net.action_space.n, size=n_envs)
+        choices = np.where(self.generator.random(n_envs) < self.epsilon, random, greedy)
+        return choices, choices
+
+
+class _MexDQN(_TokenDQN):
+    """DQN with MEX's loss."""
+
+    eta: float
+
+    def train(self, gradient_steps: int, batch_size: int = 100) -> None:
+        self.policy.set_training_mode(True)
+        self._update_learning_rate(self.policy.optimizer)
+        for _ in range(gradient_steps):
+            self.policy.optimizer.zero_grad()
+            self._loss(batch_size).backward()
+            torch.nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
+            self.policy.optimizer.step()
+        self._n_updates += gradient_steps
+
+    def _loss(self, batch_size: int) -> Tensor:
+        assert self.replay_buffer is not None
+        batch = self.replay_buffer.sample(batch_size)
+        with torch.no_grad():
+            following = self.q_net_target(batch.next_observations).amax(1, keepdim=True)
+            target = batch.rewards + (1 - batch.dones) * following
+        return mex_loss(self.q_net(batch.observations), batch.actions.long().squeeze(1), target.squeeze(1), self.eta)
+
+
+class _Report(BaseCallback):
+    """Hands the monitor each episode's metrics."""
+
+    def __init__(self, env: RoutingVecEnv, monitor: Monitor | None):
+        super().__init__()
+        self.env, self.monitor = env, monitor
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        if self.monitor is None:
+            return
+        assert self.env.outcome is not None
+        algorithm = cast(_TokenDQN, self.model)
+        values, returns = _last_episode(algorithm, self.env.lockstep.layers)
+        metrics = {
+            **self.env.outcome.metrics(),
+            "train/entropy": epsilon_greedy_entropy(algorithm.epsilon, len(self.env.lockstep.codes)),
+            "train/explained_variance": explained_variance(values.flatten(), returns.flatten()),
+        }
+        self.monitor(self.num_timesteps, metrics, cast(_RouterQ, algorithm.q_net).router)
+
+
+@torch.no_grad()
+def _last_episode(algorithm: _TokenDQN, layers: int) -> tuple[Tensor, Tensor]:
+    """Q of the choices that were made and the returns that followed, both (L, N)."""
+    buffer = cast(DictReplayBuffer, algorithm.replay_buffer)
+    last = np.arange(buffer.pos - layers, buffer.pos) % buffer.buffer_size
+    observations = {
+        key: torch.as_tensor(values[last], device=algorithm.device).flatten(0, 1)
+        for key, values in buffer.observations.items()
+    }
+    q = algorithm.q_net(observations).cpu().unflatten(0, (layers, -1))  # (L, N, A)
+    chosen = torch.from_numpy(buffer.actions[last]).long()  # (L, N, 1)
+    returns = rewards_to_go(torch.from_numpy(buffer.rewards[last]))
+    return q.gather(2, chosen).squeeze(2), returns
+
+
+class DQN(Agent):
+    """Deep Q-learning (Mnih et al. 2015) by Stable-Baselines3, undiscounted: Q(s, a) = r + max_b Q(s', b).
+
+    After every episode of all tokens it takes `gradient_steps` steps on past decisions. Each decision is random
+    with probability epsilon, for every token by itself. `train/entropy` is that epsilon-greedy policy's and
+    `train/explained_variance` that of the returns to come by Q of the choices made, random ones included.
+
+    Args:
+        env: tokens in lockstep; its seed also starts the weights, the exploration and the sampled batches.
+        learning_rate: of Adam; falls linearly to 0.
+        buffer_size: decisions to learn from, the latest ones, in whole episodes of all tokens and at least one;
+            one takes 8 * hidden_size bytes.
+        batch_size: decisions per gradient step.
+        gradient_steps: per episode of all tokens.
+        target_interval: episodes of all tokens between copies of the router into the target network.
+        learning_starts: decisions before the first gradient step, all random.
+        exploration_fraction: the share of the decisions over which epsilon falls linearly from 1.
+        exploration_final: epsilon from then on.
+        width: hidden units of a head; 0 for linear heads.
+        init: folder of a saved router to start from; its logits are the first Q values.
+
+    Raises:
+        ValueError: the environment has a hard budget.
+    """
+
+    algorithm_class: type[_TokenDQN] = _TokenDQN
+
+    def __init__(
+        self,
+        env: Lockstep,
+        *,
+        learning_rate: float = 3e-3,
+        buffer_size: int = 100_000,
+        batch_size: int = 4096,
+        gradient_steps: int = 16,
+        target_interval: int = 1,
+        learning_starts: int = 0,
+        exploration_fraction: float = 0.5,
+        exploration_final: float = 0.05,
+        width: int = 0,
+        init: str | None = None,
+    ):
+        super().__init__(env, width, init)
+        refuse_budget(env, type(self).__name__)
+        self.vec_env, self.learning_rate = RoutingVecEnv(env), learning_rate
+        episode = self.decisions_per_update
+        self.algorithm = self.algorithm_class(
+            RoutingQPolicy,
+            self.vec_env,
+            learning_rate=learning_rate,
+            buffer_size=max(buffer_size // episode, 1) * episode,
+            learning_starts=learning_starts,
+            batch_size=batch_size,
+            gamma=1.0,
+            train_freq=env.layers,
+            gradient_steps=gradient_steps,
+            # The next episode's first state stands where a final one should; `done` keeps its value out.
+            replay_buffer_kwargs={"handle_timeout_termination": False},
+            target_update_interval=target_interval * episode,
+            exploration_fraction=exploration_fraction,
+            exploration_final_eps=exploration_final,
+            policy_kwargs={"router": self.router},
+            seed=env.first_seed,
+            device=env.model.device,
+        )
+
+    def learn(self, total_decisions: int, monitor: Monitor | None = None) -> HeadRouter:
+        """Train; see `Agent.learn`."""
+        algorithm, updates = self.algorithm, ceil(total_decisions / self.decisions_per_update)
+        algorithm.set_logger(Logger(folder=None, output_formats=[]))
+        # The algorithm asks after an episode, when 1 / updates of the whole is already gone.
+        algorithm.lr_schedule = lambda remaining: self.learning_rate * (remaining + 1 / updates)
+        algorithm.set_random_seed(self.env.first_seed)
+        algorithm.generator = np.random.default_rng(self.env.first_seed)
+        never = sys.maxsize
+        report = _Report(self.vec_env, monitor)
+        algorithm.learn(updates * self.decisions_per_update, callback=report, log_interval=never)
+        return self._finish()
+
+
+class MEX(DQN):
+    """Maximize to Explore (Liu et al. 2023): DQN that weighs the error of its values against optimism, see `mex_loss`.
+
+    Args:
+        env: as for `DQN`.
+        eta: weight of optimism, about the lead in nats that it adds to the best action; 0 for none.
+        options: as for `DQN`.
+
+    Raises:
+        ValueError: the environment has a hard budget.
+    """
+
+    algorithm_class = _MexDQN
+
+    def __init__(self, env: Lockstep, *, eta: float = 1e-3, **options):
+        super().__init__(env, **options)
+        cast(_MexDQN, self.algorithm).eta = eta

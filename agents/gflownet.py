@@ -1,0 +1,122 @@
+"""GFlowNet: routes sampled in proportion to exp(return / temperature), by sub-trajectory balance.
+
+Amortized inference (Hu et al. 2023, arXiv 2310.04363) with the loss of Madan et al. 2022 (arXiv 2209.12782). A state is
+a token's route so far, a tree of depth L, so the backward policy is 1. The flow F(s) of a state is the sum of
+exp(return / temperature) over the routes through it, and where it is known the policy is too:
+pi(a | s) = F(s a) / F(s).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from agents.advantages import entropy, explained_variance, rewards_to_go
+from agents.base import EpisodicAgent
+from envs.lockstep import Lockstep
+
+
+def subtrajectory_balance(log_flow: Tensor, log_chosen: Tensor, decay: float) -> Tensor:
+    """Sub-trajectory balance (Madan et al. 2022, eq. 10 and 11 with P_B = 1), a scalar.
+
+    The mean over tokens and, weighted by decay^(j - i), over i < j of
+    [log F(s_i) + log pi(a_i | s_i) + ... + log pi(a_{j-1} | s_{j-1}) - log F(s_j)]^2.
+
+    Args:
+        log_flow: (L+1, N), log F of the states of N routes; the last row is return / temperature.
+        log_chosen: (L, N), log-probabilities of their choices.
+        decay: above 0; towards 0 only single decisions count, above 1 whole routes count most.
+    """
+    # The sum of log pi from i to j is a difference of prefix sums, and so is the whole bracket.
+    excess = log_flow - torch.cat([torch.zeros_like(log_flow[:1]), log_chosen.cumsum(0)])
+    start, end = torch.triu_indices(len(excess), len(excess), offset=1, device=excess.device)
+    weights = decay ** (end - start).to(excess.dtype)
+    return weights @ (excess[start] - excess[end]).square().mean(1) / weights.sum()
+
+
+class GFlowNet(EpisodicAgent):
+    """Samples routes with P(route) ~ exp(return / temperature), by sub-trajectory balance on its own samples.
+
+    Deployed, the router takes each layer's likeliest action. That is the best route for a low temperature; a high one
+    also keeps the runners-up likely. The distribution is exact where a token's return depends on its own route alone
+    (context `reference`); in the routed context the other tokens' routes are noise in it.
+
+    log F(s_l) = (rewards before l + V(s_l)) / temperature + (L - l) log A. V is the learned head, in nats: what
+    is still to come. Since the rewards so far are known in s_l this only renames what is learned (the forward-looking
+    form of Pan et al. 2023, arXiv 2302.01687), and V = 0 is right where nothing is earned.
+
+    Args:
+        env: tokens in lockstep; its seed also starts the weights and the sampled actions. Hard budgets are kept.
+        temperature: in nats of return, above 0.
+        decay: weight of a sub-trajectory per decision in it, see `subtrajectory_balance`; above 0.
+        learning_rate: of Adam; falls linearly to 0.
+        width: hidden units of a head; 0 for linear heads.
+        init: folder of a saved router to start from.
+
+    Raises:
+        ValueError: temperature or decay is not above 0.
+    """
+
+    def __init__(
+        self,
+        env: Lockstep,
+        *,
+        temperature: float = 0.1,
+        decay: float = 0.9,
+        learning_rate: float = 1e-2,
+        width: int = 0,
+        init: str | None = None,
+    ):
+        if temperature <= 0 or decay <= 0:
+            raise ValueError(f"temperature and decay must be above 0, not {temperature} and {decay}")
+        super().__init__(env, width, init)
+        self.temperature, self.decay, self.learning_rate = temperature, decay, learning_rate
+        self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)
+        self.values = self.heads(1)
+        self.optimizer = torch.optim.Adam([*self.router.parameters(), *self.values.parameters()], lr=learning_rate)
+
+    def update(self) -> dict[str, float]:
+        """One episode of all tokens and one gradient step; returns its metrics by tag.
+
+        `train/explained_variance` is of the return to come by temperature * (log F + log pi of the choices to come),
+        which is that return itself in perfect balance.
+        """
+        logits, log_chosen, values = self._episode()
+        outcome = self.env.outcome
+        log_flow = self._log_flow(values, outcome.credits)
+        loss = subtrajectory_balance(log_flow, log_chosen, self.decay)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        with torch.no_grad():
+            balance = self.temperature * (log_flow[:-1] - log_flow[-1] + rewards_to_go(log_chosen))
+            returns = rewards_to_go(outcome.credits)
+            return {
+                **outcome.metrics(),
+                "train/entropy": entropy(logits).mean().item(),
+                "train/explained_variance": explained_variance(returns + balance, returns),
+            }
+
+    def _episode(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Sample one route per token: logits (L, N, A), log-probabilities of the choices (L, N), V (L, N)."""
+        env, logits, log_chosen, values = self.env, [], [], []
+        env.draw()
+        while not env.done:
+            state = env.hidden, env.layer, env.compute, env.conditions
+            scores = self.router.logits(*state).masked_fill(~env.action_masks(), -torch.inf)
+            log_shares = torch.log_softmax(scores, dim=-1)
+            choice = torch.multinomial(log_shares.detach().exp(), 1, generator=self.generator)
+            logits.append(scores)
+            log_chosen.append(log_shares.gather(1, choice).squeeze(1))
+            values.append(self.values(*state).squeeze(1))
+            env.step(choice.squeeze(1))
+        return torch.stack(logits), torch.stack(log_chosen), torch.stack(values)
+
+    def _log_flow(self, values: Tensor, rewards: Tensor) -> Tensor:
+        """log F of the states of a route, (L+1, N), from V (L, N) and rewards (L, N)."""
+        nothing = torch.zeros_like(rewards[:1])
+        earned = torch.cat([nothing, rewards.cumsum(0)])  # (L+1, N), before each decision
+        routes_left = math.log(len(self.env.codes)) * torch.arange(self.env.layers, -1, -1, device=rewards.device)
+        return (earned + torch.cat([values, nothing])) / self.temperature + routes_left[:, None]

@@ -1,0 +1,1 @@
+"""Rewards to start your own from; see docs/rewards.md."""

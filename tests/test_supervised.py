@@ -1,0 +1,285 @@
+"""What is taught by the oracle: values against naive enumeration, targets, and the routers that learn from them."""
+
+import math
+
+import pytest
+import torch
+
+from duorl import routers
+from duorl.evaluate import measure
+from duorl.oracle import exhaustive
+from duorl.routers import (
+    EnsembleOptions,
+    EnsembleRouter,
+    HeadRouter,
+    KNNOptions,
+    KNNRouter,
+    OracleRouter,
+    SupervisedOptions,
+    train_ensemble,
+    train_knn,
+    train_supervised,
+)
+from duorl.routers.ensemble import bootstrap
+from duorl.routers.heads import price_features
+from duorl.routers.knn import unit
+from duorl.routers.supervised import (
+    Decisions,
+    action_values,
+    draw_routes,
+    fit,
+    label,
+    label_for,
+    ladder,
+    soft_maximum,
+    target_loss,
+)
+
+PRICE = 0.1
+
+
+@pytest.fixture(scope="module")
+def windows():
+    """Six windows of nine tokens that begin with different ones, so that no state is stored twice."""
+    drawn = torch.randint(61, (6, 10), generator=torch.Generator().manual_seed(3))
+    drawn[:, 0] = torch.arange(6)
+    return drawn
+
+
+@pytest.fixture(scope="module")
+def table(duo, windows):
+    return exhaustive(duo, windows, actions=("skip", "small", "big"))
+
+
+def naive_value(table, token, prefix, action, temperature):
+    """Q(prefix, a) of one token, over the completions one by one."""
+    start = torch.tensor([*prefix, action])
+    completions = (table.routes[:, : len(start)] == start).all(1)
+    values = -(table.losses[token] + PRICE * table.compute)[completions].double()
+    if temperature == 0:
+        return values.max().item()
+    return temperature * (values / temperature).exp().mean().log().item()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.2, 5.0])
+def test_action_values_are_those_of_all_completions(table, temperature):
+    index = torch.randint(len(table.routes), table.losses.shape[:2], generator=torch.Generator().manual_seed(0))
+    values = action_values(table, PRICE, index, temperature)
+    assert values.shape == (6, 9, 3, 3)
+    for token in ((0, 0), (3, 5), (5, 8)):
+        route = table.routes[index[token]].tolist()
+        for layer in range(3):
+            naive = [naive_value(table, token, route[:layer], action, temperature) for action in range(3)]
+            assert values[token][layer].tolist() == pytest.approx(naive, abs=1e-5)
+
+
+def test_the_soft_maximum_runs_from_the_maximum_to_the_mean():
+    values = torch.tensor([[1.0, 2.0, 6.0]])
+    assert soft_maximum(values, 0.0).item() == 6
+    assert soft_maximum(values, 1e-4).item() == pytest.approx(6, abs=1e-3)
+    assert soft_maximum(values, 1e7).item() == pytest.approx(3, abs=1e-5)
+    assert soft_maximum(values, 1.0).item() == pytest.approx(math.log((math.e + math.e**2 + math.e**6) / 3), abs=1e-5)
+
+
+def test_soft_labels_are_the_conditionals_of_the_distribution_over_routes(table):
+    """Their product along a route is the route's own probability."""
+    index = torch.randint(len(table.routes), table.losses.shape[:2], generator=torch.Generator().manual_seed(1))
+    conditionals = (action_values(table, PRICE, index, 0.3) / 0.3).softmax(-1)
+    taken = conditionals.gather(-1, table.routes[index][..., None]).squeeze(-1).prod(-1)
+    joint = (-(table.losses + PRICE * table.compute) / 0.3).softmax(-1)
+    assert torch.allclose(taken, joint.gather(-1, index[..., None]).squeeze(-1), atol=1e-6)
+
+
+def test_routes_are_drawn_from_that_distribution(table):
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.stack([draw_routes(table, PRICE, 0.3, generator) for _ in range(4000)])[:, 0, 0]
+    shares = drawn.bincount(minlength=27) / len(drawn)
+    joint = (-(table.losses[0, 0] + PRICE * table.compute) / 0.3).softmax(-1)
+    assert torch.allclose(shares, joint, atol=0.03)
+    assert torch.equal(draw_routes(table, PRICE, 0.0, generator), table.best(PRICE))
+
+
+def test_labels_at_temperature_0_are_the_oracles_decisions(duo, windows):
+    asked = {"actions": ("small", "big"), "temperature": 0.0, "generator": torch.Generator()}
+    decisions = label(duo, windows, prices=(0.1, 0.5), **asked)
+    table = exhaustive(duo, windows)
+    routes = torch.cat([table.routes[table.best(price)].flatten(0, 1) for price in (0.1, 0.5)])  # (N, L)
+    assert torch.equal(decisions.values.argmax(-1).T + 1, routes)
+    spent = torch.stack([duo.action_compute[i][routes[:, i]] for i in range(3)]).cumsum(0)
+    assert torch.allclose(decisions.compute[1:], spent[:-1]) and (decisions.compute[0] == 0).all()
+    assert decisions.hidden.shape == (3, 108, 32)
+    assert decisions.price.tolist() == pytest.approx([0.1] * 54 + [0.5] * 54)
+
+
+def test_targets_ask_for_what_they_say():
+    values, scores = torch.tensor([[[3.0, 1.0]]]), torch.tensor([[[0.5, 0.1]]])
+    probability = scores.softmax(-1)[0, 0]
+    losses = {
+        "action": -probability[0].log(),
+        "soft": -(probability.log() * torch.tensor([1.5, 0.5]).softmax(0)).sum(),
+        "value": 2 * (0.2 - 1.0) ** 2,
+        "cost": -(probability[0] - probability[1]),
+    }
+    for target, loss in losses.items():
+        assert target_loss(scores, values, target=target, temperature=2.0) == pytest.approx(float(loss), abs=1e-6)
+
+
+def test_the_ladder_of_prices():
+    assert ladder(None, 0.4, 5) == [0.4]
+    assert ladder((0.1, 1.6), 0.4, 3) == pytest.approx([0.1, 0.4, 1.6])
+    with pytest.raises(ValueError, match="both above 0"):
+        ladder((0.0, 1.0), 0.4, 3)
+
+
+def test_bad_options_are_refused():
+    with pytest.raises(ValueError, match="unknown target 'label': choose from action"):
+        SupervisedOptions(target="label")
+    for options in (SupervisedOptions, KNNOptions):
+        with pytest.raises(ValueError, match="temperature must be above 0"):
+            options(temperature=0.0)
+    with pytest.raises(ValueError, match="members"):
+        EnsembleOptions(members=0)
+
+
+@pytest.mark.parametrize("target", ["action", "soft", "value", "cost"])
+def test_every_target_finds_a_known_optimum(target):
+    """Big is worth more exactly where the state's first number is positive, at a low price only."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 600, 8, generator=generator)
+    price = torch.tensor([0.1, 1.0]).repeat(300)
+    worth = (hidden[..., 0] > 0).float() - price - 0.3
+    values = torch.stack([torch.zeros_like(worth), worth], dim=-1)
+    decisions = Decisions(hidden, torch.zeros(2, 600), price, values)
+    options = SupervisedOptions(target=target, epochs=100, batch_size=400, learning_rate=0.01, width=32)
+    router = HeadRouter(2, 8, width=32, prices=(0.1, 1.0))
+
+    def agreement():
+        chosen = torch.stack([router.score(hidden[i], i, decisions.compute[i], price).argmax(-1) for i in range(2)])
+        return (chosen == values.argmax(-1)).float().mean()
+
+    before = agreement()
+    fit(router, decisions, options=options, seed=0)
+    assert before < 0.9 < 0.95 < agreement()
+
+
+def test_a_huge_price_is_answered_with_all_small(duo, windows):
+    options = SupervisedOptions(windows=6, target="cost", epochs=60, batch_size=81, learning_rate=0.03)
+    router = train_supervised(duo, windows, price=50.0, options=options)
+    assert (measure(duo, router, windows, context="reference").routes == 1).float().mean() > 0.98
+
+
+@pytest.mark.parametrize("target", ["action", "cost"])
+def test_on_its_own_text_it_comes_near_the_oracle(duo, windows, target):
+    """Few tokens can be memorized: most of the gap between an untrained router and the oracle closes."""
+    options = SupervisedOptions(
+        windows=6, target=target, temperature=0.05, epochs=200, batch_size=162, learning_rate=0.02, width=64
+    )
+
+    def loss(router):
+        return measure(duo, router, windows, context="reference").loss.mean().item()
+
+    taught = loss(train_supervised(duo, windows, price=1e-6, options=options))
+    oracle, untrained = loss(OracleRouter(price=1e-6)), loss(HeadRouter(3, 32))
+    assert taught < untrained - 0.8 * (untrained - oracle)
+
+
+def test_one_router_for_a_range_spends_less_where_compute_is_dear(duo, windows):
+    options = SupervisedOptions(windows=6, target="cost", rungs=3, epochs=100, batch_size=240, learning_rate=0.03)
+    router = train_supervised(duo, windows, price=0.0, prices=(0.01, 20.0), options=options)
+    spent = [measure(duo, router.at(price=price), windows).compute.mean() for price in (0.01, 20.0)]
+    assert spent[1] < 0.3 < spent[0]
+    with pytest.raises(ValueError, match=r"use router\.at"):
+        measure(duo, router, windows)
+
+
+def test_one_neighbour_reproduces_the_oracle(duo, windows):
+    options = KNNOptions(windows=6, neighbours=1)
+    router = train_knn(duo, windows, price=PRICE, options=options)
+    oracle = measure(duo, OracleRouter(price=PRICE), windows, context="reference").routes
+    assert torch.equal(measure(duo, router, windows, context="reference").routes, oracle)
+
+
+def test_one_neighbour_knows_every_stored_price(duo, windows):
+    options = KNNOptions(windows=6, neighbours=1, rungs=3)
+    router = train_knn(duo, windows, price=0.0, prices=(0.05, 5.0), options=options)
+    for rung, price in enumerate((0.06, 0.4, 4.0)):
+        for layer in range(3):
+            chosen = router.at(price=price)(router.states[layer], layer, torch.zeros(54))
+            assert torch.equal(chosen, router.codes[router.choices[rung, layer].long()])
+    assert (router.choices[0] > router.choices[2]).float().mean() > 0.1
+    with pytest.raises(ValueError, match=r"outside of 0\.05 to 5"):
+        router.at(price=6.0)
+    with pytest.raises(ValueError, match=r"use router\.at"):
+        router(router.states[0], 0, torch.zeros(54))
+
+
+def test_neighbours_vote_by_distance():
+    router = KNNRouter(1, 4, 3, neighbours=2, temperature=0.5)
+    router.states.copy_(unit(torch.tensor([[[1.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]]])))
+    router.choices[0, 0] = torch.tensor([1, 0, 0])
+    query = torch.tensor([[[0.9, 0.4, 0.0, -0.1]]])
+    near, far = (unit(query[0, 0]) - router.states[0, :2]).norm(dim=-1).tolist()
+    weights = [math.exp(-near / 0.5), math.exp(-far / 0.5)]
+    expected = [weights[1] / sum(weights), weights[0] / sum(weights)]
+    assert router.shares(query, 0)[0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert router(query, 0, torch.zeros(1, 1)).tolist() == [[2]]
+    with pytest.raises(ValueError, match="4 neighbours among 3 states"):
+        KNNRouter(1, 4, 3, neighbours=4)
+    with pytest.raises(ValueError, match="trained for one price"):
+        router.at(price=0.1)
+
+
+def test_a_mean_of_members_decides_and_their_spread_is_known():
+    router = EnsembleRouter(2, 8, ("skip", "small", "big"), members=3, seed=5, prices=(0.1, 1.0)).at(price=0.3)
+    hidden, compute = torch.randn(4, 6, 8), torch.rand(4, 6)
+    conditions = price_features(torch.full((4, 6), 0.3), (0.1, 1.0))
+    scores = torch.stack([member.logits(hidden, 1, compute, conditions) for member in router.members])
+    assert torch.allclose(router.scores(hidden, 1, compute), scores, atol=1e-6)
+    assert torch.equal(router(hidden, 1, compute), scores.mean(0).argmax(-1))
+    margin = scores[..., 2] - scores[..., 1]
+    deviation = ((margin - margin.mean(0)) ** 2).mean(0).sqrt()
+    assert torch.allclose(router.spread(hidden, 1, compute), deviation, atol=1e-6) and (deviation > 0).all()
+    with pytest.raises(ValueError, match="outside"):
+        router.at(price=2.0)
+    with pytest.raises(ValueError, match="small and big"):
+        EnsembleRouter(2, 8, ("skip", "big")).spread(hidden, 0, compute)
+
+
+def test_a_bootstrap_draws_whole_windows():
+    drawn = bootstrap(2, 50, 3, torch.Generator().manual_seed(0)).view(2, 50, 3)
+    assert torch.equal(drawn % 3, torch.arange(3).expand(2, 50, 3))
+    assert torch.equal(drawn[1], drawn[0] + 150)
+    assert 0.5 < len(drawn[0, :, 0].unique()) / 50 < 0.75  # 1 - 1/e
+
+
+def test_the_ensembles_members_learn_and_differ(duo, windows):
+    options = EnsembleOptions(
+        windows=6, members=3, target="cost", rungs=2, epochs=60, batch_size=150, learning_rate=0.03
+    )
+    router = train_ensemble(duo, windows, price=0.0, prices=(0.01, 20.0), options=options)
+    cheap, dear = (router.at(price=price) for price in (0.01, 20.0))
+    assert measure(duo, dear, windows).compute.mean() < 0.3 < measure(duo, cheap, windows).compute.mean()
+    first, second, _ = (member.heads.weights[0] for member in router.members)
+    assert (first - second).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["ensemble", "knn"])
+def test_saved_at_a_price_they_decide_as_before(duo, windows, kind, tmp_path):
+    if kind == "knn":
+        options = KNNOptions(windows=6, neighbours=5, rungs=2)
+        router = train_knn(duo, windows, price=0.0, prices=(0.1, 1.0), options=options)
+    else:
+        router = EnsembleRouter(3, 32, members=3, prices=(0.1, 1.0))
+    router.at(price=0.7).save_pretrained(tmp_path)
+    loaded = routers.load(tmp_path)
+    assert torch.equal(measure(duo, loaded, windows).routes, measure(duo, router.at(price=0.7), windows).routes)
+    assert loaded.config["price"] == 0.7
+
+
+def test_one_search_serves_all_prices(duo, windows, monkeypatch):
+    searches = []
+    found = exhaustive(duo, windows)
+    monkeypatch.setattr("duorl.routers.supervised.exhaustive", lambda *_, **__: searches.append(1) or found)
+    asked = {"price": 0.0, "prices": (0.1, 1.0), "actions": ("small", "big"), "seed": 0}
+    decisions = label_for(duo, windows, SupervisedOptions(windows=6, rungs=4), **asked)
+    assert len(searches) == 1 and decisions.values.shape == (3, 4 * 54, 2)
