@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import ceil
 from typing import Any, cast
 
@@ -210,8 +211,13 @@ class PPO(_OnPolicy):
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: the environment has a hard budget, which only MaskablePPO keeps.
+        ValueError: the environment has a hard budget, which MaskablePPO keeps.
     """
+
+    algorithm_class: type[OnPolicyAlgorithm] = stable_baselines3.PPO
+    policy_class: type[_HeadPolicy] = RoutingPolicy
+    buffer_class: type[_GroupAdvantages] = GroupRolloutBuffer
+    takes_budgets = False
 
     def __init__(
         self,
@@ -228,56 +234,29 @@ class PPO(_OnPolicy):
         init: str | None = None,
     ):
         super().__init__(env, width, init)
-        refuse_budget(env, "PPO")
-        self.algorithm = stable_baselines3.PPO(
-            RoutingPolicy,
+        if not self.takes_budgets:
+            refuse_budget(env, "PPO")
+        make: Callable[..., OnPolicyAlgorithm] = self.algorithm_class
+        self.algorithm = make(
+            self.policy_class,
             batch_size=min(batch_size, self.decisions_per_update),
             n_epochs=epochs,
             clip_range=clip_range,
-            rollout_buffer_class=GroupRolloutBuffer,
+            rollout_buffer_class=self.buffer_class,
             **self._shared(learning_rate, entropy_bonus, value_weight, gae_lambda),
         )
 
 
-class MaskablePPO(_OnPolicy):
+class MaskablePPO(PPO):
     """PPO for hard budgets (Huang and Ontanon 2020), by sb3-contrib: choices that break the budget have no chance.
 
-    Args:
-        env: tokens in lockstep, with `big_layers`; its seed also starts the weights and the sampled actions.
-        learning_rate: of Adam; falls linearly to 0.
-        epochs: passes over a rollout.
-        batch_size: decisions per gradient step.
-        clip_range: of the probability ratio.
-        gae_lambda: lambda of generalized advantage estimation, used without copies.
-        entropy_bonus: weight of the policy's entropy.
-        value_weight: weight of the critic's squared error.
-        width: hidden units of a head; 0 for linear heads.
-        init: folder of a saved router to start from.
+    Args and errors as for `PPO`, but the environment may have `big_layers`.
     """
 
-    def __init__(
-        self,
-        env: Lockstep,
-        *,
-        learning_rate: float = 3e-3,
-        epochs: int = 2,
-        batch_size: int = 4096,
-        clip_range: float = 0.2,
-        gae_lambda: float = 1.0,
-        entropy_bonus: float = 0.0,
-        value_weight: float = 0.5,
-        width: int = 0,
-        init: str | None = None,
-    ):
-        super().__init__(env, width, init)
-        self.algorithm = sb3_contrib.MaskablePPO(
-            MaskableRoutingPolicy,
-            batch_size=min(batch_size, self.decisions_per_update),
-            n_epochs=epochs,
-            clip_range=clip_range,
-            rollout_buffer_class=MaskableGroupRolloutBuffer,
-            **self._shared(learning_rate, entropy_bonus, value_weight, gae_lambda),
-        )
+    algorithm_class = sb3_contrib.MaskablePPO
+    policy_class = MaskableRoutingPolicy
+    buffer_class = MaskableGroupRolloutBuffer
+    takes_budgets = True
 
 
 class A2C(_OnPolicy):
@@ -293,7 +272,7 @@ class A2C(_OnPolicy):
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: the environment has a hard budget, which only MaskablePPO keeps.
+        ValueError: the environment has a hard budget, which MaskablePPO keeps.
     """
 
     def __init__(

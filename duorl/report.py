@@ -77,6 +77,9 @@ def _comparison_page(folder: Path) -> str:
         "<h2>All routers</h2>",
         _comparison_table(comparison),
     ]
+    if (folder / "budgets.json").is_file():
+        for text, found in json.loads((folder / "budgets.json").read_text())["texts"].items():
+            parts += _budgets(text, found)
     if (folder / "traces.json").is_file():
         parts += _traces(json.loads((folder / "traces.json").read_text()))
     return _page("Comparison of routers", settings, parts)
@@ -132,13 +135,46 @@ def _comparison_table(comparison: Comparison) -> str:
     return f"<div class='wide'>{body}</div><p class='note'>{note}</p>"
 
 
-def _cell(value: float, interval: Sequence[float], key: str) -> str:
-    spread = f"<span class='interval'>{' to '.join(map(_short, interval))}</span>"
-    return f"<td data-key='{key}' data-value='{value!r}'>{_short(value)}<br>{spread}</td>"
+def _cell(value: float, interval: Sequence[float], key: str, digits: int = 3) -> str:
+    spread = f"<span class='interval'>{' to '.join(_short(end, digits) for end in interval)}</span>"
+    return f"<td data-key='{key}' data-value='{value!r}'>{_short(value, digits)}<br>{spread}</td>"
 
 
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3f}"
+def _short(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
+
+
+def _budgets(text: str, found: Numbers) -> list[str]:
+    """Routers at equal compute: their frontiers, and their losses at the targets with the difference to each rival."""
+    figure = Figure()
+    for router in found["routers"]:
+        steps = router["frontier"]
+        below = [step["loss"] - step["interval"][0] for step in steps]
+        above = [step["interval"][1] - step["loss"] for step in steps]
+        bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 0.5}
+        figure.add_scatter(x=_column(steps, "compute"), y=_column(steps, "loss"), error_y=bars, name=router["router"])
+    note = "Means over seeds; bars and intervals: 95 %, over seeds and windows. Differences are paired by window."
+    return [
+        f"<h2>At equal compute: {escape(text)}</h2>",
+        chart(_axes(figure, "compute (FFN FLOPs / all-big)", "loss (nats per token)")),
+        _budget_table(found["rows"]),
+        f"<p class='note'>{note}</p>",
+    ]
+
+
+def _budget_table(rows: Sequence[Numbers]) -> str:
+    names = list(dict.fromkeys(row["router"] for row in rows))
+    titles = ("router", "compute", "loss", *(f"minus {name}" for name in names))
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    lines = []
+    for row in rows:
+        cells = [f"<td>{escape(row['router'])}</td><td>{row['target']:g}</td>"]
+        cells += ["<td></td>" if row["loss"] is None else _cell(row["loss"], row["loss_interval"], "loss", 4)]
+        for name in names:
+            against = row["minus"].get(name)
+            cells += [_cell(against["difference"], against["interval"], name, 4) if against else "<td></td>"]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<div class='wide'><table class='budgets'><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
 def _traces(traces: Numbers) -> list[str]:

@@ -411,6 +411,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, caps
     assert sorted(path for path in tiny.rglob("*") if "__pycache__" not in path.parts) == before
 
 
+def test_help_names_the_rewards(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    section = capsys.readouterr().out.split("\nrewards:\n")[1]
+    for line in ("LossImprovement(price=0.1)", "TeacherKL(price=0.1, share=1.0)", "RedundancyCharge(charge=0.01"):
+        assert f"\n  {line}" in section
+    assert "--reward thrifty.Thrifty --reward.bonus 0.02" in section
+
+
 def test_help_explains_every_option(capsys):
     for command in cli.COMMANDS:
         with pytest.raises(SystemExit) as stopped:

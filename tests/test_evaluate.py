@@ -25,13 +25,14 @@ def comparison(duo, windows):
     comparer = Comparer(
         duo, windows[:12], windows[12:], price=0.1, actions=("small", "big"), reference="small", options=options
     )
+    comparer.knowable = ConstantRouter("big")  # whatever; here it is all-big that could have been known
     routers = {
-        "random": RandomRouter(),
-        "all-small": ConstantRouter("small"),
-        "all-big": ConstantRouter("big"),
-        "best fixed": comparer.fixed,
-        "heads": HeadRouter(3, 32),
-        "oracle": comparer.oracle,
+        "random": [RandomRouter()],
+        "all-small": [ConstantRouter("small")],
+        "all-big": [ConstantRouter("big")],
+        "best fixed": [comparer.fixed],
+        "heads": [HeadRouter(3, 32, seed=seed) for seed in (0, 1)],
+        "oracle": [comparer.oracle],
     }
     return comparer.compare(routers, {"price": 0.1})
 
@@ -60,6 +61,22 @@ def test_known_rows(comparison):
             low, high = row[f"{name}_interval"]
             assert low - 1e-6 <= row[name] <= high + 1e-6
     assert found["heads"]["tokens"] == 84 and found["heads"]["reference"]["tokens"] == 28
+
+
+def test_a_row_of_several_seeds_is_their_mean(duo, windows, comparison):
+    row = rows(comparison)["heads"]
+    alone = [measure(duo, HeadRouter(3, 32, seed=seed), windows[12:]) for seed in (0, 1)]
+    assert row["seeds"] == 2 and row["loss"] == pytest.approx(sum(m.loss.mean().item() for m in alone) / 2)
+    assert row["compute"] == pytest.approx(sum(m.compute.mean().item() for m in alone) / 2)
+    assert 0 < row["return_minus_fixed_p"] <= 1
+
+
+def test_the_regret_is_split_by_what_could_have_been_known(comparison):
+    found = rows(comparison)
+    assert found["all-big"]["regret_avoidable"] == pytest.approx(0, abs=1e-6)
+    label_alone = found["all-big"]["regret"]
+    for row in comparison.rows:
+        assert row["regret"] == pytest.approx(label_alone + row["regret_avoidable"], abs=1e-5)
 
 
 def test_best_fixed_wins_the_final(duo, windows):

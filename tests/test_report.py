@@ -10,8 +10,10 @@ from html import unescape
 import pytest
 import torch
 from test_paper import Names, small_study
+from test_statistics import made_up
 
 from duorl import report
+from duorl.budgets import budget_rows, summaries
 from duorl.evaluate import Comparer, EvaluationOptions
 from duorl.paper import claims_page, draw
 from duorl.paper.claims import claims
@@ -52,7 +54,7 @@ def comparison_run(duo, tmp_path_factory):
         "oracle": comparer.oracle,
     }
     settings = {"command": "duorl compare --out 'a folder'", "price": 0.1}
-    comparer.compare(routers, settings).save(folder)
+    comparer.compare({name: [router] for name, router in routers.items()}, settings).save(folder)
     (folder / "traces.json").write_text(json.dumps(comparer.traces(Names())))
     return folder
 
@@ -93,6 +95,30 @@ def test_the_report_of_a_comparison_shows_its_numbers(comparison_run, tmp_path):
             assert f">{row[key]:.3f}<" in line and f"{low:.3f} to {high:.3f}" in line
     assert "duorl compare --out 'a folder'" in document
     assert document.count('title="all-small') == 2 * 2 * 7  # two colourings of two windows of seven tokens
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_the_report_shows_routers_at_equal_compute(comparison_run, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(comparison_run, folder)
+    ladders = {"best fixed": made_up(0.0, 1), "good": made_up(-0.05, 3)}
+    found = {
+        "tokens": 60,
+        "all_big": 1.5,
+        "rows": budget_rows(ladders, [0.3, 0.95], resamples=50),
+        "routers": summaries(ladders, level=1.8, worst_loss=3.5, resamples=50),
+    }
+    (folder / "budgets.json").write_text(json.dumps({"command": "duorl compare", "texts": {"a text": found}}))
+    document, console = opened(report.write(folder), tmp_path)
+    assert not console, console
+    assert len(re.findall(r'class="[^"]*js-plotly-plot', document)) == 5
+    lines = re.search(r'<table class="budgets">(.*?)</table>', document, re.DOTALL)[1].split("<tr>")[2:]
+    assert len(lines) == 4 and "data-key" not in lines[2]  # neither reaches 95 %
+    cells = dict(re.findall(r'data-key="([^"]+)" data-value="([^"]+)"', lines[1]))
+    against = found["rows"][1]["minus"]["best fixed"]
+    assert float(cells["best fixed"]) == against["difference"] and float(cells["loss"]) == found["rows"][1]["loss"]
+    assert f"{against['interval'][0]:.4f} to {against['interval'][1]:.4f}" in lines[1]
 
 
 @needs_chromium

@@ -132,7 +132,7 @@ def test_straight_through_runs_as_deployed_and_learns_as_the_mixture(duo, window
 
 
 def test_a_soft_router_for_a_range_spends_less_where_compute_is_dear(duo, windows):
-    options = SoftOptions(updates=150, windows_per_batch=8, learning_rate=0.03)
+    options = SoftOptions(updates=60, windows_per_batch=8, learning_rate=0.03)
     router = train_soft(duo, windows, price=0.0, prices=(0.01, 20.0), options=options)
     spent = [measure(duo, router.at(price=price), windows).compute.mean() for price in (0.01, 20.0)]
     assert spent[1] < 0.3 < spent[0]

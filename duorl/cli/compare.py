@@ -16,6 +16,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from duorl import report
 from duorl.budgets import Ladder, budget_rows, ladder_prices, summaries
 from duorl.checks import require_positive
 from duorl.cli.folders import check_folder, check_same_options, make_folder
@@ -28,7 +29,7 @@ from duorl.routers import ConstantRouter, Router
 from duorl.routers import load as load_router
 
 _KNOWABLE = "knowable"
-_STEPS = 9  # of a ladder of prices
+_STEPS = 7  # of a ladder of prices
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,9 @@ class Compare:
         (self.folder / "budgets.json").write_text(json.dumps(numbers, indent=1))
         (self.folder / "budgets.md").write_text(budgets_markdown(numbers))
         for text, found in texts.items():
-            budget_frontiers(found, text).savefig(self.folder / "figures" / f"budgets-{text}.png", dpi=150)
+            name = text.replace("/", "_")
+            budget_frontiers(found, text).savefig(self.folder / "figures" / f"budgets-{name}.png", dpi=150)
+        report.write(self.folder)
 
     def _budgets(self, ladders: dict[str, list[Ladder]], windows: Tensor) -> dict[str, Any]:
         constant = [ConstantRouter(name) for name in ACTIONS[1:]]

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Collection, Sequence
 from typing import NoReturn
 
-from jsonargparse import ArgumentParser, Namespace, lazy_instance
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_instance
 
 import agents
 from agents import PPO
+from duorl import rewards
 from duorl.cli.options import (
     DEFAULT_PRICE,
     AgentFactory,
@@ -55,8 +58,32 @@ def fail(line: str) -> NoReturn:
     raise SystemExit(2)
 
 
+class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
+    """Leaves the lines of the rewards' section as they are."""
+
+
+def _rewards_section() -> str:
+    """What there is to name after --reward, from the classes themselves."""
+    lines = ["rewards:", "  What a decision earns; a Sum adds several up. Explained in docs/rewards.md.", ""]
+    for name, kind in inspect.getmembers(rewards, inspect.isclass):
+        if issubclass(kind, rewards.Reward) and kind is not rewards.Reward:
+            given = inspect.signature(kind).parameters.values()
+            options = (p.name if p.default is p.empty else f"{p.name}={p.default}" for p in given)
+            lines += [f"  {name}({', '.join(options)})", f"      {(inspect.getdoc(kind) or '').splitlines()[0]}"]
+    return "\n".join([*lines, *_OWN_REWARDS])
+
+
+_OWN_REWARDS = (
+    "",
+    "  Your own is a class with __call__(self, step) -> (N,) rewards, named by its import path:",
+    "      --reward thrifty.Thrifty --reward.bonus 0.02",
+    "  Three worked examples are in examples/; --reward.help CLASS lists a class's options.",
+)
+
+
 def _subparser(options: type, skip: set[str] | None = None) -> _Parser:
-    parser = _Parser(description=(options.__doc__ or "").split("\n")[0], allow_abbrev=False)
+    summary = (options.__doc__ or "").split("\n")[0]
+    parser = _Parser(description=summary, allow_abbrev=False)
     parser.add_argument("--config", action="config", help="YAML file with the options below")
     parser.add_class_arguments(options, skip=skip)
     parser.add_argument("--overwrite", action="store_true", help="replace a run that the output folder holds")
@@ -91,6 +118,7 @@ def build_parser(without: Collection[str] = ()) -> tuple[_Parser, dict[str, _Par
     reward = None if "reward" in without else lazy_instance(LossImprovement, price=DEFAULT_PRICE)
     for name in ("train", "compare"):
         subparsers[name].set_defaults({"reward": reward})
+        subparsers[name].epilog = _rewards_section()
     for name in ("train", "compare", "dense", "pretrain"):
         subparsers[name].add_argument(
             "--resume", action="store_true", help="keep what the output folder has finished, do the rest"
@@ -100,7 +128,12 @@ def build_parser(without: Collection[str] = ()) -> tuple[_Parser, dict[str, _Par
         action="store_true",
         help="few windows, short trainings, Fig. 8 on small models: says little, in minutes",
     )
-    parser = _Parser(prog="duorl", description="Reinforcement-learning routers for duo models.", allow_abbrev=False)
+    parser = _Parser(
+        prog="duorl",
+        description="Reinforcement-learning routers for duo models.",
+        allow_abbrev=False,
+        formatter_class=_HelpFormatter,  # the commands' parsers take it over
+    )
     commands = parser.add_subcommands()
     for name, subparser in subparsers.items():
         commands.add_subcommand(name, subparser, help=subparser.description)

@@ -50,10 +50,10 @@ class SupervisedOptions:
     """
 
     windows: int = 64
-    target: Target = "value"
-    temperature: float = 0.3
+    target: Target = "cost"
+    temperature: float = 1.0
     rungs: int = 5
-    epochs: int = 10
+    epochs: int = 5
     batch_size: int = 4096
     learning_rate: float = 3e-3
     width: int = 0
