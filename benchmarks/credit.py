@@ -1,6 +1,6 @@
 """What each device against variance, and each way of giving credit, does: the table of docs/learning.md.
 
-    python benchmarks/credit.py --out docs/results/credit.json
+    python -m benchmarks.credit --out docs/results/credit.json
 
 Every variant learns from equally many layer decisions on duo-tiny at one price, with several seeds. Its return is
 measured in the routed context on files of the router split that none has seen, against the leave-one-out REINFORCE
@@ -12,10 +12,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from agents.base import EpisodicAgent
 from duorl.allocator import keep_freed_memory
 from duorl.corpus import cut, documents
 from duorl.evaluate import measure
+from duorl.processes import side_by_side
 from duorl.rewards import LogitLensShaping, LossImprovement, Reward, TeacherKL
 from duorl.routers import ConstantRouter, PatternRouter, SoftOptions, train_soft
 from duorl.statistics import bootstrap_interval
@@ -179,16 +178,14 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     jobs = [(name, seed) for seed in range(options.seeds) for name in variants()]
-    context = multiprocessing.get_context("spawn")
-    threads = max(1, torch.get_num_threads() // options.processes)
     with tempfile.TemporaryDirectory() as folder:
         starts = Path(folder)
-        prepare(starts, soft_updates=options.decisions // 20_000)
+        prepare(starts, soft_updates=max(1, options.decisions // 8192))
         run = partial(study, decisions=options.decisions, updates=options.updates, starts=starts)
-        with ProcessPoolExecutor(options.processes, context, torch.set_num_threads, (threads,)) as pool:
+        with side_by_side(options.processes) as pool:
             found = list(pool.map(run, jobs))
     table = rows(found)
-    command = f"python benchmarks/credit.py --decisions {options.decisions} --seeds {options.seeds}"
+    command = f"python -m benchmarks.credit --decisions {options.decisions} --seeds {options.seeds}"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"command": command, "rows": table}, indent=1))
     print(markdown(table))

@@ -10,9 +10,7 @@ One recipe trains them all, each from scratch but the last:
 from __future__ import annotations
 
 import json
-import multiprocessing
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,6 +26,7 @@ from duorl.corpus import load_windows
 from duorl.models import DuoForCausalLM, load, load_tokenizer
 from duorl.models.config import inner_size, inner_size_name
 from duorl.models.pretrain import Pretraining, PretrainOptions, backbone_config, random_routes
+from duorl.processes import side_by_side
 from duorl.statistics import bootstrap_interval
 
 
@@ -92,9 +91,7 @@ def _resized(recipe: PretrainOptions, size: int) -> dict[str, Any]:
 
 def train(jobs: dict[str, PretrainOptions], processes: int) -> None:
     """Run the trainings, each in a process of its own, all but those that are finished."""
-    threads = max(1, torch.get_num_threads() // processes)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool:
+    with side_by_side(processes) as pool:
         *first, last = jobs.values()
         list(pool.map(_train, first))
         pool.submit(_train, last).result()  # it starts from one of the others

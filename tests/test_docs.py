@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import credit, prices
 from duorl.cli import COMMANDS, build_parser
 from duorl.dense import markdown as markdown_of_dense
 from duorl.evaluate import Comparison
-from duorl.figures import markdown
+from duorl.figures import budgets_markdown, markdown
 from duorl.models.loading import EMBEDDED
 from duorl.paper import claims_page
 
@@ -66,6 +67,22 @@ def test_tables_are_those_of_the_kept_results(result):
     text = "\n".join(page.read_text() for page in PAGES)
     assert markdown(comparison) in text
     assert comparison.settings["command"] in text
+
+
+@pytest.mark.parametrize(
+    "result", sorted((ROOT / "docs" / "results").glob("budgets*.json")), ids=lambda path: path.stem
+)
+def test_tables_at_equal_compute_are_those_of_the_kept_results(result):
+    numbers = json.loads(result.read_text())
+    text = "\n".join(page.read_text() for page in PAGES)
+    assert budgets_markdown(numbers) in text and numbers["command"] in text
+
+
+@pytest.mark.parametrize(("benchmark", "page"), [(credit, "learning.md"), (prices, "budgets.md")])
+def test_the_benchmarks_tables_are_those_of_the_kept_rows(benchmark, page):
+    kept = json.loads((ROOT / "docs" / "results" / f"{benchmark.__name__.split('.')[1]}.json").read_text())
+    text = (ROOT / "docs" / page).read_text()
+    assert benchmark.markdown(kept["rows"]) in text and kept["command"] in text
 
 
 def test_the_kept_study_says_what_its_numbers_say():

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import shutil
 from collections.abc import Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, as_completed
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +24,7 @@ from duorl.cli.workbench import Workbench, console, typed_command, write
 from duorl.corpus import source_names
 from duorl.costs import ACTIONS
 from duorl.figures import budget_frontiers, budgets_markdown
+from duorl.processes import side_by_side
 from duorl.routers import ConstantRouter, Router
 from duorl.routers import load as load_router
 
@@ -109,14 +109,9 @@ class Compare:
         return [*jobs, _Job(_KNOWABLE, options.seed, folder / _KNOWABLE)] if options.knowable else jobs
 
     def _train(self, jobs: Sequence[_Job]) -> None:
-        """Every job in a process of its own; the threads are divided among them, for more than cores slow all down."""
+        """Every job in one of the processes that run side by side."""
         processes = min(self.options.processes or torch.get_num_threads(), len(jobs))
-        threads = max(1, torch.get_num_threads() // processes)
-        context = multiprocessing.get_context("spawn")
-        with (
-            ProcessPoolExecutor(processes, context, torch.set_num_threads, (threads,)) as pool,
-            progress_bars() as progress,
-        ):
+        with side_by_side(processes) as pool, progress_bars() as progress:
             task = progress.add_task("train", total=len(jobs), note="")
             running: dict[Future, _Job] = {pool.submit(_work, self.folder, job): job for job in jobs}
             for done in as_completed(running):

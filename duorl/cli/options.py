@@ -19,7 +19,7 @@ from duorl.routers.heads import check_prices
 from envs import Lockstep
 
 # What the command line charges unless told: dear enough that a fixed pattern leaves something to win on duo-tiny
-# (docs/experiments.md, "All routers, price 0.1").
+# (docs/experiments.md, "How the defaults were chosen").
 DEFAULT_PRICE = 0.3
 
 AgentFactory = Callable[[Lockstep], Agent]

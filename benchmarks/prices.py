@@ -1,0 +1,108 @@
+"""One router for all prices against one router per price: the table of docs/budgets.md.
+
+    python -m benchmarks.prices --out docs/results/prices.json
+
+REINFORCE learns on duo-tiny's router text from equally many layer decisions each: once with the price as an input, and
+once at each of five prices alone, which is five times the training. Frontiers are measured on files of the router
+split that none has seen, in the routed context, and judged by their hypervolume, the fixed patterns' beside them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from torch import Tensor
+
+import agents
+from benchmarks.credit import text
+from duorl.allocator import keep_freed_memory
+from duorl.budgets import Ladder, ladder_prices
+from duorl.oracle import fixed_patterns
+from duorl.rewards import LossImprovement
+from duorl.routers import ConstantRouter, Router
+from duorl.statistics import bootstrap_interval, hypervolume, interpolate
+from envs import Lockstep
+
+PRICES, STEPS = (0.02, 0.8), 5
+TARGETS = (0.25, 0.5)
+
+
+def learn(decisions: int, seed: int, price: float | None) -> Router:
+    """A router for the price, or for all of them."""
+    model, training, _ = text()
+    options = {"windows_per_batch": 8, "group_size": 2, "seed": seed}
+    reward, prices = LossImprovement(price or PRICES[0]), None if price else PRICES
+    return agents.REINFORCE(Lockstep(model, training, reward=reward, prices=prices, **options)).learn(decisions)
+
+
+def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
+    """The three frontiers."""
+    model, training, windows = text()
+    steps = ladder_prices(PRICES, STEPS)
+    one = learn(decisions, seed, None)
+    patterns = [found.route for found in fixed_patterns(model, training[:24])]
+    return {
+        "best fixed": Ladder.of_patterns(model, patterns, windows),
+        "one router per price": Ladder.climb(model, [learn(decisions, seed, price) for price in steps], windows),
+        "one router for all prices": Ladder.climb(model, [one.at(price=price) for price in steps], windows),
+    }
+
+
+def rows(found: dict[str, Ladder], worst_loss: float) -> list[dict]:
+    """A row per frontier: its hypervolume, and the paired difference to the router per price at some computes."""
+    separate = found["one router per price"]
+    return [
+        {
+            "name": name,
+            "compute": [ladder.compute.min().item(), ladder.compute.max().item()],
+            "hypervolume": hypervolume(ladder.compute, ladder.loss, worst_loss=worst_loss),
+            "minus": {str(target): _minus(ladder, separate, target) for target in TARGETS},
+        }
+        for name, ladder in found.items()
+    ]
+
+
+def _minus(ladder: Ladder, separate: Ladder, target: float) -> list[float] | None:
+    """Difference of losses at a compute, and its interval."""
+    own, rival = (interpolate(one.compute, one.losses, target) for one in (ladder, separate))
+    if own is None or rival is None:
+        return None
+    difference: Tensor = own - rival
+    return [difference.mean().item(), *bootstrap_interval(difference)]
+
+
+def markdown(table: list[dict]) -> str:
+    """The rows as a table."""
+    head = ["frontier", "spends", "hypervolume", *(f"minus one per price, at {target:g}" for target in TARGETS)]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for row in table:
+        low, high = row["compute"]
+        minus = [
+            "" if cell is None else f"{cell[0]:+.4f} ({cell[1]:+.4f}, {cell[2]:+.4f})" for cell in row["minus"].values()
+        ]
+        cells = [row["name"], f"{low:.2f} to {high:.2f}", f"{row['hypervolume']:.4f}", *minus]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Train, measure, write the JSON, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--decisions", type=int, default=1_000_000, help="layer decisions of every training")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/prices.json"))
+    options = parser.parse_args()
+    keep_freed_memory()
+    model, _, windows = text()
+    small = Ladder.climb(model, [ConstantRouter("small")], windows).loss.item()
+    table = rows(ladders(options.decisions, options.seed), small)
+    command = f"python -m benchmarks.prices --decisions {options.decisions}"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps({"command": command, "rows": table}, indent=1))
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
