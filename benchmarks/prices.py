@@ -21,7 +21,7 @@ from duorl.allocator import keep_freed_memory
 from duorl.budgets import Ladder, ladder_prices
 from duorl.oracle import fixed_patterns
 from duorl.rewards import LossImprovement
-from duorl.routers import ConstantRouter, Router
+from duorl.routers import ConstantRouter, PatternRouter, Router
 from duorl.statistics import bootstrap_interval, hypervolume, interpolate
 from envs import Lockstep
 
@@ -42,9 +42,9 @@ def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
     model, training, windows = text()
     steps = ladder_prices(PRICES, STEPS)
     one = learn(decisions, seed, None)
-    patterns = [found.route for found in fixed_patterns(model, training[:24])]
+    patterns = [PatternRouter(found.route) for found in fixed_patterns(model, training[:24])]
     return {
-        "best fixed": Ladder.of_patterns(model, patterns, windows),
+        "best fixed": Ladder.climb(model, patterns, windows),
         "one router per price": Ladder.climb(model, [learn(decisions, seed, price) for price in steps], windows),
         "one router for all prices": Ladder.climb(model, [one.at(price=price) for price in steps], windows),
     }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from duorl.evaluate import measure
 from duorl.models.modeling import DuoForCausalLM
-from duorl.routers import PatternRouter, Router
+from duorl.routers import Router
 from duorl.statistics import bootstrap_interval, hypervolume, interpolate, reaches, sign_flip_test
 
 Row = dict[str, Any]
@@ -42,11 +42,6 @@ class Ladder:
         """Measure routers, one per step, on windows (W, T+1)."""
         measured = [measure(model, router, windows) for router in steps]
         return cls(torch.stack([m.compute.mean() for m in measured]), torch.stack([m.loss.mean(1) for m in measured]))
-
-    @classmethod
-    def of_patterns(cls, model: DuoForCausalLM, routes: Sequence[Sequence[int]], windows: Tensor) -> Ladder:
-        """The ladder of fixed patterns, the best one of every number of big layers, for instance."""
-        return cls.climb(model, [PatternRouter(route) for route in routes], windows)
 
     @property
     def loss(self) -> Tensor:

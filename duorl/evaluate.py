@@ -223,7 +223,8 @@ class Comparer:
         self.searched = held_out[: options.reference_windows]
         enumerated = training[: options.fixed_windows].to(model.device)
         self._patterns = exhaustive(model, enumerated, context="uniform", actions=actions)
-        self.fixed = self._best_fixed(training[: options.final_windows])
+        self._final = training[: options.final_windows]
+        self.fixed = self._best_fixed(self._patterns.fixed_ranking(price), price)
         self.oracle = OracleRouter(price, actions)
         self.oracle.begin(model, self.searched.to(model.device))
         self._memory = remember(model, self.searched.to(model.device))
@@ -235,15 +236,27 @@ class Comparer:
         self._traced: dict[str, dict[str, Any]] = {}
         self._fixed = measure(model, self.fixed, self.windows, batch=options.batch)
 
-    def _best_fixed(self, windows: Tensor) -> PatternRouter:
+    def _best_fixed(self, ranking: Tensor, price: float) -> PatternRouter:
         """The finalist with the lowest cost: 256 candidates on few windows alone would crown a lucky one."""
+        finalists = [
+            PatternRouter(self._patterns.routes[index].tolist()) for index in ranking[: self.options.finalists]
+        ]
+        if len(finalists) == 1:
+            return finalists[0]
 
         def cost(pattern: PatternRouter) -> float:
-            measured = measure(self.model, pattern, windows, batch=self.options.batch)
-            return (measured.loss + self.price * measured.compute).mean().item()
+            measured = measure(self.model, pattern, self._final, batch=self.options.batch)
+            return (measured.loss + price * measured.compute).mean().item()
 
-        ranking = self._patterns.fixed_ranking(self.price)[: self.options.finalists]
-        return min((PatternRouter(self._patterns.routes[index].tolist()) for index in ranking), key=cost)
+        return min(finalists, key=cost)
+
+    def best_patterns(self) -> list[PatternRouter]:
+        """The best pattern per number of big layers, chosen on router text in two rounds, as `fixed` is."""
+        table, patterns = self._patterns, []
+        for count in sorted(set((table.routes == BIG).sum(1).tolist())):
+            allowed = table.with_big(count)
+            patterns.append(self._best_fixed(table.fixed_ranking(allowed=allowed)[: int(allowed.sum())], price=0.0))
+        return patterns
 
     def compare(self, routers: Mapping[str, Sequence[Router]], settings: dict[str, Any]) -> Comparison:
         """A row per name, for a router or one per training seed, and the two frontiers."""

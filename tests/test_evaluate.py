@@ -87,6 +87,15 @@ def test_best_fixed_wins_the_final(duo, windows):
     assert comparer.fixed.config["route"] == table.routes[table.best_fixed(0.1)].tolist()
 
 
+def test_the_best_pattern_of_every_budget_wins_its_final(duo, windows):
+    options = EvaluationOptions(windows=4, reference_windows=1, fixed_windows=1, finalists=8, final_windows=12)
+    settings = {"price": 0.1, "actions": ("small", "big"), "reference": "small", "options": options}
+    comparer = Comparer(duo, windows[:12], windows[12:], **settings)
+    table = exhaustive(duo, windows[:12], context="uniform")
+    expected = [table.routes[table.best_fixed(allowed=table.with_big(count))].tolist() for count in range(4)]
+    assert [pattern.config["route"] for pattern in comparer.best_patterns()] == expected
+
+
 def test_regret_is_the_oracles_return_minus_the_routers(duo, windows, comparison):
     held_out = windows[12:16]
     searched = exhaustive(duo, held_out, context="reference")

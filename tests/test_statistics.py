@@ -95,6 +95,6 @@ def test_a_ladder_of_patterns_is_their_measurement(duo, tokens):
     from duorl.evaluate import measure
     from duorl.routers import PatternRouter
 
-    ladder = Ladder.of_patterns(duo, [[1, 1, 1], [2, 1, 2]], tokens)
+    ladder = Ladder.climb(duo, [PatternRouter([1, 1, 1]), PatternRouter([2, 1, 2])], tokens)
     measured = measure(duo, PatternRouter([2, 1, 2]), tokens)
     assert torch.equal(ladder.losses[1], measured.loss.mean(1)) and ladder.compute[1] == measured.compute.mean()

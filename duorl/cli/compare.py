@@ -34,17 +34,26 @@ _STEPS = 7  # of a ladder of prices
 
 @dataclass(frozen=True)
 class _Job:
-    """One training: which learner, with which seed, and where its router goes."""
+    """One training: which learner, with which seed, one of several or not, in which run's folder."""
 
     name: str
     seed: int
-    place: Path
+    run: Path
+    several: bool
+
+    @property
+    def place(self) -> Path:
+        """Folder of its router."""
+        return self._own("routers")
 
     @property
     def events(self) -> Path:
         """Folder of its TensorBoard events."""
-        folder = self.place.parts[self.place.parts.index("routers") + 1 :]
-        return Path(*self.place.parts[: self.place.parts.index("routers")], "tensorboard", *folder)
+        return self._own("tensorboard")
+
+    def _own(self, kind: str) -> Path:
+        folder = self.run / kind / self.name
+        return folder / f"seed-{self.seed}" if self.several else folder
 
 
 class Compare:
@@ -99,21 +108,19 @@ class Compare:
         return [*self.options.rivals, *self.options.agents]
 
     def _jobs(self) -> list[_Job]:
-        options, folder = self.options, self.folder / "routers"
+        options = self.options
         seeds = range(options.seed, options.seed + options.seeds)
-        jobs = [
-            _Job(name, seed, folder / name / f"seed-{seed}" if options.seeds > 1 else folder / name)
-            for seed in seeds
-            for name in self._learners()
-        ]
-        return [*jobs, _Job(_KNOWABLE, options.seed, folder / _KNOWABLE)] if options.knowable else jobs
+        several = len(seeds) > 1
+        jobs = [_Job(name, seed, self.folder, several) for seed in seeds for name in self._learners()]
+        knowable = [_Job(_KNOWABLE, options.seed, self.folder, several=False)] if options.knowable else []
+        return [*jobs, *knowable]
 
     def _train(self, jobs: Sequence[_Job]) -> None:
         """Every job in one of the processes that run side by side."""
         processes = min(self.options.processes or torch.get_num_threads(), len(jobs))
         with side_by_side(processes) as pool, progress_bars() as progress:
             task = progress.add_task("train", total=len(jobs), note="")
-            running: dict[Future, _Job] = {pool.submit(_work, self.folder, job): job for job in jobs}
+            running: dict[Future, _Job] = {pool.submit(_work, job): job for job in jobs}
             for done in as_completed(running):
                 done.result()
                 job = running[done]
@@ -136,14 +143,14 @@ class Compare:
                 "oracle": [comparer.oracle],
             }
             comparison = comparer.compare(routers, bench.settings(self.config))
-            self.routes = [point["route"] for point in comparison.frontiers["fixed"]]
+            self.patterns = comparer.best_patterns() if options.targets else []
         write(comparison, comparer.traces(bench.tokenizer), self.folder)
 
     def _compare_budgets(self, jobs: Sequence[_Job]) -> None:
         """All routers at equal compute, on each text."""
         texts: dict[str, dict[str, Any]] = {}
         for text, windows in held_out_texts(self.bench).items():
-            ladders = {"best fixed": [Ladder.of_patterns(self.bench.model, self.routes, windows)]}
+            ladders = {"best fixed": [Ladder.climb(self.bench.model, self.patterns, windows)]}
             for name in self._learners():
                 ladders[name] = [Ladder.load(_ladder_path(job, text)) for job in jobs if job.name == name]
             texts[text] = {"tokens": windows[:, 1:].numel(), **self._budgets(ladders, windows)}
@@ -176,9 +183,9 @@ def _ladder_path(job: _Job, text: str) -> Path:
     return job.place / f"ladder-{text.replace('/', '_')}.safetensors"
 
 
-def _work(folder: Path, job: _Job) -> None:
+def _work(job: _Job) -> None:
     """A job, in a process of its own: train unless the folder holds the router, measure unless it holds the ladder."""
-    bench, config = _bench(folder)
+    bench, config = _bench(job.run)
     if not (job.place / "router.json").is_file():
         shutil.rmtree(job.events, ignore_errors=True)  # an interrupted training's curve would lie under the new one
         _make(bench, job, config).save_pretrained(job.place)
