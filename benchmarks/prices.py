@@ -27,6 +27,7 @@ from envs import Lockstep
 
 PRICES, STEPS = (0.02, 0.8), 5
 TARGETS = (0.25, 0.5)
+HELD_OUT = 96  # windows
 
 
 def learn(decisions: int, seed: int, price: float | None) -> Router:
@@ -40,6 +41,7 @@ def learn(decisions: int, seed: int, price: float | None) -> Router:
 def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
     """The three frontiers."""
     model, training, windows = text()
+    windows = windows[:HELD_OUT]
     steps = ladder_prices(PRICES, STEPS)
     one = learn(decisions, seed, None)
     patterns = [PatternRouter(found.route) for found in fixed_patterns(model, training[:24])]
@@ -96,7 +98,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     model, _, windows = text()
-    small = Ladder.climb(model, [ConstantRouter("small")], windows).loss.item()
+    small = Ladder.climb(model, [ConstantRouter("small")], windows[:HELD_OUT]).loss.item()
     table = rows(ladders(options.decisions, options.seed), small)
     command = f"python -m benchmarks.prices --decisions {options.decisions}"
     options.out.parent.mkdir(parents=True, exist_ok=True)
