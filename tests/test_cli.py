@@ -47,9 +47,12 @@ def refused(arguments, capsys) -> str:
     return lines[0]
 
 
+_COMMAND_OF = {"compare": "compare", "neighbours": "compare", "dense": "dense", "pretrain-tiny": "pretrain"}
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_is_valid(path):
-    command = {"compare": "compare", "dense": "dense", "pretrain-tiny": "pretrain"}.get(path.stem, "train")
+    command = _COMMAND_OF.get(path.stem, "train")
     parser, _ = build_parser()
     assert parser.parse_args([command, "--config", str(path)]).subcommand == command
 
