@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import tempfile
 from collections.abc import Callable
 from functools import lru_cache, partial
@@ -96,7 +97,10 @@ def learner(name: str, seed: int, starts: Path) -> agents.Agent:
 
 
 def gradient_spread(agent: agents.Agent, updates: int) -> float | None:
-    """Trace of the covariance of an update's gradient over the squared norm of its mean; the policy stays as it is."""
+    """Trace of the covariance of an update's gradient over the squared norm of its mean; the policy stays as it is.
+
+    Infinite where so few updates show no mean at all; None for learners of Stable-Baselines3.
+    """
     if not isinstance(agent, EpisodicAgent):
         return None
     for group in agent.optimizer.param_groups:
@@ -108,8 +112,8 @@ def gradient_spread(agent: agents.Agent, updates: int) -> float | None:
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in agent.router.parameters()]))
     found = torch.stack(gradients)
     variance = found.var(0).sum()
-    signal = (found.mean(0).square().sum() - variance / updates).clamp(min=1e-12)  # less what the mean owes to noise
-    return (variance / signal).item()
+    signal = found.mean(0).square().sum() - variance / updates  # less what the mean owes to noise
+    return (variance / signal).item() if signal > 0 else math.inf
 
 
 @torch.no_grad()
@@ -162,17 +166,23 @@ def markdown(table: list[dict]) -> str:
     for row in table:
         low, high = row["interval"]
         minus = f"{row['minus']:+.4f} ({low:+.4f}, {high:+.4f})" if row["name"] != YARDSTICK else ""
-        spreads = ["" if row[key] is None else f"{row[key]:,.0f}" for key in ("fresh", "trained")]
+        spreads = [_spread(row[key]) for key in ("fresh", "trained")]
         lines.append(f"| {row['name']} | {row['return']:+.4f} | {minus} | {spreads[0]} | {spreads[1]} |")
     return "\n".join(lines) + "\n"
+
+
+def _spread(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if math.isfinite(value) else "noise alone"
 
 
 def main() -> None:
     """Run all trainings, write the JSON, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--decisions", type=int, default=1_000_000, help="layer decisions of every training")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--updates", type=int, default=24, help="gradients behind a spread")
+    parser.add_argument("--decisions", type=int, default=200_000, help="layer decisions of every training")
+    parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--updates", type=int, default=10, help="gradients behind a spread")
     parser.add_argument("--processes", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/credit.json"))
     options = parser.parse_args()
