@@ -171,7 +171,7 @@ def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
     for key, value in row.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")
-        elif key.endswith("_interval") or prefix.endswith("_interval."):
+        elif (key.endswith("_interval") or prefix.endswith("_interval.")) and isinstance(value, (list, tuple)):
             yield from ((f"{prefix}{key}.{end}", bound) for end, bound in zip(("low", "high"), value, strict=True))
         else:
             yield f"{prefix}{key}", value

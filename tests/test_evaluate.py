@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_routed_pass import routed_losses
 
-from duorl.evaluate import Comparer, EvaluationOptions, evaluate, measure
+from duorl.evaluate import Comparer, EvaluationOptions, evaluate, flatten, measure
 from duorl.figures import budget_table, frontier, heat_map, table
 from duorl.oracle import exhaustive
 from duorl.routers import ConstantRouter, HeadRouter, RandomRouter
@@ -125,6 +125,12 @@ def test_files_hold_the_same_numbers(comparison, tmp_path):
         "actions",
         "tokens_per_second",
     } <= set(saved["rows"][0])
+
+
+def test_only_pairs_are_flattened_as_intervals():
+    row = {"loss_interval": (1.0, 2.0), "target_interval": 3, "big_interval": {"a": [4.0, 5.0]}}
+    expected = {"loss_interval.low": 1.0, "loss_interval.high": 2.0, "target_interval": 3}
+    assert dict(flatten(row)) == expected | {"big_interval.a.low": 4.0, "big_interval.a.high": 5.0}
 
 
 def test_frontiers_reach_from_all_small_to_all_big(comparison):
