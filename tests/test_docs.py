@@ -118,11 +118,19 @@ def test_the_oracles_table_is_the_kept_one():
     assert rows[1]["loss"] < rows[8]["loss"]
 
 
-def test_the_kept_default_run_shows_what_the_readme_says():
-    rows = {row["router"]: row for row in Comparison.load(ROOT / "docs" / "results" / "compare.json").rows}
-    for agent in ("PPO", "REINFORCE"):
-        assert rows[agent]["return_minus_fixed_interval"][0] > 0
-        assert all(
-            rows[agent]["return"] > rows[rival]["return"]
-            for rival in ("random", "all-skip", "all-small", "all-big", "best fixed")
-        )
+def test_the_kept_comparison_shows_what_the_readme_says():
+    texts = json.loads((ROOT / "docs" / "results" / "budgets.json").read_text())["texts"]
+    assert set(texts) == {"stdlib-code", "stdlib-docs"}
+    for found in texts.values():
+        minus = {(row["router"], row["target"]): row["minus"] for row in found["rows"]}
+        assert {row["seeds"] for row in found["rows"] if row["router"] != "best fixed"} == {5}
+        for agent in ("ReinMax", "PPO"):
+            assert minus[agent, 0.25]["best fixed"]["interval"][1] < 0
+            assert not minus[agent, 0.75]  # no agent spends that much
+        for target in (0.25, 0.5):
+            assert minus["ReinMax", target]["supervised"]["interval"][1] < 0
+            low, high = minus["ReinMax", target]["soft"]["interval"]
+            assert low < 0 < high
+        low, high = minus["ReinMax", 0.5]["best fixed"]["interval"]
+        assert low < 0 < high
+        assert all(router["level_at"] is None for router in found["routers"] if router["router"] != "best fixed")
