@@ -6,10 +6,10 @@ BIN := .venv/bin
 train: .venv/installed
 	$(BIN)/python train.py
 
-test: .venv/installed-test
+test: .venv/installed-test .types/duorl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml
 	$(BIN)/pytest
 
 .venv/installed: pyproject.toml
@@ -21,5 +21,10 @@ test: .venv/installed-test
 	$(BIN)/pip install -q -e ".[test]"
 	touch $@
 
+# The package as it is installed, for the type checker, which does not follow editable installs.
+.types/duorl: Makefile $(wildcard duorl/*)
+	rm -rf .types && mkdir -p .types/duorl
+	ln -s $(addprefix ../../,$(wildcard duorl/*) agents envs) .types/duorl/
+
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv .types build *.egg-info

@@ -3,26 +3,6 @@
 The command line knows them by their class's name, `--agent PPO`; in Python they are also `PPOAgent`, `ReinforceAgent`.
 """
 
-from agents.base import Agent
-from agents.dqn import DQN, MEX
-from agents.gflownet import GFlowNet
-from agents.on_policy import A2C, PPO, MaskablePPO
-from agents.reinforce import REINFORCE
-from agents.reinmax import ReinMax
+import lazy_loader
 
-PPOAgent = PPO
-ReinforceAgent = REINFORCE
-
-__all__ = [
-    "A2C",
-    "DQN",
-    "MEX",
-    "PPO",
-    "REINFORCE",
-    "Agent",
-    "GFlowNet",
-    "MaskablePPO",
-    "PPOAgent",
-    "ReinMax",
-    "ReinforceAgent",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import math
-import sys
 from copy import deepcopy
-from math import ceil
 from typing import Any, cast
 
 import numpy as np
 import stable_baselines3
 import torch
 from stable_baselines3.common.buffers import DictReplayBuffer
-from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from agents.advantages import explained_variance, rewards_to_go
-from agents.base import Agent, Monitor, refuse_budget
+from duorl.agents.advantages import explained_variance, rewards_to_go
+from duorl.agents.base import refuse_budget
+from duorl.agents.stable_baselines import StableBaselinesAgent
+from duorl.envs.lockstep import Lockstep
+from duorl.envs.sb3 import head_inputs
+from duorl.learners.base import State
 from duorl.routers import HeadRouter
-from envs.lockstep import Lockstep
-from envs.sb3 import RoutingVecEnv, seen
 
 
 def epsilon_greedy_entropy(epsilon: float, actions: int) -> float:
@@ -57,7 +55,7 @@ class _RouterQ(BasePolicy):
         self.router = router
 
     def forward(self, obs) -> Tensor:
-        return self.router.logits(*seen(obs))
+        return self.router.heads(*head_inputs(obs))
 
     def _predict(self, observation, deterministic: bool = True) -> Tensor:
         return self(observation).argmax(1)
@@ -68,38 +66,39 @@ class RoutingQPolicy(DQNPolicy):
 
     Args:
         router: trained in place.
+        optimizer: of its weights.
         args, kwargs: as Stable-Baselines3 gives them.
     """
 
-    def __init__(self, *args, router: HeadRouter, **kwargs):
-        self._parts = router, deepcopy(router).requires_grad_(False)
+    def __init__(self, *args, router: HeadRouter, optimizer: torch.optim.Optimizer, **kwargs):
+        self._parts, self._optimizer = (router, deepcopy(router).requires_grad_(False)), optimizer
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule) -> None:
         spaces = self.observation_space, self.action_space
         networks = (cast(QNetwork, _RouterQ(*spaces, router=router)) for router in self._parts)
         self.q_net, self.q_net_target = networks
-        self.optimizer = torch.optim.Adam(self.q_net.parameters(), lr=lr_schedule(1))
+        self.optimizer = self._optimizer
 
 
 class _TokenDQN(stable_baselines3.DQN):
     """Every token explores for itself; Stable-Baselines3's own tosses one coin for all environments of a step."""
 
-    generator: np.random.Generator
+    agent: DQN
 
     @property
     def epsilon(self) -> float:
         """The share of random choices; all of them before learning starts."""
         if self.num_timesteps < self.learning_starts:
             return 1.0
-        return self.exploration_schedule(self._current_progress_remaining)
+        return self.exploration_schedule(1 - self.num_timesteps / self.agent.planned)
 
     @torch.no_grad()
     def _sample_action(self, learning_starts, action_noise=None, n_envs=1) -> tuple[np.ndarray, np.ndarray]:
         observation = cast(dict[str, Tensor], obs_as_tensor(cast(Any, self._last_obs), self.device))
         greedy = self.q_net(observation).argmax(1).cpu().numpy()
-        random = self.generator.integers(self.q_net.action_space.n, size=n_envs)
-        choices = np.where(self.generator.random(n_envs) < self.epsilon, random, greedy)
+        random = self.agent.generator.integers(self.q_net.action_space.n, size=n_envs)
+        choices = np.where(self.agent.generator.random(n_envs) < self.epsilon, random, greedy)
         return choices, choices
 
 
@@ -127,30 +126,6 @@ class _MexDQN(_TokenDQN):
         return mex_loss(self.q_net(batch.observations), batch.actions.long().squeeze(1), target.squeeze(1), self.eta)
 
 
-class _Report(BaseCallback):
-    """Hands the monitor each episode's metrics."""
-
-    def __init__(self, env: RoutingVecEnv, monitor: Monitor | None):
-        super().__init__()
-        self.env, self.monitor = env, monitor
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        if self.monitor is None:
-            return
-        assert self.env.outcome is not None
-        algorithm = cast(_TokenDQN, self.model)
-        values, returns = _last_episode(algorithm, self.env.lockstep.layers)
-        metrics = {
-            **self.env.outcome.metrics(),
-            "train/entropy": epsilon_greedy_entropy(algorithm.epsilon, len(self.env.lockstep.codes)),
-            "train/explained_variance": explained_variance(values.flatten(), returns.flatten()),
-        }
-        self.monitor(self.num_timesteps, metrics, cast(_RouterQ, algorithm.q_net).router)
-
-
 @torch.no_grad()
 def _last_episode(algorithm: _TokenDQN, layers: int) -> tuple[Tensor, Tensor]:
     """Q of the choices that were made and the returns that followed, both (L, N)."""
@@ -166,7 +141,7 @@ def _last_episode(algorithm: _TokenDQN, layers: int) -> tuple[Tensor, Tensor]:
     return q.gather(2, chosen).squeeze(2), returns
 
 
-class DQN(Agent):
+class DQN(StableBaselinesAgent):
     """Deep Q-learning (Mnih et al. 2015) by Stable-Baselines3, undiscounted: Q(s, a) = r + max_b Q(s', b).
 
     After every episode of all tokens it takes `gradient_steps` steps on past decisions. Each decision is random
@@ -191,7 +166,9 @@ class DQN(Agent):
         ValueError: the environment has a hard budget.
     """
 
+    algorithm: _TokenDQN
     algorithm_class: type[_TokenDQN] = _TokenDQN
+    stateful = ("target", "generator", "replay", *StableBaselinesAgent.stateful)
 
     def __init__(
         self,
@@ -208,14 +185,13 @@ class DQN(Agent):
         width: int = 0,
         init: str | None = None,
     ):
-        super().__init__(env, width, init)
+        super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         refuse_budget(env, type(self).__name__)
-        self.vec_env, self.learning_rate = RoutingVecEnv(env), learning_rate
+        self.generator = np.random.default_rng(env.first_seed)
         episode = self.decisions_per_update
-        self.algorithm = self.algorithm_class(
+        algorithm = self.algorithm_class(
             RoutingQPolicy,
             self.vec_env,
-            learning_rate=learning_rate,
             buffer_size=max(buffer_size // episode, 1) * episode,
             learning_starts=learning_starts,
             batch_size=batch_size,
@@ -227,23 +203,53 @@ class DQN(Agent):
             target_update_interval=target_interval * episode,
             exploration_fraction=exploration_fraction,
             exploration_final_eps=exploration_final,
-            policy_kwargs={"router": self.router},
-            seed=env.first_seed,
+            policy_kwargs={"router": self.router, "optimizer": self.optimizer},
             device=env.model.device,
         )
+        algorithm.agent = self
+        self.start(algorithm)
 
-    def learn(self, total_decisions: int, monitor: Monitor | None = None) -> HeadRouter:
-        """Train; see `Agent.learn`."""
-        algorithm, updates = self.algorithm, ceil(total_decisions / self.decisions_per_update)
-        algorithm.set_logger(Logger(folder=None, output_formats=[]))
-        # The algorithm asks after an episode, when 1 / updates of the whole is already gone.
-        algorithm.lr_schedule = lambda remaining: self.learning_rate * (remaining + 1 / updates)
-        algorithm.set_random_seed(self.env.first_seed)
-        algorithm.generator = np.random.default_rng(self.env.first_seed)
-        never = sys.maxsize
-        report = _Report(self.vec_env, monitor)
-        algorithm.learn(updates * self.decisions_per_update, callback=report, log_interval=never)
-        return self._finish()
+    def measured(self) -> dict[str, float]:
+        """Metrics of the last episode, by tag."""
+        assert self.vec_env.outcome is not None
+        values, returns = _last_episode(self.algorithm, self.env.layers)
+        return {
+            **self.vec_env.outcome.metrics(),
+            "train/entropy": epsilon_greedy_entropy(self.algorithm.epsilon, len(self.env.codes)),
+            "train/explained_variance": explained_variance(values.flatten(), returns.flatten()),
+        }
+
+    def charge(self, price: float) -> None:
+        """Charge another price; decisions that were paid at the old one are forgotten."""
+        super().charge(price)
+        cast(DictReplayBuffer, self.algorithm.replay_buffer).reset()
+
+    @property
+    def target(self) -> torch.nn.Module:
+        """The target network."""
+        return cast(_RouterQ, self.algorithm.q_net_target).router
+
+    @property
+    def replay(self) -> State:
+        """What the replay buffer holds."""
+        buffer = cast(DictReplayBuffer, self.algorithm.replay_buffer)
+        held = slice(None) if buffer.full else slice(buffer.pos)
+        columns = {name: getattr(buffer, name)[held] for name in _COLUMNS}
+        states = {name: {key: x[held] for key, x in getattr(buffer, name).items()} for name in _STATES}
+        return {"pos": buffer.pos, "full": buffer.full, "columns": columns, "states": states}
+
+    @replay.setter
+    def replay(self, state: State) -> None:
+        buffer = cast(DictReplayBuffer, self.algorithm.replay_buffer)
+        buffer.pos, buffer.full = state["pos"], state["full"]
+        for name, values in state["columns"].items():
+            getattr(buffer, name)[: len(values)] = values
+        for name, parts in state["states"].items():
+            for key, values in parts.items():
+                getattr(buffer, name)[key][: len(values)] = values
+
+
+_COLUMNS, _STATES = ("actions", "rewards", "dones"), ("observations", "next_observations")
 
 
 class MEX(DQN):

@@ -13,9 +13,10 @@ import math
 import torch
 from torch import Tensor
 
-from agents.advantages import entropy, explained_variance, rewards_to_go
-from agents.base import EpisodicAgent
-from envs.lockstep import Lockstep
+from duorl.agents.advantages import entropy, explained_variance, rewards_to_go
+from duorl.agents.base import Agent
+from duorl.agents.rollouts import sample
+from duorl.envs.lockstep import Lockstep
 
 
 def subtrajectory_balance(log_flow: Tensor, log_chosen: Tensor, decay: float) -> Tensor:
@@ -36,7 +37,7 @@ def subtrajectory_balance(log_flow: Tensor, log_chosen: Tensor, decay: float) ->
     return weights @ (excess[start] - excess[end]).square().mean(1) / weights.sum()
 
 
-class GFlowNet(EpisodicAgent):
+class GFlowNet(Agent):
     """Samples routes with P(route) ~ exp(return / temperature), by sub-trajectory balance on its own samples.
 
     Deployed, the router takes each layer's likeliest action. That is the best route for a low temperature; a high one
@@ -59,6 +60,8 @@ class GFlowNet(EpisodicAgent):
         ValueError: temperature or decay is not above 0.
     """
 
+    stateful = ("values", "optimizer", "generator")
+
     def __init__(
         self,
         env: Lockstep,
@@ -71,11 +74,10 @@ class GFlowNet(EpisodicAgent):
     ):
         if temperature <= 0 or decay <= 0:
             raise ValueError(f"temperature and decay must be above 0, not {temperature} and {decay}")
-        super().__init__(env, width, init)
-        self.temperature, self.decay, self.learning_rate = temperature, decay, learning_rate
+        super().__init__(env, learning_rate=learning_rate, width=width, init=init)
+        self.temperature, self.decay = temperature, decay
         self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)
-        self.values = self.heads(1)
-        self.optimizer = torch.optim.Adam([*self.router.parameters(), *self.values.parameters()], lr=learning_rate)
+        self.values = self.critic_heads()
 
     def update(self) -> dict[str, float]:
         """One episode of all tokens and one gradient step; returns its metrics by tag.
@@ -83,36 +85,18 @@ class GFlowNet(EpisodicAgent):
         `train/explained_variance` is of the return to come by temperature * (log F + log pi of the choices to come),
         which is that return itself in perfect balance.
         """
-        logits, log_chosen, values = self._episode()
-        outcome = self.env.outcome
-        log_flow = self._log_flow(values, outcome.credits)
-        loss = subtrajectory_balance(log_flow, log_chosen, self.decay)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        episode = sample(self.env, self.router, self.generator, self.values)
+        assert episode.values is not None
+        log_flow = self._log_flow(episode.values, episode.outcome.credits)
+        self.descend(subtrajectory_balance(log_flow, episode.log_chosen, self.decay))
         with torch.no_grad():
-            balance = self.temperature * (log_flow[:-1] - log_flow[-1] + rewards_to_go(log_chosen))
-            returns = rewards_to_go(outcome.credits)
+            balance = self.temperature * (log_flow[:-1] - log_flow[-1] + rewards_to_go(episode.log_chosen))
+            returns = rewards_to_go(episode.outcome.credits)
             return {
-                **outcome.metrics(),
-                "train/entropy": entropy(logits).mean().item(),
+                **episode.outcome.metrics(),
+                "train/entropy": entropy(episode.logits).mean().item(),
                 "train/explained_variance": explained_variance(returns + balance, returns),
             }
-
-    def _episode(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample one route per token: logits (L, N, A), log-probabilities of the choices (L, N), V (L, N)."""
-        env, logits, log_chosen, values = self.env, [], [], []
-        env.draw()
-        while not env.done:
-            state = env.hidden, env.layer, env.compute, env.conditions
-            scores = self.router.logits(*state).masked_fill(~env.action_masks(), -torch.inf)
-            log_shares = torch.log_softmax(scores, dim=-1)
-            choice = torch.multinomial(log_shares.detach().exp(), 1, generator=self.generator)
-            logits.append(scores)
-            log_chosen.append(log_shares.gather(1, choice).squeeze(1))
-            values.append(self.values(*state).squeeze(1))
-            env.step(choice.squeeze(1))
-        return torch.stack(logits), torch.stack(log_chosen), torch.stack(values)
 
     def _log_flow(self, values: Tensor, rewards: Tensor) -> Tensor:
         """log F of the states of a route, (L+1, N), from V (L, N) and rewards (L, N)."""

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from math import ceil
 from typing import Any, cast
 
-import numpy as np
 import sb3_contrib
 import stable_baselines3
 import torch
-from sb3_contrib.common.maskable.buffers import MaskableDictRolloutBuffer
 from sb3_contrib.common.maskable.distributions import MaskableCategoricalDistribution
 from sb3_contrib.common.maskable.policies import MaskableActorCriticPolicy
-from stable_baselines3.common.buffers import DictRolloutBuffer
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.distributions import CategoricalDistribution
-from stable_baselines3.common.logger import Logger
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor
 from torch import Tensor
 
-from agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
-from agents.base import Agent, Monitor, refuse_budget
+from duorl.agents.advantages import entropy, explained_variance
+from duorl.agents.base import refuse_budget
+from duorl.agents.buffers import GroupRolloutBuffer, MaskableGroupRolloutBuffer
+from duorl.agents.stable_baselines import StableBaselinesAgent
+from duorl.envs.lockstep import Lockstep
+from duorl.envs.sb3 import head_inputs
 from duorl.routers import HeadRouter
 from duorl.routers.heads import LayerHeads
-from envs.lockstep import Lockstep
-from envs.sb3 import RoutingVecEnv, seen
 
 
 class _HeadPolicy(BasePolicy):
@@ -36,32 +32,32 @@ class _HeadPolicy(BasePolicy):
     Args:
         router: the actor, trained in place.
         critic: heads with one output, trained in place.
+        optimizer: of both.
         args, kwargs: as Stable-Baselines3 gives them.
     """
 
     action_dist: Any
     choices: type[CategoricalDistribution] | type[MaskableCategoricalDistribution]
 
-    def __init__(self, *args, router: HeadRouter, critic: LayerHeads, **kwargs):
-        self._parts = router, critic
+    def __init__(self, *args, router: HeadRouter, critic: LayerHeads, optimizer: torch.optim.Optimizer, **kwargs):
+        self._parts = router, critic, optimizer
         kwargs["features_extractor_class"] = CombinedExtractor  # the default cannot take a Dict
         super().__init__(*args, **kwargs)
 
     def _build(self, lr_schedule) -> None:
-        self.router, self.critic = self._parts
+        self.router, self.critic, self.optimizer = self._parts
         self.action_dist = self.choices(len(self.router.codes))
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=lr_schedule(1))
 
     def get_distribution(self, obs, action_masks=None) -> Any:
         """The distribution over choices, without those that are ruled out."""
-        distribution = self.action_dist.proba_distribution(action_logits=self.router.logits(*seen(obs)))
+        distribution = self.action_dist.proba_distribution(action_logits=self.router.heads(*head_inputs(obs)))
         if isinstance(distribution, MaskableCategoricalDistribution):
             distribution.apply_masking(action_masks)
         return distribution
 
     def predict_values(self, obs) -> Tensor:
         """The critic's estimates, (N, 1)."""
-        return self.critic(*seen(obs))
+        return self.critic(*head_inputs(obs))
 
     def forward(self, obs, deterministic: bool = False, action_masks=None) -> tuple[Tensor, Tensor, Tensor]:
         """Choices (N,), values (N, 1), log-probabilities (N,)."""
@@ -87,112 +83,43 @@ class MaskableRoutingPolicy(_HeadPolicy, MaskableActorCriticPolicy):
     choices = MaskableCategoricalDistribution
 
 
-class _GroupAdvantages(DictRolloutBuffer):
-    """A rollout of whole episodes whose advantages are measured against the other copies of the same token.
-
-    The leave-one-out mean of the group takes the critic's place in the advantage; it is unbiased and knows
-    the token's own difficulty, which the critic has to guess.
-
-    Args:
-        group_size: K copies of each token; 1 keeps Stable-Baselines3's advantages (GAE).
-        args, kwargs: as Stable-Baselines3 gives them.
-    """
-
-    def __init__(self, *args, group_size: int, **kwargs):
-        self.group_size = group_size
-        super().__init__(*args, **kwargs)
-
-    def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Fill `returns` and `advantages`, both (L, N)."""
-        super().compute_returns_and_advantage(last_values, dones)
-        if self.group_size > 1:
-            returns = rewards_to_go(torch.from_numpy(self.rewards))
-            self.advantages = (returns - leave_one_out(returns, self.group_size)).numpy()
-
-
-class GroupRolloutBuffer(_GroupAdvantages):
-    """For PPO and A2C."""
-
-
-class MaskableGroupRolloutBuffer(_GroupAdvantages, MaskableDictRolloutBuffer):
-    """For MaskablePPO."""
-
-
-class _Report(BaseCallback):
-    """Hands the monitor each rollout's metrics."""
-
-    def __init__(self, env: RoutingVecEnv, monitor: Monitor | None):
-        super().__init__()
-        self.env, self.monitor = env, monitor
-
-    @property
-    def algorithm(self) -> OnPolicyAlgorithm:
-        """The algorithm that calls back."""
-        return cast(OnPolicyAlgorithm, self.model)
-
-    def _on_step(self) -> bool:
-        return True
-
-    def _on_rollout_end(self) -> None:
-        if self.monitor is None:
-            return
-        assert self.env.outcome is not None
-        buffer = cast(DictRolloutBuffer, self.algorithm.rollout_buffer)
-        policy = cast(RoutingPolicy, self.algorithm.policy)
-        values, returns = (torch.from_numpy(x).flatten() for x in (buffer.values, buffer.returns))
-        metrics = {
-            **self.env.outcome.metrics(),
-            "train/entropy": _mean_entropy(policy, buffer),
-            "train/explained_variance": explained_variance(values, returns),
-        }
-        self.monitor(self.num_timesteps, metrics, policy.router)
-
-
-@torch.no_grad()
-def _mean_entropy(policy: RoutingPolicy, buffer: DictRolloutBuffer) -> float:
-    """Mean entropy of the policy that made a rollout, in nats."""
-    observations = {
-        key: torch.as_tensor(values, device=policy.device).flatten(0, 1) for key, values in buffer.observations.items()
-    }
-    return entropy(policy.router.logits(*seen(observations))).mean().item()
-
-
-class _OnPolicy(Agent):
-    """What the three have in common: a rollout is one episode of all tokens, L steps of N environments.
+class _OnPolicy(StableBaselinesAgent):
+    """What the three have in common.
 
     Where the environment holds K > 1 copies of each token, advantages are relative to the group.
     """
 
     algorithm: OnPolicyAlgorithm
-    learning_rate: float
+    stateful = ("critic", *StableBaselinesAgent.stateful)
 
-    def _shared(self, learning_rate: float, entropy_bonus: float, value_weight: float, gae_lambda: float) -> dict:
+    def _shared(self, entropy_bonus: float, value_weight: float, gae_lambda: float) -> dict[str, Any]:
         """Arguments of Stable-Baselines3's that all three take."""
-        env = self.env
-        self.vec_env, self.learning_rate = RoutingVecEnv(env), learning_rate
+        self.critic = self.critic_heads()
         return {
             "env": self.vec_env,
-            "learning_rate": learning_rate,
-            "n_steps": env.layers,
+            "n_steps": self.env.layers,
             "gamma": 1.0,
             "gae_lambda": gae_lambda,
             "ent_coef": entropy_bonus,
             "vf_coef": value_weight,
-            "rollout_buffer_kwargs": {"group_size": env.group_size},
-            "policy_kwargs": {"router": self.router, "critic": self.heads(1)},
-            "seed": env.first_seed,
-            "device": env.model.device,
+            "rollout_buffer_kwargs": {"group_size": self.env.group_size},
+            "policy_kwargs": {"router": self.router, "critic": self.critic, "optimizer": self.optimizer},
+            "device": self.env.model.device,
         }
 
-    def learn(self, total_decisions: int, monitor: Monitor | None = None) -> HeadRouter:
-        """Train; see `Agent.learn`."""
-        self.algorithm.set_logger(Logger(folder=None, output_formats=[]))
-        updates = ceil(total_decisions / self.decisions_per_update)
-        # The algorithm asks after a rollout, when 1 / updates of the whole is already gone.
-        self.algorithm.lr_schedule = lambda remaining: self.learning_rate * (remaining + 1 / updates)
-        self.algorithm.set_random_seed(self.env.first_seed)
-        self.algorithm.learn(updates * self.decisions_per_update, callback=_Report(self.vec_env, monitor))
-        return self._finish()
+    def measured(self) -> dict[str, float]:
+        """Metrics of the rollout, by the policy that made it."""
+        assert self.vec_env.outcome is not None
+        buffer = cast(GroupRolloutBuffer, self.algorithm.rollout_buffer)
+        values, returns = (torch.from_numpy(x).flatten() for x in (buffer.values, buffer.returns))
+        with torch.no_grad():
+            observations = {key: x.flatten(0, 1) for key, x in buffer.observations.items()}
+            spread = entropy(self.router.heads(*head_inputs(observations))).mean().item()
+        return {
+            **self.vec_env.outcome.metrics(),
+            "train/entropy": spread,
+            "train/explained_variance": explained_variance(values, returns),
+        }
 
 
 class PPO(_OnPolicy):
@@ -216,7 +143,7 @@ class PPO(_OnPolicy):
 
     algorithm_class: type[OnPolicyAlgorithm] = stable_baselines3.PPO
     policy_class: type[_HeadPolicy] = RoutingPolicy
-    buffer_class: type[_GroupAdvantages] = GroupRolloutBuffer
+    buffer_class: type[GroupRolloutBuffer] = GroupRolloutBuffer
     takes_budgets = False
 
     def __init__(
@@ -233,18 +160,19 @@ class PPO(_OnPolicy):
         width: int = 0,
         init: str | None = None,
     ):
-        super().__init__(env, width, init)
+        super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         if not self.takes_budgets:
             refuse_budget(env, "PPO")
         make: Callable[..., OnPolicyAlgorithm] = self.algorithm_class
-        self.algorithm = make(
+        algorithm = make(
             self.policy_class,
             batch_size=min(batch_size, self.decisions_per_update),
             n_epochs=epochs,
             clip_range=clip_range,
             rollout_buffer_class=self.buffer_class,
-            **self._shared(learning_rate, entropy_bonus, value_weight, gae_lambda),
+            **self._shared(entropy_bonus, value_weight, gae_lambda),
         )
+        self.start(algorithm)
 
 
 class MaskablePPO(PPO):
@@ -286,10 +214,10 @@ class A2C(_OnPolicy):
         width: int = 0,
         init: str | None = None,
     ):
-        super().__init__(env, width, init)
+        super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         refuse_budget(env, "A2C")
-        self.algorithm = stable_baselines3.A2C(
-            RoutingPolicy,
-            rollout_buffer_class=GroupRolloutBuffer,
-            **self._shared(learning_rate, entropy_bonus, value_weight, gae_lambda),
-        )
+        shared = self._shared(entropy_bonus, value_weight, gae_lambda)
+        self.start(stable_baselines3.A2C(RoutingPolicy, rollout_buffer_class=GroupRolloutBuffer, **shared))
+
+
+PPOAgent = PPO

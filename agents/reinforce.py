@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
-from agents.base import EpisodicAgent
-from envs.lockstep import Lockstep
+from duorl.agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
+from duorl.agents.base import Agent
+from duorl.agents.rollouts import sample
+from duorl.envs.lockstep import Lockstep
 
 Baseline = Literal["none", "mean", "leave-one-out", "value"]
 
 
-class REINFORCE(EpisodicAgent):
+class REINFORCE(Agent):
     """Policy gradient: E[sum_l grad log pi(a_l | s_l) * (G_l - b_l)], one update per episode of all tokens.
 
     Args:
@@ -31,6 +32,8 @@ class REINFORCE(EpisodicAgent):
         ValueError: `leave-one-out` without copies.
     """
 
+    stateful = ("critic", "optimizer", "generator")
+
     def __init__(
         self,
         env: Lockstep,
@@ -41,57 +44,37 @@ class REINFORCE(EpisodicAgent):
         width: int = 0,
         init: str | None = None,
     ):
-        super().__init__(env, width, init)
+        super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         if baseline == "leave-one-out" and env.group_size < 2:
             raise ValueError("baseline 'leave-one-out' compares copies of a token: set group_size to at least 2")
         self.baseline = baseline
         self.entropy_bonus = entropy_bonus
-        self.learning_rate = learning_rate
         self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)
-        self.critic = self.heads(1)
-        self.optimizer = torch.optim.Adam([*self.router.parameters(), *self.critic.parameters()], lr=learning_rate)
+        self.critic = self.critic_heads()
 
     def update(self) -> dict[str, float]:
         """One episode of all tokens and one gradient step; returns its metrics by tag."""
-        logits, log_chosen, values = self._episode()
-        outcome = self.env.outcome
-        returns = rewards_to_go(outcome.credits)  # (L, N)
-        spread = entropy(logits).mean()
-        advantages = returns - self._baseline(returns, values)
-        loss = -(log_chosen * advantages).sum(0).mean() - self.entropy_bonus * spread
-        if self.baseline == "value":
-            loss = loss + mse_loss(values, returns)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
-        explained = explained_variance(self._baseline(returns, values), returns)
+        learned = self.baseline == "value"
+        episode = sample(self.env, self.router, self.generator, self.critic if learned else None)
+        returns = rewards_to_go(episode.outcome.credits)  # (L, N)
+        baseline = self._baseline(returns, episode.values)
+        spread = entropy(episode.logits).mean()
+        loss = -(episode.log_chosen * (returns - baseline)).sum(0).mean() - self.entropy_bonus * spread
+        if episode.values is not None:
+            loss = loss + mse_loss(episode.values, returns)
+        self.descend(loss)
         return {
-            **outcome.metrics(),
+            **episode.outcome.metrics(),
             "train/entropy": spread.item(),
-            "train/explained_variance": explained,
+            "train/explained_variance": explained_variance(baseline, returns),
         }
 
-    def _episode(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Sample one route per token: logits (L, N, A), log-probabilities of the choices (L, N), values (L, N)."""
-        env, logits, log_chosen, values = self.env, [], [], []
-        env.draw()
-        while not env.done:
-            scores = self.router.logits(env.hidden, env.layer, env.compute, env.conditions)
-            scores = scores.masked_fill(~env.action_masks(), -torch.inf)
-            log_shares = torch.log_softmax(scores, dim=-1)
-            choice = torch.multinomial(log_shares.detach().exp(), 1, generator=self.generator)
-            logits.append(scores)
-            log_chosen.append(log_shares.gather(1, choice).squeeze(1))
-            if self.baseline == "value":
-                values.append(self.critic(env.hidden, env.layer, env.compute, env.conditions).squeeze(1))
-            env.step(choice.squeeze(1))
-        return torch.stack(logits), torch.stack(log_chosen), torch.stack(values or [torch.zeros(1)])
-
-    def _baseline(self, returns: Tensor, values: Tensor) -> Tensor:
+    def _baseline(self, returns: Tensor, values: Tensor | None) -> Tensor:
         if self.baseline == "mean":
             return returns.mean(1, keepdim=True).expand_as(returns)
         if self.baseline == "leave-one-out":
             return leave_one_out(returns, self.env.group_size)
-        if self.baseline == "value":
-            return values.detach()
-        return torch.zeros_like(returns)
+        return torch.zeros_like(returns) if values is None else values.detach()
+
+
+ReinforceAgent = REINFORCE

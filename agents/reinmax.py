@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
-from agents.base import EpisodicAgent
-from envs.lockstep import Lockstep
+from duorl.agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
+from duorl.agents.base import Agent
+from duorl.envs.lockstep import Lockstep
 
 
-class ReinMax(EpisodicAgent):
+class ReinMax(Agent):
     """Policy gradient through the differentiable model, on sampled routes.
 
     The model is frozen and differentiable, so that one backward pass along a sampled route tells, for every layer
@@ -37,6 +37,8 @@ class ReinMax(EpisodicAgent):
         ValueError: a correction without copies, or not in [0, 1]; a sharpness below 1.
     """
 
+    stateful = ("optimizer", "generator")
+
     def __init__(
         self,
         env: Lockstep,
@@ -48,17 +50,15 @@ class ReinMax(EpisodicAgent):
         width: int = 0,
         init: str | None = None,
     ):
-        super().__init__(env, width, init)
+        super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         if not 0 <= correction <= 1:
             raise ValueError(f"correction must be in [0, 1], not {correction}")
         if correction and env.group_size < 2:
             raise ValueError("a correction compares copies of a token: set group_size to at least 2")
         if sharpness < 1:
             raise ValueError(f"sharpness must be at least 1, not {sharpness}")
-        self.correction, self.learning_rate, self.least_share = correction, learning_rate, least_share
-        self.sharpness = sharpness
+        self.correction, self.least_share, self.sharpness = correction, least_share, sharpness
         self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)
-        self.optimizer = torch.optim.Adam(self.router.parameters(), lr=learning_rate)
 
     def update(self) -> dict[str, float]:
         """One episode of all tokens and one gradient step; returns its metrics by tag."""
@@ -70,9 +70,7 @@ class ReinMax(EpisodicAgent):
         loss = -(effects * shares).sum((0, 2)).mean()
         if self.correction:
             loss = loss.lerp(self._unbiased(logits, chosen, effects), self.correction)
-        self.optimizer.zero_grad()
-        loss.backward()
-        self.optimizer.step()
+        self.descend(loss)
         outcome = self.env.outcome
         return {
             **outcome.metrics(),
@@ -100,13 +98,14 @@ class ReinMax(EpisodicAgent):
         env.draw()
         inverse = self.sharpness**self.progress
         while not env.done:
-            conditions = None if env.conditions is None else env.conditions.detach()
-            scores = self.router.logits(env.hidden.detach(), env.layer, env.compute.detach(), conditions)
-            scores = (inverse * scores).masked_fill(~env.action_masks(), -torch.inf)
-            choice = torch.multinomial(scores.detach().softmax(-1), 1, generator=self.generator)
-            mixture = torch.zeros_like(scores).scatter(1, choice, 1.0).requires_grad_()
+            features = env.features
+            state = env.hidden.detach(), env.layer, env.compute.detach()
+            outputs = self.router.heads(*state, None if features is None else features.detach())
+            outputs = (inverse * outputs).masked_fill(~env.action_masks(), -torch.inf)
+            choice = torch.multinomial(outputs.detach().softmax(-1), 1, generator=self.generator)
+            mixture = torch.zeros_like(outputs).scatter(1, choice, 1.0).requires_grad_()
             rewards.append(env.step(choice.squeeze(1), mixture))
-            logits.append(scores)
+            logits.append(outputs)
             mixtures.append(mixture)
         slopes = torch.autograd.grad(torch.stack(rewards).sum(), mixtures)
         return torch.stack(logits), torch.stack(mixtures).detach(), torch.stack(slopes)

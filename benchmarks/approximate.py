@@ -11,10 +11,10 @@ import time
 import torch
 
 import duorl
-from duorl.allocator import keep_freed_memory
+from duorl.evaluation.statistics import bootstrap_interval
 from duorl.oracle import beam, best_of_random, descent, exhaustive, fixed_patterns
 from duorl.oracle.patterns import pattern_losses
-from duorl.statistics import bootstrap_interval
+from duorl.runs.allocator import keep_freed_memory
 
 _WINDOWS, _PATTERN_WINDOWS, _LENGTH = 16, 32, 128
 _PRICES = (0.0, 0.3)
@@ -57,20 +57,19 @@ def approximate_oracles(model: duorl.DuoForCausalLM, tokens: torch.Tensor, start
 def patterns(model: duorl.DuoForCausalLM, windows: torch.Tensor, held_out: torch.Tensor) -> None:
     """Print the table of fixed patterns per number of big layers."""
     times, found = [], []
-    for method in ("enumeration", "program"):
+    methods = ("enumeration", "program", "greedy")
+    for method in methods:
         started = time.perf_counter()
         found.append({p.budget[1]: p for p in fixed_patterns(model, windows, method=method)})
         times.append(time.perf_counter() - started)
-    print(f"\nprogram / enumeration time {times[1] / times[0]:.2f}\n")
-    print("| big layers | enumeration | program | regret | enumeration, held out | program, held out |")
-    print("|---:|---:|---:|---:|---:|---:|")
+    print(f"\nprogram / enumeration time {times[1] / times[0]:.2f}, greedy / enumeration {times[2] / times[0]:.2f}\n")
+    head = [*methods, "regret of program", "of greedy", *(f"{method}, held out" for method in methods)]
+    print(f"| big layers | {' | '.join(head)} |\n|{'---:|' * (len(head) + 1)}")
     for big in sorted(found[0]):
-        exact, program = (one[big] for one in found)
-        deployed = pattern_losses(model, held_out, torch.tensor([exact.route, program.route])).tolist()
-        print(
-            f"| {big} | {exact.loss:.4f} | {program.loss:.4f} | {program.loss - exact.loss:.4f} | "
-            f"{deployed[0]:.4f} | {deployed[1]:.4f} |"
-        )
+        losses = [one[big].loss for one in found]
+        deployed = pattern_losses(model, held_out, torch.tensor([one[big].route for one in found])).tolist()
+        cells = [*losses, losses[1] - losses[0], losses[2] - losses[0], *deployed]
+        print(f"| {big} | {' | '.join(f'{cell:.4f}' for cell in cells)} |")
 
 
 @torch.no_grad()

@@ -13,25 +13,27 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import agents
 import duorl
-from agents.base import EpisodicAgent
-from duorl.allocator import keep_freed_memory
+from duorl import agents
+from duorl.agents.stable_baselines import StableBaselinesAgent
 from duorl.corpus import cut, documents
-from duorl.evaluate import measure
-from duorl.processes import side_by_side
+from duorl.envs import Lockstep
+from duorl.evaluation.compare import measure
+from duorl.evaluation.statistics import bootstrap_interval
+from duorl.learners import Soft
 from duorl.rewards import LogitLensShaping, LossImprovement, Reward, TeacherKL
-from duorl.routers import ConstantRouter, PatternRouter, SoftOptions, train_soft
-from duorl.statistics import bootstrap_interval
-from envs import Lockstep
+from duorl.routers import ConstantRouter, PatternRouter
+from duorl.runs.allocator import keep_freed_memory
 
 PRICE = 0.3
 HELD_OUT = 256  # windows
@@ -101,10 +103,9 @@ def gradient_spread(agent: agents.Agent, updates: int) -> float | None:
 
     Infinite where so few updates show no mean at all; None for learners of Stable-Baselines3.
     """
-    if not isinstance(agent, EpisodicAgent):
+    if isinstance(agent, StableBaselinesAgent):
         return None
-    for group in agent.optimizer.param_groups:
-        group["lr"] = 0.0
+    agent.learning_rate = 0.0
     agent.router.requires_grad_(True)
     gradients = []
     for _ in range(updates):
@@ -120,9 +121,9 @@ def gradient_spread(agent: agents.Agent, updates: int) -> float | None:
 def returns(router) -> Tensor:
     """(W,) held-out returns per window at the price."""
     model, _, windows = text()
-    cheap = measure(model, ConstantRouter("small"), windows).loss
+    reference = measure(model, ConstantRouter("small"), windows).loss
     measured = measure(model, router, windows)
-    return (cheap - measured.loss - PRICE * measured.compute).mean(1)
+    return (reference - measured.loss - PRICE * measured.compute).mean(1)
 
 
 def study(job: tuple[str, int], decisions: int, updates: int, starts: Path) -> dict:
@@ -139,7 +140,8 @@ def prepare(starts: Path, soft_updates: int) -> None:
     """The routers from which some variants start."""
     model, training, _ = text()
     PatternRouter(PATTERN).save_pretrained(starts / "pattern")
-    train_soft(model, training, price=PRICE, options=SoftOptions(updates=soft_updates)).save_pretrained(starts / "soft")
+    env = Lockstep(model, training, reward=LossImprovement(PRICE), windows_per_batch=8)
+    Soft(env, updates=soft_updates).learn(1).save_pretrained(starts / "soft")
 
 
 def rows(found: list[dict]) -> list[dict]:
@@ -192,7 +194,9 @@ def main() -> None:
         starts = Path(folder)
         prepare(starts, soft_updates=max(1, options.decisions // 8192))
         run = partial(study, decisions=options.decisions, updates=options.updates, starts=starts)
-        with side_by_side(options.processes) as pool:
+        threads = max(1, torch.get_num_threads() // options.processes)
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (threads,)) as pool:
             found = list(pool.map(run, jobs))
     table = rows(found)
     command = f"python -m benchmarks.credit --decisions {options.decisions} --seeds {options.seeds}"

@@ -19,9 +19,9 @@ from torch import Tensor
 from transformers import LlamaConfig
 
 import duorl
-from duorl.allocator import keep_freed_memory
 from duorl.models import DuoConfig
 from duorl.oracle import all_routes, exhaustive, tree_flops
+from duorl.runs.allocator import keep_freed_memory
 
 _PEAK_SIZE = 2048
 _TOKENS = 128

@@ -15,15 +15,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-import agents
 from benchmarks.credit import text
-from duorl.allocator import keep_freed_memory
-from duorl.budgets import Ladder, ladder_prices
+from duorl import agents
+from duorl.envs import Lockstep
+from duorl.evaluation import Ladder
+from duorl.evaluation.statistics import bootstrap_interval, hypervolume, interpolate
 from duorl.oracle import fixed_patterns
+from duorl.prices import ladder
 from duorl.rewards import LossImprovement
 from duorl.routers import ConstantRouter, PatternRouter, Router
-from duorl.statistics import bootstrap_interval, hypervolume, interpolate
-from envs import Lockstep
+from duorl.runs.allocator import keep_freed_memory
 
 PRICES, STEPS = (0.02, 0.8), 5
 TARGETS = (0.25, 0.5)
@@ -42,7 +43,7 @@ def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
     """The three frontiers."""
     model, training, windows = text()
     windows = windows[:HELD_OUT]
-    steps = ladder_prices(PRICES, STEPS)
+    steps = ladder(PRICES, STEPS)[::-1]
     one = learn(decisions, seed, None)
     patterns = [PatternRouter(found.route) for found in fixed_patterns(model, training[:24])]
     return {

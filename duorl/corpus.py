@@ -108,23 +108,38 @@ def _block(name: str, text: str) -> Document:
     return Document(f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:16]}", text)
 
 
-def _user_files(pattern: str, keep: Keep) -> Iterator[Document]:
+def check_sources(sources: str | Sequence[str]) -> None:
+    """Find out whether there is text at all, without reading it; errors as for `documents`."""
+    for source in source_names(sources):
+        for path in [] if source in BUILT_IN else _files(source):
+            _check_file(path)
+
+
+def _files(pattern: str) -> list[Path]:
     paths = sorted(path for path in map(Path, glob(pattern, recursive=True)) if path.is_file())
     if not paths:
         raise FileNotFoundError(
             f"no text at {pattern!r}: give a file, a glob, or one of the built-in corpora {', '.join(BUILT_IN)}"
         )
-    for path in paths:
+    return paths
+
+
+def _user_files(pattern: str, keep: Keep) -> Iterator[Document]:
+    for path in _files(pattern):
         yield from (document for document in _user_file(path) if keep(document.path))
 
 
-def _user_file(path: Path) -> Iterator[Document]:
-    from datasets import disable_progress_bars, load_dataset
-
+def _check_file(path: Path) -> None:
     if path.suffix not in _LOADERS:
         raise ValueError(f"cannot read {path}: text comes as {', '.join(_LOADERS)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: give a file with text")
+
+
+def _user_file(path: Path) -> Iterator[Document]:
+    _check_file(path)
+    from datasets import disable_progress_bars, load_dataset
+
     disable_progress_bars()
     whole_file = {"sample_by": "document"} if path.suffix == ".txt" else {}
     try:

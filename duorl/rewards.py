@@ -1,11 +1,15 @@
 """Rewards: what a routing decision is worth.
 
-A reward sees one layer decision for all tokens at once. A class of your own is named by its import path,
-`--reward my_package.MyReward --reward.bonus 0.1`:
+A reward sees one layer decision for all tokens at once. One of your own is a class or, without options, a function, and
+is named by its import path, `--reward my_package.MyReward --reward.bonus 0.1`:
 
     class MyReward(duorl.rewards.Reward):
         def __init__(self, bonus: float = 0.1): self.bonus = bonus
         def __call__(self, step): return self.bonus * (step.action == 1).float()
+
+    def my_reward(step): return step.gain - 0.1 * step.compute
+
+`duorl.testing.check_reward` tries it.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor
 
 from duorl.costs import SKIP
+from duorl.prices import check_price
 
 
 @dataclass(frozen=True)
@@ -89,15 +94,53 @@ class Reward:
         """(N,) rewards of one decision."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(self, step)")
 
-    def later(self, step: Step) -> Tensor:
+    def contextual(self, step: Step) -> Tensor:
         """(N,): the part of the reward that routes of earlier tokens of the window can change, 0 unless defined.
 
         With a `token_discount` a learner is credited with it for later tokens too.
         """
         return torch.zeros_like(step.compute)
 
+    @property
+    def name(self) -> str:
+        """What messages and curves call it."""
+        return type(self).__name__
+
     def __add__(self, other: Reward) -> Sum:
         return Sum([self, other])
+
+
+class FunctionReward(Reward):
+    """A plain function of a step as a reward; it has no part that earlier tokens are credited with.
+
+    Args:
+        function: from a `Step` to (N,) rewards.
+    """
+
+    def __init__(self, function: Callable[[Step], Tensor]):
+        self.function = function
+
+    @property
+    def name(self) -> str:
+        """The function's."""
+        return getattr(self.function, "__name__", type(self.function).__name__)
+
+    def __call__(self, step: Step) -> Tensor:
+        """(N,), the function's."""
+        return self.function(step)
+
+
+def as_reward(reward: Reward | Callable[[Step], Tensor]) -> Reward:
+    """A reward as it is; a function of a step as a reward.
+
+    Raises:
+        ValueError: it can be neither, a class that was not called for instance.
+    """
+    if isinstance(reward, Reward):
+        return reward
+    if isinstance(reward, type) or not callable(reward):
+        raise ValueError(f"a reward is a Reward or a function of a step, not {reward!r}")
+    return FunctionReward(reward)
 
 
 class LossImprovement(Reward):
@@ -117,7 +160,7 @@ class LossImprovement(Reward):
         """(N,) nats."""
         return step.gain - self.price * step.compute
 
-    def later(self, step: Step) -> Tensor:
+    def contextual(self, step: Step) -> Tensor:
         """(N,) nats: the gain."""
         return step.gain
 
@@ -161,9 +204,9 @@ class TeacherKL(Reward):
 
     def __call__(self, step: Step) -> Tensor:
         """(N,) nats."""
-        return self.later(step) - self.price * step.compute
+        return self.contextual(step) - self.price * step.compute
 
-    def later(self, step: Step) -> Tensor:
+    def contextual(self, step: Step) -> Tensor:
         """(N,) nats: the gain."""
         return self.share * step.teacher_gain + (1 - self.share) * step.gain
 
@@ -192,18 +235,52 @@ class Sum(Reward):
         rewards: at least one.
     """
 
-    def __init__(self, rewards: Sequence[Reward]):
+    def __init__(self, rewards: Sequence[Reward | Callable[[Step], Tensor]]):
         if not rewards:
             raise ValueError("a sum needs at least one reward")
-        self.rewards = list(rewards)
+        self.rewards = [as_reward(reward) for reward in rewards]
 
     def __call__(self, step: Step) -> Tensor:
         """(N,), the rewards added up."""
         return torch.stack([reward(step) for reward in self.rewards]).sum(0)
 
-    def later(self, step: Step) -> Tensor:
+    def contextual(self, step: Step) -> Tensor:
         """(N,), the parts' added up."""
-        return torch.stack([reward.later(step) for reward in self.rewards]).sum(0)
+        return torch.stack([reward.contextual(step) for reward in self.rewards]).sum(0)
+
+
+def checked(reward: Reward, step: Step) -> Tensor:
+    """What a reward says of a step, (N,) numbers.
+
+    Raises:
+        ValueError: it says something else; names the class and the layer.
+    """
+    earned = reward(step)
+    name, shape = reward.name, tuple(step.compute.shape)
+    if not isinstance(earned, Tensor) or earned.shape != shape:
+        found = tuple(earned.shape) if isinstance(earned, Tensor) else type(earned).__name__
+        raise ValueError(f"{name} must return one reward per token, shape (N,), not {found}")
+    if not earned.is_floating_point():
+        earned = earned.to(step.compute.dtype)
+    if not earned.isfinite().all():
+        raise ValueError(f"{name} returned a reward that is not finite, in layer {step.layer}")
+    return earned
+
+
+def named_parts(reward: Reward) -> dict[str, Reward]:
+    """The parts of a sum by name, numbered where several have one; none of another reward."""
+    if not isinstance(reward, Sum):
+        return {}
+    parts: dict[str, Reward] = {}
+    for part in _flat(reward):
+        same = sum(other.name == part.name for other in parts.values())
+        parts[f"{part.name}-{same + 1}" if same else part.name] = part
+    return parts
+
+
+def _flat(reward: Reward) -> list[Reward]:
+    """The parts of a sum, those of sums in it too."""
+    return [part for each in reward.rewards for part in _flat(each)] if isinstance(reward, Sum) else [reward]
 
 
 def price_of(reward: Reward) -> float:
@@ -235,17 +312,4 @@ def with_price(reward: Reward) -> tuple[Reward, Callable[[float | Tensor], None]
 
 def _priced(reward: Reward) -> list[Any]:
     """The parts that have a price."""
-    if isinstance(reward, Sum):
-        return [part for each in reward.rewards for part in _priced(each)]
-    return [reward] if hasattr(reward, "price") else []
-
-
-def check_price(price: float) -> float:
-    """The price itself.
-
-    Raises:
-        ValueError: it is below 0.
-    """
-    if price < 0:
-        raise ValueError(f"price must be at least 0 nats per all-big pass, not {price}")
-    return price
+    return [part for part in _flat(reward) if hasattr(part, "price")]

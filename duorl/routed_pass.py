@@ -2,7 +2,7 @@
 
     walk = RoutedPass(model, tokens)                              # tokens (B, T+1)
     while not walk.done:
-        walk.step(router(walk.hidden, walk.layer, walk.compute))  # actions (B, T)
+        walk.step(router.decide(walk.view))                       # actions (B, T)
     walk.losses()                                                 # (B, T), nats
 
 Environment, oracle, evaluation and training are skins over it. The *context* says which keys and values a
@@ -16,15 +16,19 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
 
 from duorl.costs import SKIP, Tally
-from duorl.models.attention import Memory, remembering
-from duorl.models.modeling import DuoForCausalLM
+from duorl.inputs import View
+from duorl.models.memory import Memory, remembering
+
+if TYPE_CHECKING:
+    from duorl.models.ffn import DuoFFN
+    from duorl.models.modeling import DuoForCausalLM
 
 Context = Literal["routed", "reference"]
 _LOGITS_AT_ONCE = {"cpu": 2**20}  # elements of the head's output: what stays in a processor's cache
@@ -71,6 +75,7 @@ class RoutedPass:
         memory: keys and values that the tokens at its positions read in place of each other's, and only those tokens
             are routed; in the reference context made here by `remember` unless given.
         tally: adds up the FLOPs that are executed; nothing is counted unless given.
+        price: broadcastable to (K * B, P), nats per all-big pass, for routers that see it.
 
     Attributes:
         hidden: (K * B, P, d), what this layer's FFN would read. P = T unless the memory names fewer positions.
@@ -78,7 +83,7 @@ class RoutedPass:
             end, what enters the final norm.
         layer: index of the layer to decide; L at the end.
         compute: (K * B, P), compute spent so far, in [0, 1].
-        entered: (K * B, P, d), the residual stream that entered this layer, before its attention.
+        layer_input: (K * B, P, d), the residual stream that entered this layer, before its attention.
         targets: (B, P), the tokens to predict.
     """
 
@@ -91,6 +96,7 @@ class RoutedPass:
         copies: int = 1,
         memory: Memory | None = None,
         tally: Tally | None = None,
+        price: Tensor | None = None,
     ):
         if context == "reference" and memory is None:
             memory = remember(model, tokens)
@@ -99,15 +105,17 @@ class RoutedPass:
         self.flops = model.flops
         self.action_compute = self.flops.compute.to(tokens.device)
         self._drops_blocks = model.config.skip == "block"
-        self.depth = model.num_layers
+        self.depth = len(self.stack.layers)
         self._positions = None if self.memory is None else self.memory.positions
         self.inputs, self.targets = tokens[:, :-1], tokens[:, 1:]
         if self._positions is not None:
             self.inputs, self.targets = (x.gather(1, self._positions) for x in (self.inputs, self.targets))
-        self.layer = 0
+        self.layer, self.price = 0, price
+        self._previous: Tensor | None = None
+        self._taken: tuple[Tensor, ...] = ()
         self.residual: Tensor
         self.hidden: Tensor
-        self.entered: Tensor
+        self.layer_input: Tensor
         entering = self._embed(copies)
         self.compute = entering.new_zeros(entering.shape[:2])
         self._attend(entering)
@@ -118,34 +126,44 @@ class RoutedPass:
         return self.layer == self.depth
 
     @property
+    def view(self) -> View:
+        """What a router sees of the pass, (K * B, P, ...)."""
+        return View(self.hidden, self.layer, self.compute, self._previous, self._taken, self.price)
+
+    @property
     def copies(self) -> int:
         """Branches of every window, K."""
         return len(self.residual) // len(self.inputs)
 
     def step(self, actions: Tensor) -> None:
         """Let every token take its own action: (K * B, P) int64; only the chosen networks run."""
-        output = self.stack.ffns[self.layer].route(self.hidden, actions)
+        output = self.stack.ffns[self.layer](self.hidden, actions=actions)
         if self.tally:
             self.tally.flops += self.flops.ffns[self.layer, actions.cpu()].sum().item()
         skipped = actions == SKIP if self._drops_blocks else False
-        self._advance(self._joined(output, skipped), self.action_compute[self.layer][actions])
+        self._advance(self._joined(output, skipped), self.action_compute[self.layer][actions], actions)
 
     def take(self, action: int) -> None:
         """Let all tokens take one action."""
-        self._advance(self._taken(action), self.action_compute[self.layer, action])
+        taken = torch.full(self.compute.shape, action, device=self.compute.device)
+        self._advance(self._after(action), self.action_compute[self.layer, action], taken)
 
-    def mix(self, weights: Tensor, actions: Sequence[int]) -> None:
+    def mix(self, weights: Tensor, actions: Sequence[int], *, hard: bool = False) -> None:
         """Let every token take a mixture of actions, differentiable: the learned router of Duo-LLM trains through it.
 
         Args:
-            weights: (K * B, P, A), each action's share.
+            weights: (K * B, P, A), each action's share; the view calls the largest the action that was taken.
             actions: the A actions' codes.
+            hard: the shares are zeros and a one. Derivatives by the shares are the same, and what leads back through
+                networks that a token did not choose, which would be 0, is not computed.
         """
         ffn = self.stack.ffns[self.layer]
-        outputs = torch.stack([ffn.run(self.hidden, action) for action in actions], dim=-1)  # (K * B, P, d, A)
-        output = (outputs @ weights[..., None]).squeeze(-1)
+        chosen = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)] if hard else None
+        outputs = [_output(ffn, self.hidden, action, chosen) for action in actions]
+        output = (torch.stack(outputs, dim=-1) @ weights[..., None]).squeeze(-1)
         skipped = sum(weights[..., i] for i, action in enumerate(actions) if action == SKIP)
-        self._advance(self._joined(output, skipped), weights @ self.action_compute[self.layer, list(actions)])
+        taken = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)]
+        self._advance(self._joined(output, skipped), weights @ self.action_compute[self.layer, list(actions)], taken)
 
     def branch(self, actions: Sequence[int], keep: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor | None:
         """Split every branch into one per action, the newest varying fastest: K becomes K * A.
@@ -160,7 +178,7 @@ class RoutedPass:
             What `keep` chose.
         """
         size, shape = len(self.inputs), self.residual.shape[1:]
-        taken = [self._taken(action).view(-1, 1, size, *shape) for action in actions]
+        taken = [self._after(action).view(-1, 1, size, *shape) for action in actions]
         completed = torch.cat(taken, dim=1).flatten(0, 2)
         spent = self.action_compute[self.layer, list(actions)].view(1, -1, 1, 1)
         compute = (self.compute.view(-1, 1, size, shape[0]) + spent).flatten(0, 2)
@@ -217,7 +235,7 @@ class RoutedPass:
         return entering
 
     def _attend(self, hidden: Tensor) -> None:
-        self.entered = hidden
+        self.layer_input = hidden
         if self.tally:
             self.tally.flops += self.flops.attention(self.layer, self._read_positions) * hidden[..., 0].numel()
         with remembering(self.memory):
@@ -228,11 +246,11 @@ class RoutedPass:
         """Number of positions whose scores attention computes for each token."""
         return self.inputs.shape[1] if self.memory is None else self.memory.looked_at(self.layer)[0].shape[2]
 
-    def _taken(self, action: int) -> Tensor:
+    def _after(self, action: int) -> Tensor:
         """What leaves this layer if all tokens take one action."""
         if self.tally:
             self.tally.flops += self.flops.ffns[self.layer, action].item() * self.compute.numel()
-        return self._joined(self.stack.ffns[self.layer].run(self.hidden, action), action == SKIP)
+        return self._joined(self.stack.ffns[self.layer](self.hidden, actions=action), action == SKIP)
 
     def _joined(self, output: Tensor, skipped: Tensor | float) -> Tensor:
         """What leaves this layer: the networks' output joins the residual stream.
@@ -242,16 +260,30 @@ class RoutedPass:
         stream = self.residual
         if self._drops_blocks:
             share = torch.as_tensor(skipped, device=stream.device).to(stream.dtype)
-            stream = stream.lerp(self.entered, share.expand(stream.shape[:2])[..., None])
+            stream = stream.lerp(self.layer_input, share.expand(stream.shape[:2])[..., None])
         return self.stack.complete(self.layer, stream, output)
 
-    def _advance(self, completed: Tensor, spent: Tensor | float = 0.0) -> None:
+    def _advance(self, completed: Tensor, spent: Tensor | float = 0.0, actions: Tensor | None = None) -> None:
         self.compute = self.compute + spent
+        self._previous = self.hidden
+        self._taken = (*self._taken, actions) if actions is not None else ()  # branches have no common past
         self.layer += 1
         if self.done:
-            self.residual = self.hidden = self.entered = completed
+            self.residual = self.hidden = self.layer_input = completed
         else:
             self._attend(completed)
+
+
+def _output(ffn: DuoFFN, hidden: Tensor, action: int, chosen: Tensor | None) -> Tensor:
+    """One network's output for all tokens, differentiable for those that chose it, or for all: (..., d)."""
+    if chosen is None or not hidden.requires_grad:
+        return ffn(hidden, actions=action)
+    tokens, own = hidden.flatten(0, -2), (chosen == action).flatten()
+    inside, outside = own.nonzero()[:, 0], (~own).nonzero()[:, 0]
+    with torch.no_grad():
+        rest = ffn(tokens[outside], actions=action)
+    output = torch.empty_like(tokens).index_copy(0, outside, rest)
+    return output.index_copy(0, inside, ffn(tokens[inside], actions=action)).view_as(hidden)
 
 
 def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import gymnasium
 import numpy as np
@@ -15,10 +15,14 @@ from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
 from duorl.corpus import load_windows
-from duorl.models import DuoForCausalLM, load, load_tokenizer
-from duorl.rewards import Reward
+from duorl.envs.lockstep import RoutingDynamics
+from duorl.envs.order import WindowOrder
+from duorl.models import load, load_tokenizer
+from duorl.rewards import Reward, Step
 from duorl.routed_pass import Context
-from envs.lockstep import RoutingDynamics, window_order
+
+if TYPE_CHECKING:
+    from duorl.models import DuoForCausalLM
 
 
 @lru_cache(maxsize=2)
@@ -38,19 +42,24 @@ def observation_space(dynamics: RoutingDynamics) -> spaces.Dict:
         "layer": spaces.Discrete(dynamics.layers + 1),
         "compute": spaces.Box(0.0, 1.0, (1,), np.float32),
     }
-    if dynamics.num_conditions:
-        entries["conditions"] = spaces.Box(-np.inf, np.inf, (dynamics.num_conditions,), np.float32)
+    if dynamics.num_features:
+        entries["features"] = spaces.Box(-np.inf, np.inf, (dynamics.num_features,), np.float32)
     return spaces.Dict(entries)
 
 
-def observe(dynamics: RoutingDynamics) -> dict[str, np.ndarray]:
-    """The observations of N tokens in lockstep: hidden (N, d), layer (N,), compute (N, 1), and conditions (N, C)."""
-    hidden = dynamics.hidden.float().cpu().numpy()
-    compute = dynamics.compute.float().cpu().numpy()[:, None].clip(0.0, 1.0)
-    batch = {"hidden": hidden, "layer": np.full(len(hidden), dynamics.layer, np.int64), "compute": compute}
-    if (conditions := dynamics.conditions) is not None:
-        batch["conditions"] = conditions.float().cpu().numpy()
+def observe_tensors(dynamics: RoutingDynamics) -> dict[str, Tensor]:
+    """The observations of N tokens in lockstep: hidden (N, d), layer (N,), compute (N, 1), and features (N, C)."""
+    hidden, compute = dynamics.hidden.detach().float(), dynamics.compute.detach().float()
+    layer = torch.full((len(hidden),), dynamics.layer, device=hidden.device)
+    batch = {"hidden": hidden, "layer": layer, "compute": compute[:, None].clamp(0.0, 1.0)}
+    if (features := dynamics.features) is not None:
+        batch["features"] = features.detach().float()
     return batch
+
+
+def observe(dynamics: RoutingDynamics) -> dict[str, np.ndarray]:
+    """The same as arrays."""
+    return {key: values.cpu().numpy() for key, values in observe_tensors(dynamics).items()}
 
 
 def _build(
@@ -83,11 +92,12 @@ class DuoRoutingEnv(gymnasium.Env):
     | `hidden` | `Box(-inf, inf, (d,))` | what this layer's FFN would read; after the last, the final residual stream |
     | `layer` | `Discrete(L + 1)` | the layer to decide, L at the end |
     | `compute` | `Box(0, 1, (1,))` | FFN FLOPs spent so far, as a share of an all-big pass |
-    | `conditions` | `Box(-inf, inf, (1,))` | with `signals`: how far the layer before moved the token's state |
+    | `features` | `Box(-inf, inf, (C,))` | with `inputs`: further inputs of a router, see `duorl.inputs` |
 
     ## Rewards
     `LossImprovement(price=0.1)`: each decision costs price * its compute, the last one also earns the token's
-    reference loss (all-small, same context) minus its loss, in nats. Any `duorl.rewards.Reward` can be given.
+    reference loss (all-small, same context) minus its loss, in nats. Any `duorl.rewards.Reward`, or a function of a
+    step, can be given.
 
     ## Starting State
     A window and a position in it, drawn uniformly with the environment's seeded generator, or given by
@@ -100,8 +110,8 @@ class DuoRoutingEnv(gymnasium.Env):
     - `model`: an embedded model's name, a folder, or a frozen `DuoForCausalLM` (then `windows` too).
     - `windows`: (W, T+1) tokens; from `corpus` unless given.
     - `corpus`, `window`: text of the router split, and tokens per window.
-    - `reward`, `actions`, `reference`: see `envs.lockstep.RoutingDynamics`.
-    - `signals`, `big_layers`: see there; with `big_layers=k` exactly k layers must be big, and `action_masks()` says
+    - `reward`, `actions`, `reference`: see `duorl.envs.RoutingDynamics`.
+    - `inputs`, `big_layers`: see there; with `big_layers=k` exactly k layers must be big, and `action_masks()` says
       which actions can still meet that.
     - `render_mode`: `"ansi"` draws the route so far, a character per layer: `.` skip, `s` small, `B` big.
 
@@ -118,10 +128,10 @@ class DuoRoutingEnv(gymnasium.Env):
         windows: Tensor | None = None,
         corpus: Sequence[str] = ("stdlib-code",),
         window: int = 128,
-        reward: Reward | None = None,
+        reward: Reward | Callable[[Step], Tensor] | None = None,
         actions: Sequence[str] = ("small", "big"),
         reference: str = "small",
-        signals: bool = False,
+        inputs: Sequence[str] = (),
         big_layers: int | None = None,
         render_mode: Literal["ansi"] | None = None,
     ):
@@ -134,7 +144,7 @@ class DuoRoutingEnv(gymnasium.Env):
             actions=actions,
             context="reference",
             reference=reference,
-            signals=signals,
+            inputs=inputs,
             big_layers=big_layers,
         )
         self.observation_space = observation_space(self.dynamics)
@@ -219,7 +229,7 @@ class DuoRoutingVectorEnv(VectorEnv):
         windows: Tensor | None = None,
         corpus: Sequence[str] = ("stdlib-code",),
         window: int = 128,
-        reward: Reward | None = None,
+        reward: Reward | Callable[[Step], Tensor] | None = None,
         actions: Sequence[str] = ("small", "big"),
         reference: str = "small",
         render_mode: None = None,
@@ -275,7 +285,7 @@ class DuoRoutingVectorEnv(VectorEnv):
     def _seed(self, seed: int | Sequence[int] | None) -> None:
         if self.whole_windows:
             first = seed if seed is None or isinstance(seed, int) else seed[0]
-            self._order = window_order(len(self.windows), self.batch, np.random.default_rng(first))
+            self._order = WindowOrder(len(self.windows), self.batch, np.random.default_rng(first))
             self._generators = [np.random.default_rng(first)]
             return
         if seed is None or isinstance(seed, int):

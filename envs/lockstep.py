@@ -5,54 +5,25 @@ All episodes have L steps, so any number of tokens go through the model in locks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from duorl.costs import ACTIONS, BIG, SMALL, action_ids
-from duorl.models.loading import require_frozen
-from duorl.models.modeling import DuoForCausalLM
-from duorl.rewards import LossImprovement, Reward, Step, with_price
+from duorl.envs.order import WindowOrder
+from duorl.envs.outcome import Outcome, later_sum
+from duorl.inputs import Inputs, View
+from duorl.models.frozen import require_frozen
+from duorl.prices import draw_prices
+from duorl.rewards import LossImprovement, Reward, Step, as_reward, checked, named_parts, price_of, with_price
 from duorl.routed_pass import Context, RoutedPass, remember
-from duorl.routers.heads import PRICE_FEATURES, check_prices, draw_prices, price_features, update_norm
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an episode of N tokens came to.
-
-    Attributes:
-        loss: (N,) nats.
-        gain: (N,) nats, reference loss - loss.
-        compute: (N,), in [0, 1].
-        rewards: (L, N).
-        credits: (L, N), the rewards that a learner is told: with what a token's route did for later tokens.
-        routes: (N, L) int64, action codes.
-    """
-
-    loss: Tensor
-    gain: Tensor
-    compute: Tensor
-    rewards: Tensor
-    credits: Tensor
-    routes: Tensor
-
-    def metrics(self) -> dict[str, float]:
-        """Means over tokens, and each action's share in each layer, by TensorBoard tag."""
-        means = {
-            "rollout/return": self.rewards.sum(0).mean().item(),
-            "rollout/gain": self.gain.mean().item(),
-            "rollout/compute": self.compute.mean().item(),
-            "rollout/loss": self.loss.mean().item(),
-        }
-        for code, name in enumerate(ACTIONS):
-            shares = (self.routes == code).float().mean(0).tolist()
-            means |= {f"actions_{name}/layer_{layer}": share for layer, share in enumerate(shares)}
-        return means
+if TYPE_CHECKING:
+    from duorl.models import DuoForCausalLM
 
 
 class RoutingDynamics:
@@ -60,35 +31,35 @@ class RoutingDynamics:
 
     Args:
         model: a frozen duo model.
-        reward: what a decision earns; `LossImprovement()` unless given.
+        reward: what a decision earns, a `Reward` or a plain function of a `Step`; `LossImprovement()` unless given.
         actions: names of the allowed actions, A of them; a choice is an index into them, cheapest first.
         context: `routed` or `reference`, see `duorl.routed_pass`.
         group_size: K copies of every window, side by side as (K, B, P) in the token axis.
         reference: the action of the reference route, whose loss gains are measured against.
         token_discount: in the routed context a token's route also changes what later tokens read. The learner is
-            credited with `reward.later`, their gains, times this per token of distance; 0: with its own reward alone.
+            credited with `reward.contextual`, their gains, times this per token of distance; 0: with its own alone.
         prices: lowest and highest price; every window of an episode then has its own, given to `reset`, which replaces
             the reward's and is an input of the learner. None: the reward's own.
-        signals: learners also see how far the layer before moved a token's state, see `duorl.routers.heads`.
+        inputs: names of the router's further inputs, see `duorl.inputs`.
         big_layers: exactly so many layers of every route must be big, a hard budget: see `action_masks`.
 
     Raises:
-        ValueError: the discount is not in [0, 1), a parameter of the model is trainable, an action is unknown, the
-            reward has no price to vary, or the budget cannot be met.
+        ValueError: the discount is not in [0, 1), a parameter of the model is trainable, an action or an input is
+            unknown, the reward has no price to vary, or the budget cannot be met.
     """
 
     def __init__(
         self,
         model: DuoForCausalLM,
         *,
-        reward: Reward | None = None,
+        reward: Reward | Callable[[Step], Tensor] | None = None,
         actions: Sequence[str] = ("small", "big"),
         context: Context = "routed",
         group_size: int = 1,
         reference: str = "small",
         token_discount: float = 0.0,
         prices: Sequence[float] | None = None,
-        signals: bool = False,
+        inputs: Sequence[str] = (),
         big_layers: int | None = None,
     ):
         require_frozen(model)
@@ -96,13 +67,13 @@ class RoutingDynamics:
             raise ValueError(f"token_discount must be in [0, 1), not {token_discount}")
         self.token_discount = token_discount
         self.model = model
-        self.reward = reward or LossImprovement()
-        self.prices = None if prices is None else check_prices(prices)
-        self.price: Tensor | None = None
-        self.signals = signals
+        self.reward = as_reward(reward or LossImprovement())
+        self._inputs = Inputs(inputs, prices)
+        self.inputs, self.prices = self._inputs.names, self._inputs.prices
+        self._charged = price_of(self.reward)
         self._set_price: Callable[[float | Tensor], None] | None = None
         if self.prices is not None:
-            self.charge(self.prices[0])  # a reward without a price is found now
+            self._set(self.prices[0])  # a reward without a price is found now
         self.codes = action_ids(actions).to(model.device)
         self.actions = tuple(ACTIONS[code] for code in self.codes.tolist())
         self.context: Context = context
@@ -118,42 +89,63 @@ class RoutingDynamics:
             )
 
     @torch.no_grad()
-    def reset(self, tokens: Tensor, positions: Tensor | None = None, price: Tensor | None = None) -> None:
+    def reset(
+        self,
+        tokens: Tensor,
+        positions: Tensor | None = None,
+        price: Tensor | None = None,
+        reference_loss: Tensor | None = None,
+    ) -> None:
         """Begin an episode.
 
         Args:
             tokens: (B, T+1) windows.
             positions: (B, P), the tokens to route, in the reference context; all T unless given.
             price: (B,), each window's price where they vary.
+            reference_loss: (B, P) nats, where it is known already.
         """
         tokens = tokens.to(self.model.device)
         positions = None if positions is None else positions.to(self.model.device)
         memory = remember(self.model, tokens, positions) if self.context == "reference" else None
         self._begin = partial(RoutedPass, self.model, tokens, context=self.context, memory=memory)
         self._teacher: Tensor | None = None
-        self._base = self._constant(self.reference)
-        self.reference_loss = self._base.losses().repeat(self.group_size, 1).flatten()
-        self._walk = self._begin(copies=self.group_size)
-        if self.prices is not None:
-            if price is None:
-                raise ValueError("prices vary: give each window's to reset")
-            self.price = (
-                price.to(tokens.device)[:, None].expand_as(self._base.compute).repeat(self.group_size, 1).flatten()
-            )
-            self.charge(self.price)
-        self._previous: Tensor | None = None
+        self._reference: RoutedPass | None = None
+        if reference_loss is None:
+            reference_loss = self._reference_pass().losses()
+        self.reference_loss = reference_loss.repeat(self.group_size, 1).flatten()
+        self._walk = self._begin(copies=self.group_size, price=self._each_price(price, reference_loss))
         self._big = torch.zeros_like(self.compute, dtype=torch.int64)
         self._steps: list[Step] = []
         self._rewards: list[Tensor] = []
         self._credits: list[Tensor] = []
+        self._parts: dict[str, list[Tensor]] = {name: [] for name in named_parts(self.reward)}
         self.layer = 0
 
-    def charge(self, price: float | Tensor) -> None:
-        """Let an all-big pass cost this from now on, in this environment alone: a number, or (N,), one per token.
+    def _each_price(self, price: Tensor | None, like: Tensor) -> Tensor | None:
+        """Every token's price, (K * B, P), from every window's, which the reward charges from now on."""
+        if self.prices is None:
+            return None
+        if price is None:
+            raise ValueError("prices vary: give each window's to reset")
+        every = price.to(like.device)[:, None].expand_as(like).repeat(self.group_size, 1)
+        self._set(every.flatten())
+        return every
+
+    @property
+    def charged(self) -> float:
+        """What an all-big pass costs, in nats, where there is one price for all; 0 for a reward without."""
+        return self._charged
+
+    def charge(self, price: float) -> None:
+        """Let an all-big pass cost this from now on, in this environment alone.
 
         Raises:
             ValueError: the reward has no price to change.
         """
+        self._charged = price
+        self._set(price)
+
+    def _set(self, price: float | Tensor) -> None:
         if self._set_price is None:
             self.reward, self._set_price = with_price(self.reward)
         self._set_price(price)
@@ -169,16 +161,19 @@ class RoutingDynamics:
         return self._walk.compute.flatten()
 
     @property
-    def conditions(self) -> Tensor | None:
-        """(N, C), what a learner sees beside the hidden state and the compute; None where there is nothing."""
-        parts = [] if self.prices is None or self.price is None else [price_features(self.price, self.prices)]
-        parts += [update_norm(self.hidden, self._previous)] if self.signals else []
-        return torch.cat(parts, dim=-1) if parts else None
+    def view(self) -> View:
+        """What a router sees of the N tokens."""
+        return self._walk.view.by_token()
 
     @property
-    def num_conditions(self) -> int:
-        """C, see `conditions`."""
-        return PRICE_FEATURES * (self.prices is not None) + self.signals
+    def features(self) -> Tensor | None:
+        """(N, C), the router's further inputs; None where there are none."""
+        return self._inputs(self.view) if self.num_features else None
+
+    @cached_property
+    def num_features(self) -> int:
+        """C, see `features`."""
+        return self._inputs.width(self.model.hidden_size)
 
     def action_masks(self) -> Tensor:
         """(N, A) bool: the choices from which the budget of big layers can still be met exactly; all without one.
@@ -205,8 +200,8 @@ class RoutingDynamics:
 
         Args:
             choice: (N,) int64, indexes `actions`.
-            weights: (N, A), each action's share in a mixture through which rewards can be differentiated: the choice as
-                zeros and ones, for instance. All networks then run. None: only the chosen ones run, without gradients.
+            weights: (N, A), the choice as zeros and ones, by which rewards can be differentiated; all networks then
+                run. None: only the chosen ones run, without gradients.
 
         Returns:
             (N,) rewards, with later tokens' credit.
@@ -219,12 +214,11 @@ class RoutingDynamics:
             raise RuntimeError("the episode is over: call reset")
         walk, actions = self._walk, self.codes[choice]
         hidden, before = walk.residual.flatten(0, 1), self.compute
-        self._previous = self.hidden
         self._big += actions == BIG
         if weights is None:
             walk.step(actions.view_as(walk.compute))
         else:
-            walk.mix(weights.unflatten(0, walk.compute.shape), self.codes.tolist())
+            walk.mix(weights.unflatten(0, walk.compute.shape), self.codes.tolist(), hard=True)
         self.layer += 1
         last = walk.done
         step = Step(
@@ -232,22 +226,32 @@ class RoutingDynamics:
             action=actions,
             compute=self.compute - before,
             hidden=hidden,
-            next_hidden=walk.entered.flatten(0, 1),
+            next_hidden=walk.layer_input.flatten(0, 1),
             last=last,
             loss=walk.losses().flatten() if last else None,
             reference_loss=self.reference_loss if last else None,
             previous=self._steps[-1] if self._steps else None,
-            lens=partial(_lens, walk, walk.entered),
+            lens=partial(_lens, walk, walk.layer_input),
             distance=self._teacher_gain if last else None,
         )
         self._steps.append(step)
-        reward = self.reward(step)
-        if not isinstance(reward, Tensor) or reward.shape != step.compute.shape:
-            shape = tuple(getattr(reward, "shape", ()))
-            raise ValueError(f"{type(self.reward).__name__} must return one reward per token, shape (N,), not {shape}")
-        self._rewards.append(reward)
-        self._credits.append(reward + self._credit_for_later(step))
+        self._rewards.append(self._earned(step))
+        self._credits.append(self._rewards[-1] + self._credit_for_later_tokens(step))
         return self._credits[-1]
+
+    def _earned(self, step: Step) -> Tensor:
+        """(N,) rewards; those of the parts of a sum are kept."""
+        if not self._parts:
+            return checked(self.reward, step)
+        for name, part in named_parts(self.reward).items():
+            self._parts[name].append(checked(part, step))
+        return torch.stack([earned[-1] for earned in self._parts.values()]).sum(0)
+
+    def _reference_pass(self) -> RoutedPass:
+        """The finished pass along the reference route, made once an episode."""
+        if self._reference is None:
+            self._reference = self._constant(self.reference)
+        return self._reference
 
     def _constant(self, action: int) -> RoutedPass:
         """A finished pass in which all tokens take one action."""
@@ -260,55 +264,34 @@ class RoutingDynamics:
         """(N,) nats: see `Step.teacher_gain`."""
         if self._teacher is None:
             self._teacher = self._constant(BIG).logits().float().log_softmax(-1)
-        distances = self._base.divergences(self._teacher).repeat(self.group_size, 1)
+        distances = self._reference_pass().divergences(self._teacher).repeat(self.group_size, 1)
         return (distances - self._walk.divergences(self._teacher)).flatten()
 
-    def _credit_for_later(self, step: Step) -> Tensor:
+    def _credit_for_later_tokens(self, step: Step) -> Tensor:
         """(N,): what later tokens owe to this one. In the reference context tokens do not read each other's routes."""
         if self.context == "reference" or not self.token_discount:
             return torch.zeros_like(step.compute)
-        later = self.reward.later(step).view_as(self._walk.compute)
-        return later_sum(later, self.token_discount).flatten()
+        earned = self.reward.contextual(step).view_as(self._walk.compute)
+        return later_sum(earned, self.token_discount).flatten()
 
     @property
     def outcome(self) -> Outcome:
         """The finished episode's."""
         last = self._steps[-1]
         assert last.loss is not None
-        routes = torch.stack([step.action for step in self._steps], dim=1)
-        rewards, credits = torch.stack(self._rewards), torch.stack(self._credits)
-        parts = (last.loss, last.gain, self.compute, rewards, credits, routes)
-        return Outcome(*(part.detach() for part in parts))
-
-
-def later_sum(values: Tensor, discount: float) -> Tensor:
-    """sum over s > t of discount^(s - t) * values_s: (W, T) to (W, T)."""
-    distance = torch.arange(values.shape[1], device=values.device)
-    distance = distance[:, None] - distance  # (T, T), s - t for s down and t across
-    weights = torch.where(distance > 0, discount ** distance.clamp(min=0), 0.0)
-    return values @ weights
+        return Outcome(
+            loss=last.loss.detach(),
+            gain=last.gain.detach(),
+            compute=self.compute.detach(),
+            rewards=torch.stack(self._rewards).detach(),
+            credits=torch.stack(self._credits).detach(),
+            routes=torch.stack([step.action for step in self._steps], dim=1),
+            parts={name: torch.stack(earned).detach() for name, earned in self._parts.items()},
+        )
 
 
 def _lens(walk: RoutedPass, stream: Tensor) -> Tensor:
     return walk.losses(stream).flatten()
-
-
-def window_order(count: int, batch: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    """Endless batches of window indices: a new permutation each time, less what does not fill a batch.
-
-    Raises:
-        ValueError: there are fewer windows than a batch takes.
-    """
-    if count < batch:
-        raise ValueError(f"the text has {count} windows, a batch takes {batch}: lower windows_per_batch")
-    return _shuffled_batches(count, batch, generator)
-
-
-def _shuffled_batches(count: int, batch: int, generator: np.random.Generator) -> Iterator[np.ndarray]:
-    while True:
-        order = generator.permutation(count)
-        for start in range(0, count - batch + 1, batch):
-            yield order[start : start + batch]
 
 
 class Lockstep(RoutingDynamics):
@@ -328,12 +311,14 @@ class Lockstep(RoutingDynamics):
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch
         self.first_seed = seed
+        self._known_losses = torch.full((len(windows), windows.shape[1] - 1), torch.nan)
         self.seed(seed)
 
     def seed(self, seed: int) -> None:
         """Start the order of the windows anew."""
-        self._order = window_order(len(self.windows), self.windows_per_batch, np.random.default_rng(seed))
+        self._order = WindowOrder(len(self.windows), self.windows_per_batch, np.random.default_rng(seed))
         self._draws = torch.Generator().manual_seed(seed)
+        self._before_draw = self._place()
 
     @property
     def num_tokens(self) -> int:
@@ -342,5 +327,36 @@ class Lockstep(RoutingDynamics):
 
     def draw(self) -> None:
         """Begin an episode with the next windows."""
-        windows = self.windows[torch.from_numpy(next(self._order))]
-        self.reset(windows, price=self.prices and draw_prices(self.prices, len(windows), self._draws))
+        self._before_draw = self._place()
+        index = torch.from_numpy(next(self._order))
+        price = self.prices and draw_prices(self.prices, len(index), self._draws)
+        self.reset(self.windows[index], price=price, reference_loss=self.reference_losses(index))
+
+    @torch.no_grad()
+    def reference_losses(self, index: Tensor) -> Tensor:
+        """The losses of windows (B,) along the reference route, (B, T) nats; each window's is computed once."""
+        known = self._known_losses[index]
+        if known.isnan().any():
+            walk = RoutedPass(self.model, self.windows[index], context=self.context)
+            while not walk.done:
+                walk.take(self.reference)
+            known = self._known_losses[index] = walk.losses().float().cpu()
+        return known.to(self.windows.device)
+
+    def _place(self) -> dict[str, Any]:
+        return {"order": self._order.state(), "draws": self._draws.get_state()}
+
+    def state(self) -> dict[str, Any]:
+        """The place in the text and the price, between two episodes; one that is drawn but not begun is drawn again."""
+        drawn = not self.done and self.layer == 0
+        place = self._before_draw if drawn else self._place()
+        return {**place, "charged": self._charged, "reference_losses": self._known_losses}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from a state: the next episode is the one that would have followed."""
+        self._order.restore(state["order"])
+        self._draws.set_state(state["draws"])
+        if state["charged"] != self._charged:
+            self.charge(state["charged"])
+        self._known_losses = state["reference_losses"].clone()
+        self.layer = self.layers

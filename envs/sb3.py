@@ -11,8 +11,8 @@ from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
-from envs.gym_env import observation_space, observe
-from envs.lockstep import Lockstep, Outcome
+from duorl.envs.gym_env import observation_space, observe, observe_tensors
+from duorl.envs.lockstep import Lockstep, Outcome
 
 
 class RoutingVecEnv(VecEnv):
@@ -23,13 +23,15 @@ class RoutingVecEnv(VecEnv):
 
     Args:
         lockstep: the tokens and the dynamics.
+        tensors: observations are tensors in place of arrays, for algorithms whose buffers hold them.
 
     Attributes:
         outcome: the last finished episode's, None before the first.
     """
 
-    def __init__(self, lockstep: Lockstep):
+    def __init__(self, lockstep: Lockstep, *, tensors: bool = False):
         self.lockstep = lockstep
+        self._observe = observe_tensors if tensors else observe
         self.outcome: Outcome | None = None
         self.render_mode = None
         super().__init__(lockstep.num_tokens, observation_space(lockstep), spaces.Discrete(len(lockstep.actions)))
@@ -38,7 +40,7 @@ class RoutingVecEnv(VecEnv):
     def reset(self):
         """Begin an episode with the next windows."""
         self.lockstep.draw()
-        return observe(self.lockstep)
+        return self._observe(self.lockstep)
 
     def step_async(self, actions: np.ndarray) -> None:
         """Take the actions (N,) of the coming step."""
@@ -51,7 +53,7 @@ class RoutingVecEnv(VecEnv):
         if done:
             self.outcome = self.lockstep.outcome
             self.lockstep.draw()
-        return observe(self.lockstep), rewards, np.full(self.num_envs, done), self._infos
+        return self._observe(self.lockstep), rewards, np.full(self.num_envs, done), self._infos
 
     def seed(self, seed: int | None = None):
         """Start the order of the windows anew."""
@@ -84,7 +86,7 @@ class RoutingVecEnv(VecEnv):
         return [False] * len(list(self._get_indices(indices)))
 
 
-def seen(observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """An observation of Stable-Baselines3's as heads take it: hidden (N, d), layer (N,), compute (N,), conditions."""
+def head_inputs(observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """An observation of Stable-Baselines3's as heads take it: hidden (N, d), layer (N,), compute (N,), features."""
     layer, compute = observation["layer"].long().flatten(), observation["compute"].flatten()
-    return observation["hidden"], layer, compute, observation.get("conditions")
+    return observation["hidden"], layer, compute, observation.get("features")

@@ -33,9 +33,9 @@ class HardTokens(LossImprovement):
 
     def __call__(self, step: Step) -> Tensor:
         """(N,) nats."""
-        return self.later(step) - self.price * step.compute
+        return self.contextual(step) - self.price * step.compute
 
-    def later(self, step: Step) -> Tensor:
+    def contextual(self, step: Step) -> Tensor:
         """(N,) nats: the weighted gain."""
         if step.reference_loss is None:
             return torch.zeros_like(step.compute)

@@ -21,6 +21,8 @@ _LLAMA_LIKE = {
     "bos_token_id": None,
     "eos_token_id": None,
 }
+_GPT_J_LIKE = {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
+_GPT_NEO_ATTENTION = {"attention_types": [[["global", "local"], 1]], "window_size": 4, "max_position_embeddings": 64}
 FAMILIES = {
     "llama": _LLAMA_LIKE,
     "qwen3": {**_LLAMA_LIKE, "head_dim": 8},
@@ -32,13 +34,30 @@ FAMILIES = {
     "phi": {**_LLAMA_LIKE, "num_key_value_heads": 4},
     "granite": {**_LLAMA_LIKE, "residual_multiplier": 0.5, "logits_scaling": 2.0},
     "smollm3": {**_LLAMA_LIKE, "no_rope_layer_interval": 2},
+    "codegen": {**_GPT_J_LIKE, "rotary_dim": 4},
+    "exaone4": _LLAMA_LIKE,
+    "gemma3_text": {**_LLAMA_LIKE, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 4},
+    "glm4": {**_LLAMA_LIKE, "head_dim": 8},
+    "gpt_bigcode": {"vocab_size": 61, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64},
+    "gptj": {**_GPT_J_LIKE, "rotary_dim": 4},
+    "olmo3": {**_LLAMA_LIKE, "sliding_window": 4},
+    "phi3": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "starcoder2": _LLAMA_LIKE,
+}
+# Families whose attention does not go through transformers' attention interface.
+ROUTED_ONLY = {
+    "falcon": {**_LLAMA_LIKE, "ffn_hidden_size": 64},
+    "gpt_neo": {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, **_GPT_NEO_ATTENTION},
+    "olmo_hybrid": _LLAMA_LIKE,
+    "qwen3_5_text": {**_LLAMA_LIKE, "head_dim": 8, "layer_types": ["linear_attention", *["full_attention"] * 2]},
 }
 
 
 def make_original(family: str):
     """A random model of a family, with weights large enough that every module matters."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **FAMILIES[family])
+    config = AutoConfig.for_model(family, **{**FAMILIES, **ROUTED_ONLY}[family])
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
@@ -47,8 +66,8 @@ def make_original(family: str):
 
 def make_duo(family: str, small_ratio: int = 4):
     duo = duorl.convert(make_original(family), small_ratio=small_ratio)
-    for layer in range(duo.num_layers):
-        for parameter in duo.stack.ffns[layer].small.parameters():
+    for ffn in duo.stack.ffns:
+        for parameter in ffn.small.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return duo.eval().requires_grad_(False)
 

@@ -13,9 +13,14 @@ from datasets import load_dataset
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import duorl
-from duorl import cli, dense, routers
-from duorl.cli import build_parser, main
-from duorl.paper import scaling
+from duorl import routers
+from duorl.cli import main
+from duorl.cli.commands import COMMANDS
+from duorl.cli.console import resume_command
+from duorl.cli.learners import LEARNERS, named
+from duorl.cli.parser import build_parser, parse
+from duorl.learners.base import Learner
+from duorl.paper import dense, scaling
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -24,8 +29,9 @@ validations: 2
 env: {windows_per_batch: 1, group_size: 2, window: 64}
 evaluation:
   {windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2, batch: 4, resamples: 50}
-supervised: {windows: 1, epochs: 1}
-soft: {updates: 2, windows_per_batch: 1}
+rivals:
+  supervised: {class_path: Supervised, init_args: {windows: 1, epochs: 1}}
+  soft: {class_path: Soft, init_args: {updates: 2}}
 """
 
 
@@ -52,43 +58,64 @@ _COMMAND_OF = {"compare": "compare", "neighbours": "compare", "dense": "dense", 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
 def test_every_config_is_valid(path):
-    command = _COMMAND_OF.get(path.stem, "train")
-    parser, _ = build_parser()
-    assert parser.parse_args([command, "--config", str(path)]).subcommand == command
+    options, text = parse(_COMMAND_OF.get(path.stem, "train"), ["--config", str(path)])
+    assert yaml.safe_load(text) and options
 
 
 def test_the_default_config_is_the_default():
-    parser, subparsers = build_parser()
-    spelled_out = parser.parse_args(["train", "--config", str(ROOT / "configs" / "train.yaml")]).train
-    default = parser.parse_args(["train"]).train
-    assert subparsers["train"].dump(spelled_out) == subparsers["train"].dump(default)
+    spelled_out = parse("train", ["--config", str(ROOT / "configs" / "train.yaml")])[1]
+    assert yaml.safe_load(spelled_out) == yaml.safe_load(parse("train", [])[1])
 
 
 @pytest.mark.parametrize(
     ("arguments", "key", "expected"),
     [
         (["--agent", "REINFORCE"], "agent", {"learning_rate": 0.01, "baseline": "leave-one-out"}),
+        (["--agent", "Soft"], "agent", {"learning_rate": 0.01, "updates": 120}),
         (["--config", str(ROOT / "configs" / "reinforce.yaml")], "agent", {"learning_rate": 0.01}),
         (["--agent", "REINFORCE", "--agent.learning_rate", "0.5"], "agent", {"learning_rate": 0.5}),
         (["--agent.learning_rate", "0.5"], "agent", {"learning_rate": 0.5, "epochs": 2}),
         (["--reward", "dear.Dear"], "reward", {"price": 7.0}),
+        (["--reward", "dear.Dear", "--reward.price", "3"], "reward", {"price": 3.0}),
+        (["--config", "dear.yaml"], "reward", {"price": 5.0}),
         (["--reward.price", "0.2"], "reward", {"price": 0.2}),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_a_class_named_by_the_user_keeps_its_own_defaults(arguments, key, expected, tiny, monkeypatch):
+def test_a_class_named_by_the_user_keeps_its_own_defaults(arguments, key, expected, tiny):
     (tiny / "dear.py").write_text(
         "import duorl.rewards\n"
         "class Dear(duorl.rewards.Reward):\n"
         "    def __init__(self, price: float = 7.0):\n"
         "        self.price = price\n"
     )
-    seen = {}
-    monkeypatch.setitem(
-        cli.COMMANDS, "train", lambda options, config: seen.update(yaml.safe_load(config)) or (lambda: 0)
-    )
-    main(["train", *arguments])
-    assert expected.items() <= seen[key]["init_args"].items()
+    (tiny / "dear.yaml").write_text("reward: {class_path: dear.Dear, init_args: {price: 5.0}}\n")
+    text = parse("train", arguments)[1]
+    assert expected.items() <= yaml.safe_load(text)[key]["init_args"].items()
+
+
+def test_a_function_is_a_reward(tiny):
+    (tiny / "plain.py").write_text("def thrifty(step):\n    return -step.compute\n")
+    options, text = parse("train", ["--reward", "plain.thrifty"])
+    assert yaml.safe_load(text)["reward"] == "plain.thrifty" and options.reward.__name__ == "thrifty"
+    (tiny / "again.yaml").write_text(text)
+    assert parse("train", ["--config", "again.yaml"])[1] == text
+
+
+def test_learners_are_found_by_name():
+    for name in LEARNERS:
+        assert issubclass(named(name.lower()), Learner) and named(name).__name__ == name
+    with pytest.raises(ValueError, match="unknown learner 'nobody': choose from PPO"):
+        named("nobody")
+    with pytest.raises(ValueError, match=r"json\.JSONDecoder is not a Learner"):
+        named("json.JSONDecoder")
+
+
+def test_rivals_are_names_or_learners_with_options():
+    options, text = parse("train", ["--rivals", "[]"])
+    assert options.rivals == []
+    options, text = parse("train", ["--rivals", "{wide: {class_path: Supervised, init_args: {width: 7}}, KNN: KNN}"])
+    assert yaml.safe_load(text)["rivals"]["wide"]["init_args"]["width"] == 7 and list(options.rivals) == ["wide", "KNN"]
 
 
 @pytest.mark.slow
@@ -109,6 +136,7 @@ def test_train_writes_the_whole_run_folder(tiny, capsys):
     assert {f"rollout/{name}" for name in ("return", "gain", "compute", "loss")} <= tags
     assert {f"validation/{name}" for name in ("return", "gain", "compute", "loss")} <= tags
     assert {"train/entropy", "train/explained_variance", "actions_big/layer_7", "actions_skip/layer_0"} <= tags
+    assert {path.name for path in Path("here/tensorboard").iterdir()} == {"PPO", "supervised", "soft"}
     assert events.Tags()["images"] == ["routes/share_of_big"]
     curve = events.Scalars("rollout/return")
     assert [point.step for point in curve] == [8 * 2 * 64 * k for k in range(1, len(curve) + 1)]
@@ -117,24 +145,28 @@ def test_train_writes_the_whole_run_folder(tiny, capsys):
     # the saved router deploys, and another evaluation of it gives the run's own numbers
     evaluation = yaml.safe_load(TINY)["evaluation"]
     flags = [f"--evaluation.{name}={value}" for name, value in evaluation.items()]
-    main(["evaluate", "--router", "here/router", "--window=64", "--out", "again", *flags])
+    flags += ["--evaluation.bound=exhaustive", "--evaluation.baseline=enumeration"]
+    main(["evaluate", "--router", str(Path("here/router").absolute()), "--window=64", "--out", "again", *flags])
     again = json.loads(Path("again/comparison.json").read_text())["rows"]
     expected = next(row for row in saved["rows"] if row["router"] == "PPO")
+    assert again[0]["router"] == "here/router"
     for key in ("loss", "compute", "return", "regret", "actions"):
         assert again[0][key] == pytest.approx(expected[key]), key
 
 
 COMPARE = """
 agents: {PPO: PPO, REINFORCE: REINFORCE, ReinMax: ReinMax}
-own_env: {ReinMax: {group_size: 1, windows_per_batch: 2}}
+own_env: {ReinMax: {group_size: 1, windows_per_batch: 2}, soft: {windows_per_batch: 2}}
 env: {windows_per_batch: 1, group_size: 2, window: 64, prices: [0.02, 0.8]}
 total_decisions: 3000
 seeds: 2
 targets: [0.3, 0.5]
 knowable: 8
-rivals: [supervised, soft, knn, ensemble]
-knn: {windows: 2}
-ensemble: {windows: 2, members: 2, epochs: 1}
+rivals:
+  supervised: {class_path: Supervised, init_args: {windows: 1, epochs: 1}}
+  soft: {class_path: Soft, init_args: {updates: 2}}
+  knn: {class_path: KNN, init_args: {windows: 2}}
+  ensemble: {class_path: Ensemble, init_args: {windows: 2, members: 2, epochs: 1}}
 """
 
 
@@ -151,7 +183,7 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     split = {row["router"]: row["regret"] - row["regret_avoidable"] for row in first["rows"]}
     assert list(split.values()) == pytest.approx([split["oracle"]] * len(split), abs=1e-5)  # what the label alone tells
     assert set(Path("all/tensorboard").glob("*/*")) == {
-        Path("all/tensorboard", name, f"seed-{seed}") for name in learned[4:] for seed in (0, 1)
+        Path("all/tensorboard", name, f"seed-{seed}") for name in learned for seed in (0, 1)
     }
     budgets = json.loads(Path("all/budgets.json").read_text())
     (found,) = budgets["texts"].values()
@@ -159,7 +191,7 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     assert {row["target"] for row in found["rows"]} == {0.3, 0.5}
     assert "best fixed" in Path("all/budgets.md").read_text()
     weights = Path("all/routers/PPO/seed-1/router.safetensors").read_bytes()
-    for left in ("REINFORCE/seed-0/router.json", "ReinMax/seed-1/ladder-" + budgets_name(small_corpus)):
+    for left in ("REINFORCE/seed-0/result.json", "ReinMax/seed-1/ladder/result.json"):
         Path("all/routers", left).unlink()
     capsys.readouterr()
     main([*arguments, "--resume"])
@@ -169,10 +201,6 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     for before, after in zip(first["rows"], again["rows"], strict=True):
         assert before["loss"] == after["loss"] and before["return_interval"] == after["return_interval"]
     assert json.loads(Path("all/budgets.json").read_text())["texts"] == budgets["texts"]
-
-
-def budgets_name(corpus: str) -> str:
-    return corpus.replace("/", "_") + ".safetensors"
 
 
 @pytest.mark.slow
@@ -239,7 +267,8 @@ def test_oracle_command(tiny, context):
 PAPER = """
 total_decisions: 2000
 env: {windows_per_batch: 1, group_size: 2, window: 32}
-soft: {updates: 1, windows_per_batch: 1}
+soft: {updates: 1}
+soft_windows: 1
 size: {windows: 2, pattern_windows: 1, random_patterns: 5, big: [1], prices: [0.3], resamples: 50}
 """
 
@@ -310,9 +339,12 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny, small_corpus):
     assert model.num_layers == 2 and tokenizer.decode(tokenizer("def f():")["input_ids"]) == "def f():"
     history = json.loads(Path("model/history.json").read_text())
     assert {"eval_all_small", "eval_all_big"} <= set(history[-1])
-    Path("stage1.yaml").write_text(text.replace("max_steps: 4", "max_steps: 6"))
+    (Path("model") / "result.json").unlink()
+    (Path("model/checkpoints/checkpoint-4/trainer_state.json")).unlink()  # a checkpoint that was half written
+    weights = Path("model/model.safetensors").read_bytes()
     main(["pretrain", "--config", "stage1.yaml", "--resume"])
-    assert json.loads(Path("model/history.json").read_text())[-1]["step"] == 6
+    assert Path("model/model.safetensors").read_bytes() == weights
+    assert [entry["step"] for entry in json.loads(Path("model/history.json").read_text())][-1] == 4
 
 
 @pytest.mark.parametrize(
@@ -320,7 +352,7 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny, small_corpus):
     [
         (["report", "gone"], "no run in gone"),
         (["report"], "run"),
-        (["oracle", "--memory_limit", "1000"], "memory_limit 1,000 is too small: .* need"),
+        (["oracle", "--method", "exhaustive", "--memory_limit", "1000"], "memory_limit 1,000 is too small: .* need"),
         (["oracle", "--price", "-1"], "price must be at least 0"),
         (["oracle", "--skip", "half"], "half"),
         (["oracle", "--context", "causal"], "causal"),
@@ -338,7 +370,11 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny, small_corpus):
         (["compare", "--agents", "{PPO: PPO}", "--targets", "[0.5]"], "give env.prices"),
         (["compare", "--agents", "{PPO: PPO}", "--env.prices", "[0.1, 1]", "--targets", "[2]"], "between 0 and 1"),
         (["compare", "--agents", "{soft: PPO}"], "cannot be called 'soft'"),
-        (["compare", "--agents", "{PPO: PPO}", "--own_env", "{A2C: {}}"], "'A2C', which is not among the agents"),
+        (["compare", "--agents", "{lower bound: PPO}"], "cannot be called 'lower bound'"),
+        (["compare", "--agents", "{PPO: PPO}", "--rivals", "[nobody]"], "unknown learner 'nobody'"),
+        (["compare", "--agents", "{PPO: PPO}", "--own_env", "{A2C: {}}"], "'A2C', which is not among the learners"),
+        (["trian"], r"unknown command 'trian' \(did you mean train\?\)"),
+        ([], "no command"),
         (["compare", "--agents", "{PPO: PPO}", "--own_env", "{PPO: {copies: 2}}"], "copies"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -356,7 +392,7 @@ def test_other_commands_refuse_bad_input_too(arguments, message, tiny, capsys):
         (["--agent.learnin_rate", "3"], "did you mean learning_rate"),
         (["--config", "wrong.yaml"], "'total_decison'.*did you mean total_decisions"),
         (["--config", "gone.yaml"], "gone.yaml"),
-        (["--agent", "FOO"], "choose from A2C, DQN, MEX, PPO, REINFORCE"),
+        (["--agent", "FOO"], "choose from PPO, A2C, MaskablePPO, REINFORCE"),
         (["--env.prices", "[0.5, 0.1]"], "prices must be the lowest and the highest"),
         (["--env.prices", "[0.5, 1.0]"], r"price 0\.3 is not among env\.prices"),
         (["--target_compute", "1.5"], "target_compute must be between 0 and 1"),
@@ -385,6 +421,8 @@ def test_other_commands_refuse_bad_input_too(arguments, message, tiny, capsys):
         (["--env.windows_per_batch", "9999"], "a batch takes 9999"),
         (["--reference", "huge"], "unknown action 'huge'"),
         (["--evaluation.windows", "8"], "reference_windows 16 must be among the 8"),
+        (["--env.inputs", "[nothing]"], "nothing"),
+        (["--save_every", "x"], "save_every"),
         (["--agent.width", "-1"], "width must be at least 0"),
         (["--agent.batch_size", "1"], "batch_size"),
         (["--reward", "scalar.Scalar"], "Scalar must return one reward per token"),
@@ -393,7 +431,7 @@ def test_other_commands_refuse_bad_input_too(arguments, message, tiny, capsys):
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, capsys):
+def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, small_corpus, capsys):
     (tiny / "zero.txt").touch()
     (tiny / "short.txt").write_text("short")
     (tiny / "wrong.yaml").write_text("total_decison: 3\n")
@@ -404,13 +442,15 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, caps
     (tiny / "other" / "config.yaml").touch()  # another program's
     (tiny / "ours").mkdir()
     (tiny / "ours" / ".duorl").touch()
+    (tiny / "ours" / "config.yaml").touch()
     reward = (
         "import duorl.rewards\nclass Scalar(duorl.rewards.Reward):\n    def __call__(self, step):\n        return 1.0\n"
     )
     (tiny / "scalar.py").write_text(reward)
     (tiny / "bare.py").write_text(reward.replace("Scalar", "Bare").replace("1.0", "step.compute"))
     before = sorted(tiny.rglob("*"))
-    assert re.search(message, refused(["train", *arguments], capsys))
+    text = [] if "--corpus" in arguments else ["--corpus", small_corpus]
+    assert re.search(message, refused(["train", *text, *arguments], capsys))
     assert sorted(path for path in tiny.rglob("*") if "__pycache__" not in path.parts) == before
 
 
@@ -423,15 +463,105 @@ def test_help_names_the_rewards(capsys):
     assert "--reward thrifty.Thrifty --reward.bonus 0.02" in section
 
 
-def test_help_explains_every_option(capsys):
-    for command in cli.COMMANDS:
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_explains_every_option(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "--help"])
+    assert stopped.value.code == 0 and COMMANDS[command].summary.split()[0] in capsys.readouterr().out
+    actions = build_parser(command)._actions
+    assert not [action.dest for action in actions if action.option_strings and not action.help]
+
+
+def test_the_top_answers_from_its_table(capsys):
+    for words in (["--help"], ["-h"], ["--version"]):
         with pytest.raises(SystemExit) as stopped:
-            main([command, "--help"])
+            main(words)
         assert stopped.value.code == 0
-        _, subparsers = build_parser()
-        unexplained = [
-            action.dest
-            for action in subparsers[command]._actions
-            if action.option_strings and not action.help and action.dest not in ("help",)
-        ]
-        assert not unexplained, unexplained
+    printed = capsys.readouterr().out
+    assert all(command.summary in printed for command in COMMANDS.values()) and "duorl 0." in printed
+
+
+_HEAVY = ("transformers", "datasets", "sklearn", "matplotlib", "plotly", "torch")
+
+
+@pytest.mark.parametrize(
+    ("words", "allowed"),
+    [(["--help"], 0), (["--version"], 0), (["trian"], 0), (["train", "--help"], 1), (["train", "--agnet", "X"], 1)],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_need_not_be_imported_is_not(words, allowed):
+    """Heavy packages, the last `allowed` of them apart."""
+    names = _HEAVY[: len(_HEAVY) - allowed]
+    code = (
+        "import sys\nfrom duorl.cli import main\ntry:\n    main(sys.argv[1:])\nexcept SystemExit:\n    pass\n"
+        f"print([name for name in {names} if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
+    assert done.stdout.strip().splitlines()[-1] == "[]"
+
+
+OWN_FOLDER = """
+import sys
+import duorl.cli
+import duorl.agents
+from duorl.cli.parser import parse
+assert duorl.agents.PPO.__name__ == "PPO"
+options, text = parse("compare", ["--agents", "{PPO: PPO}", "--reward", "rewards.Mine"])
+assert sys.path[-1].endswith("own") and not sys.path[0].endswith("own"), sys.path
+import agents
+assert agents.__file__.endswith("own/agents/__init__.py")
+print(type(options.reward).__name__)
+"""
+
+
+def test_folders_of_the_users_own_stand_in_for_nothing(tmp_path):
+    own = tmp_path / "own"
+    for name in ("agents", "envs", "tests", "configs", "rewards"):
+        (own / name).mkdir(parents=True)
+        (own / name / "__init__.py").touch()
+    (own / "rewards" / "__init__.py").write_text("import duorl.rewards\nclass Mine(duorl.rewards.Reward):\n    pass\n")
+    (tmp_path / "script.py").write_text(OWN_FOLDER)
+    done = subprocess.run([sys.executable, "../script.py"], cwd=own, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "Mine", done.stderr[-2000:]
+
+
+RESUMED = [
+    (["--out", "here"], "duorl train --out here --resume"),
+    (["--out=a b", "--overwrite"], "duorl train '--out=a b' --resume"),
+    ([], "duorl train --out runs/ppo-1 --resume"),
+]
+
+
+@pytest.mark.parametrize(
+    ("typed", "line"), RESUMED, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+)
+def test_the_line_that_goes_on_with_a_run(typed, line, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/bin/duorl", "train", *typed])
+    assert resume_command(Path("runs/ppo-1")) == line
+
+
+@pytest.mark.slow
+def test_a_failed_job_is_named_and_resume_does_the_rest(tiny, small_corpus, capsys):
+    (tiny / "fails.py").write_text(
+        "import pathlib\nfrom duorl.learners import Soft\n"
+        "class Fails(Soft):\n"
+        "    def update(self):\n"
+        "        if pathlib.Path('broken').exists():\n"
+        "            raise RuntimeError('it is broken')\n"
+        "        return super().update()\n"
+    )
+    Path("broken").touch()
+    rivals = "{bad: {class_path: fails.Fails, init_args: {updates: 2}}}"
+    usual = ["train", "--config", "tiny.yaml", "--corpus", small_corpus, "--total_decisions", "1000", "--out", "run"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*usual, "--rivals", rivals])
+    said = capsys.readouterr()
+    assert stopped.value.code == 1 and "bad failed: RuntimeError: it is broken" in said.out
+    assert "1 of 2 jobs are not finished: bad; go on with" in said.err and said.err.strip().endswith("--resume")
+    assert "in update" in Path("run/errors/bad.txt").read_text()
+    weights = Path("run/router/router.safetensors").read_bytes()
+    Path("broken").unlink()
+    main([*usual, "--rivals", rivals, "--resume"])
+    assert Path("run/router/router.safetensors").read_bytes() == weights
+    rows = [row["router"] for row in json.loads(Path("run/comparison.json").read_text())["rows"]]
+    assert {"bad", "PPO"} <= set(rows) and not any(Path("run/errors").iterdir())

@@ -5,7 +5,7 @@ import torch
 
 import duorl
 import duorl.oracle
-from duorl.evaluate import measure
+from duorl.evaluation.compare import measure
 from duorl.models.loading import EMBEDDED
 from duorl.routers import ConstantRouter
 

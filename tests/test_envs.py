@@ -1,5 +1,8 @@
 """The Gymnasium and SB3 environments."""
 
+import subprocess
+import sys
+
 import gymnasium
 import numpy as np
 import pytest
@@ -8,10 +11,11 @@ import torch
 from conftest import make_duo
 from gymnasium.utils.env_checker import check_env
 
-import envs
+from duorl import envs
+from duorl.envs import DuoRoutingEnv, DuoRoutingVectorEnv, Lockstep, RoutingDynamics, RoutingVecEnv
+from duorl.envs.order import WindowOrder
 from duorl.oracle import exhaustive
 from duorl.rewards import LossImprovement
-from envs import DuoRoutingEnv, DuoRoutingVectorEnv, Lockstep, RoutingVecEnv
 
 
 @pytest.fixture
@@ -112,8 +116,55 @@ def test_the_sb3_skin_steps_all_tokens_and_begins_again(duo, windows):
 
 
 def test_every_window_comes_once_before_any_comes_again(windows):
-    order = envs.lockstep.window_order(6, 2, np.random.default_rng(0))
+    order = WindowOrder(6, 2, np.random.default_rng(0))
     assert sorted(np.concatenate([next(order) for _ in range(3)])) == list(range(6))
+
+
+@pytest.mark.parametrize("drawn", [0, 1, 3, 7])
+def test_an_order_goes_on_where_it_was(drawn):
+    order, other = WindowOrder(7, 2, np.random.default_rng(0)), WindowOrder(7, 2, np.random.default_rng(1))
+    for _ in range(drawn):
+        next(order)
+    other.restore(order.state())
+    assert np.array_equal([next(order) for _ in range(8)], [next(other) for _ in range(8)])
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_lockstep_goes_on_with_the_episode_that_was_to_come(duo, windows, begun):
+    """Also where it is drawn already, as Stable-Baselines3 has it at the end of every update."""
+    options = {"windows_per_batch": 2, "prices": (0.1, 1.0)}
+    env, other = Lockstep(duo, windows, **options), Lockstep(duo, windows, seed=5, **options)
+    env.draw()
+    while not env.done:
+        env.step(torch.zeros(14, dtype=torch.int64))
+    if begun:
+        env.draw()
+    other.restore(env.state())
+    other.draw()
+    if not begun:
+        env.draw()
+    assert torch.equal(env.hidden, other.hidden) and torch.equal(env.view.price, other.view.price)
+
+
+def test_the_reference_pass_is_made_once_for_every_window(duo, windows, monkeypatch):
+    env = Lockstep(duo, windows, windows_per_batch=3)
+    for _ in range(2):
+        env.draw()
+    known = env._known_losses.clone()
+    assert known.isfinite().all()
+    monkeypatch.setattr(env, "reference", None)  # asked again it would fail
+    for _ in range(2):
+        env.draw()
+    assert torch.equal(env._known_losses, known)
+    alone = RoutingDynamics(duo)
+    alone.reset(windows)
+    assert torch.allclose(alone.reference_loss, known.flatten(), atol=1e-6)
+
+
+def test_gymnasium_finds_the_environment_by_the_modules_name():
+    code = "import gymnasium; print(gymnasium.make('duorl:duorl/Routing-v0').reset(seed=0)[0]['layer'])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "0", done.stderr
 
 
 def test_a_token_is_credited_with_later_gains_of_its_own_window_only(duo, windows):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from test_routed_pass import routed_losses
 
-from duorl.evaluate import Comparer, EvaluationOptions, evaluate, flatten, measure
-from duorl.figures import budget_table, frontier, heat_map, table
+from duorl.evaluation import Comparer, EvaluationOptions, evaluate, flatten, measure
+from duorl.evaluation.statistics import bootstrap_interval
 from duorl.oracle import exhaustive
+from duorl.reports.figures import budget_table, frontier, heat_map, table
 from duorl.routers import ConstantRouter, HeadRouter, RandomRouter
-from duorl.statistics import bootstrap_interval
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def comparison(duo, windows):
         "all-big": [ConstantRouter("big")],
         "best fixed": [comparer.fixed],
         "heads": [HeadRouter(3, 32, seed=seed) for seed in (0, 1)],
-        "oracle": [comparer.oracle],
+        **comparer.bounds,
     }
     return comparer.compare(routers, {"price": 0.1})
 

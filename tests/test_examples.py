@@ -12,10 +12,10 @@ import pytest
 import torch
 from test_cli import TINY
 
-import agents
 import duorl
+from duorl import agents
+from duorl.envs import Lockstep, RoutingDynamics
 from duorl.rewards import LossImprovement, Reward, Step, with_price
-from envs import Lockstep, RoutingDynamics
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))  # where a user of the examples stands
@@ -64,7 +64,7 @@ def test_a_hard_tokens_gain_counts_more():
     step = decision([2, 2, 2], loss=[1.0, 2.0, 5.0], reference_loss=[1.5, 1.5, 6.0])  # mean reference 3
     earned = [0.5 * 0.5 - 0.1, 0.5 * -0.5 - 0.1, 2.0 * 1.0 - 0.1]
     assert HardTokens(0.2, power=1.0)(step).tolist() == pytest.approx(earned)
-    assert HardTokens(0.2).later(step).tolist() == pytest.approx([0.25, -0.25, 2.0])
+    assert HardTokens(0.2).contextual(step).tolist() == pytest.approx([0.25, -0.25, 2.0])
     assert HardTokens(0.2)(decision([2, 1, 0])).tolist() == pytest.approx([-0.1, -0.02, 0])
     assert torch.equal(HardTokens(0.2, power=0.0)(step), LossImprovement(0.2)(step))
     with pytest.raises(ValueError, match="power must be at least 0"):

@@ -1,15 +1,22 @@
 """The duo model against the unmodified Hugging Face model."""
 
+import copy
+import json
+import pickle
+import subprocess
+import sys
+
 import pytest
 import torch
-from conftest import FAMILIES, make_duo, make_original, random_routes
-from transformers import AutoModelForCausalLM, OPTConfig
+from conftest import FAMILIES, ROUTED_ONLY, make_duo, make_original, random_routes
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import duorl
-from duorl.models import require_frozen
+from duorl.inputs import View
+from duorl.models import families, require_frozen
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *ROUTED_ONLY])
 def test_all_big_is_the_original(family, tokens):
     original = make_original(family)
     duo = duorl.convert(original, small_ratio=4)
@@ -83,10 +90,39 @@ def test_a_trainable_model_is_refused_by_name(duo):
         require_frozen(unfrozen)
 
 
-def test_a_family_without_mlp_modules_is_refused():
-    config = OPTConfig(vocab_size=61, hidden_size=32, ffn_dim=64, num_hidden_layers=2, num_attention_heads=4)
-    with pytest.raises(ValueError, match="OPTForCausalLM: no decoder layers with an `mlp`"):
+_MANY_EXPERTS = {"num_local_experts": 4, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "family, options, reason",
+    [
+        ("opt", {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 4}, "OPTForCausalLM: no decoder layers with"),
+        ("mixtral", {**_MANY_EXPERTS, "num_key_value_heads": 2}, "mixtral: its networks are mixtures of experts"),
+        ("bloom", {"hidden_size": 32, "n_head": 4}, "no single FFN inner size `intermediate_size`"),
+        ("hyperclovax", {**_MANY_EXPERTS, "num_local_experts": 0}, "all-big differs from the original's logits"),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_the_reason(family, options, reason):
+    config = AutoConfig.for_model(family, vocab_size=61, num_hidden_layers=2, pad_token_id=None, **options)
+    with pytest.raises(ValueError, match=reason):
         duorl.convert(AutoModelForCausalLM.from_config(config))
+
+
+def test_a_family_with_an_attention_of_its_own_is_refused_unless_it_is_listed(monkeypatch):
+    monkeypatch.delitem(families.FAMILIES, "gpt_neo")
+    with pytest.raises(ValueError, match="gpt_neo: attention bypasses transformers' attention interface"):
+        duorl.convert(make_original("gpt_neo"))
+
+
+def test_every_listed_family_is_in_the_tests_table():
+    assert set(families.FAMILIES) <= {*FAMILIES, *ROUTED_ONLY}
+
+
+def test_attention_and_sizes_are_found_in_every_family():
+    for family in [*FAMILIES, *ROUTED_ONLY]:
+        flops = duorl.convert(make_original(family), small_ratio=4).flops
+        assert (flops.projections > 0).all() and flops.width == 32, family
+        assert torch.equal(flops.ffns[:, 2], 4 * flops.ffns[:, 1]), family
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 8, 4).long(), torch.zeros(2, 7, 3).long(), torch.full((2, 8, 3), 3)])
@@ -119,3 +155,108 @@ def test_routes_equal_a_router_that_replays_them(duo, tokens):
     inputs = tokens[:, :-1]
     replay = duo(input_ids=inputs, router=lambda hidden, layer, compute: routes[..., layer]).logits
     assert torch.equal(replay, duo(input_ids=inputs, routes=routes).logits)
+
+
+def test_a_router_sees_the_pass(duo, tokens):
+    """`decide` gets views, as along a RoutedPass."""
+    views: list[View] = []
+
+    class Watching:
+        def decide(self, view):
+            views.append(view)
+            return routes[..., view.layer]
+
+    inputs, routes = tokens[:, :-1], random_routes(duo, tokens)
+    logits = duo(input_ids=inputs, router=Watching()).logits
+    assert torch.equal(logits, duo(input_ids=inputs, routes=routes).logits)
+    walk = duorl.RoutedPass(duo, tokens)
+    for seen in views:
+        expected = walk.view
+        assert (seen.layer, seen.price) == (expected.layer, None)
+        assert torch.allclose(seen.hidden, expected.hidden, atol=1e-5)
+        assert torch.allclose(seen.compute, expected.compute)
+        assert all(map(torch.equal, seen.taken, expected.taken)) and len(seen.taken) == seen.layer
+        assert (seen.previous is None) == (expected.previous is None)
+        walk.step(routes[..., walk.layer])
+    assert walk.done and torch.allclose(views[1].previous, views[0].hidden)
+
+
+def test_a_router_may_run_the_model_itself(duo, tokens):
+    """What it runs is a call of its own: all-big."""
+    expected = duo(input_ids=tokens).logits
+
+    def router(hidden, layer, compute):
+        assert torch.equal(duo(input_ids=tokens).logits, expected)
+        return torch.zeros(hidden.shape[:-1], dtype=torch.long)
+
+    assert not torch.allclose(duo(input_ids=tokens, router=router).logits, expected)
+
+
+def test_a_skipped_block_leaves_the_stream_as_it_entered(tokens):
+    duo = make_duo("llama")
+    duo.config.skip = "block"
+    nothing = duo(input_ids=tokens, routes=torch.zeros(2, 8, 3, dtype=torch.long)).logits
+    assert torch.equal(nothing, duo.stack.logits(duo.get_input_embeddings()(tokens)))
+
+
+def test_copies_decide_as_the_model_does(duo, tokens):
+    routes = random_routes(duo, tokens)
+    expected = duo(input_ids=tokens[:, :-1], routes=routes).logits
+    for copied in (copy.deepcopy(duo), pickle.loads(pickle.dumps(duo))):
+        assert type(copied.stack.layers[0]) is type(duo.stack.layers[0])
+        assert copied.stack.layers[0] is not duo.stack.layers[0]
+        assert torch.equal(copied(input_ids=tokens[:, :-1], routes=routes).logits, expected)
+
+
+def test_layers_are_of_the_familys_own_classes(duo):
+    """transformers and accelerate ask for classes by `isinstance` and by name."""
+    plain = make_original("llama")
+    for ours, own in ((duo.stack.layers[0], plain.model.layers[0]), (duo.backbone.model, plain.model)):
+        assert isinstance(ours, type(own)) and type(ours).__name__ == type(own).__name__
+    assert duo._no_split_modules == {"LlamaDecoderLayer"}
+
+
+def test_resized_embeddings_reach_the_head(tokens):
+    duo = make_duo("llama")
+    before = duo.flops.head
+    duo.resize_token_embeddings(70, mean_resizing=False)
+    assert duo(input_ids=torch.tensor([[65]])).logits.shape == (1, 1, 70)
+    assert duo.flops.head == before * 70 // 61
+
+
+def test_damaged_folders_are_refused_by_name(duo, tmp_path):
+    duo.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(weights[:100])
+    with pytest.raises(ValueError, match="cannot read the weights in"):
+        duorl.load(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config)[:50])
+    with pytest.raises(ValueError, match=r"cannot read .*config\.json"):
+        duorl.load(tmp_path)
+
+
+_FIRST = "import duorl; duorl.load_tokenizer()"
+
+
+def test_a_tokenizer_is_read_without_a_warning():
+    """Its folder's configuration is a duo's, which transformers knows once it is registered."""
+    found = subprocess.run([sys.executable, "-c", _FIRST], capture_output=True, text=True)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+
+
+_LIGHT = """
+import sys
+import duorl.corpus, duorl.costs, duorl.inputs, duorl.models.families, duorl.rewards, duorl.routed_pass
+import duorl.learners.base, duorl.routers.base, duorl.routers.heads
+from duorl.models import model_folder
+model_folder("duo-tiny")
+heavy = {"accelerate", "datasets", "matplotlib", "scipy", "sklearn", "transformers"}
+sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) else 0)
+"""
+
+
+def test_the_parts_below_the_models_wait_with_transformers():
+    found = subprocess.run([sys.executable, "-c", _LIGHT], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr

@@ -300,7 +300,7 @@ def test_a_narrow_beam_keeps_the_prefixes_that_predict_best(duo, tokens):
         for action in (1, 2):
             child = walk.fork()
             child.take(action)
-            scores.append(child.losses(child.entered) + 0.3 * child.compute)
+            scores.append(child.losses(child.layer_input) + 0.3 * child.compute)
         chosen.append(1 + torch.stack(scores).argmin(0))
         walk.step(chosen[-1])
     assert torch.equal(oracle.beam(duo, tokens, width=1, price=0.3).routes, torch.stack(chosen, -1))

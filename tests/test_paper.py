@@ -11,14 +11,15 @@ from conftest import make_duo
 from test_routed_pass import reference_losses, routed_losses
 
 import duorl
-from duorl import dense
-from duorl.evaluate import measure
+from duorl.envs import Lockstep
+from duorl.evaluation.compare import measure
+from duorl.learners import Soft
 from duorl.models.pretrain import PretrainOptions
 from duorl.oracle import exhaustive
-from duorl.paper import Study, StudySize, claims_page, draw, scaling
+from duorl.paper import Study, StudySize, claims_page, dense, draw, scaling
 from duorl.paper.claims import _verdict, claims
-from duorl.paper.study import early_exits
-from duorl.routers import ConstantRouter, HeadRouter, SoftOptions
+from duorl.paper.measures import early_exits
+from duorl.routers import ConstantRouter, HeadRouter
 
 FIGURES = [f"{number}{letter}" for number in "23" for letter in "abcd"] + ["4a", "4b", "4c", "5", "6", "7"]
 
@@ -35,14 +36,19 @@ def some_windows():
 
 
 def small_study():
-    windows = some_windows()
+    windows, model = some_windows(), make_duo("llama")
+
+    def soft(budget, actions):
+        env = Lockstep(model, windows[:4], actions=actions, windows_per_batch=2)
+        return Soft(env, budget=budget, updates=2).learn(1)
+
     return Study(
-        make_duo("llama"),
+        model,
         Names(),
         windows[:4],
         {"prose": windows[4:8], "code": windows[7:]},
         learners={"ours": lambda price: HeadRouter(3, 32, seed=round(10 * price))},
-        soft=SoftOptions(updates=2, windows_per_batch=2),
+        soft=soft,
         size=StudySize(windows=4, pattern_windows=4, random_patterns=5, prices=(0.1, 0.3), resamples=100),
         seed=0,
     )

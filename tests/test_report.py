@@ -12,11 +12,10 @@ import torch
 from test_paper import Names, small_study
 from test_statistics import made_up
 
-from duorl import report
-from duorl.budgets import budget_rows, summaries
-from duorl.evaluate import Comparer, EvaluationOptions
+from duorl.evaluation import Comparer, EvaluationOptions, budget_rows, summaries
 from duorl.paper import claims_page, draw
 from duorl.paper.claims import claims
+from duorl.reports import page as report
 from duorl.routers import ConstantRouter, HeadRouter
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -51,10 +50,10 @@ def comparison_run(duo, tmp_path_factory):
         "all-big": ConstantRouter("big"),
         "best fixed": comparer.fixed,
         "<heads> & more": HeadRouter(3, 32),
-        "oracle": comparer.oracle,
     }
     settings = {"command": "duorl compare --out 'a folder'", "price": 0.1}
-    comparer.compare({name: [router] for name, router in routers.items()}, settings).save(folder)
+    seeds = {name: [router] for name, router in routers.items()}
+    comparer.compare({**seeds, **comparer.bounds}, settings).save(folder)
     (folder / "traces.json").write_text(json.dumps(comparer.traces(Names())))
     return folder
 
@@ -131,6 +130,20 @@ def test_the_report_of_a_paper_run_shows_its_claims_and_charts(paper_run, tmp_pa
     table = re.search(r'<table id="claims">(.*?)</table>', document, re.DOTALL)[1]
     for claim in claims(figures):
         assert claim.measured in unescape(table)
+
+
+@pytest.mark.parametrize(("bound", "said"), [("descent", "a lower bound of the oracle"), ("none", "no bound in its")])
+def test_a_report_without_an_oracle_says_so(bound, said, duo, tmp_path):
+    windows = torch.randint(61, (24, 8), generator=torch.Generator().manual_seed(2))
+    options = EvaluationOptions(windows=8, reference_windows=4, fixed_windows=4, resamples=50, bound=bound)
+    settings = {"price": 0.1, "actions": ("skip", "small", "big"), "reference": "small", "options": options}
+    comparer = Comparer(duo, windows[:12], windows[12:], **settings)
+    routers = {"all-big": [ConstantRouter("big")], **comparer.bounds}
+    comparer.compare(routers, {"command": "duorl compare", "price": 0.1}).save(tmp_path)
+    (tmp_path / "traces.json").write_text(json.dumps(comparer.traces(Names())))
+    page = report.write(tmp_path).read_text()
+    assert page.count(said) >= 2 and "oracle per number" not in page
+    assert ("lower bound*" in page) == (bound == "descent") == ("Token difficulty" in page)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -4,7 +4,9 @@ import pytest
 import torch
 from conftest import random_routes
 
+from duorl.envs import RoutingDynamics
 from duorl.rewards import (
+    FunctionReward,
     LogitLensShaping,
     LossImprovement,
     RedundancyCharge,
@@ -15,7 +17,6 @@ from duorl.rewards import (
     price_of,
     with_price,
 )
-from envs import RoutingDynamics
 
 
 def play(model, tokens, reward, seed=0, context="routed", routes=None, price=None, **options):
@@ -105,8 +106,45 @@ def test_a_reward_of_the_wrong_shape_is_refused_by_name(duo, tokens):
         def __call__(self, step):
             return 1.0
 
-    with pytest.raises(ValueError, match=r"Scalar must return one reward per token, shape \(N,\), not \(\)"):
+    with pytest.raises(ValueError, match=r"Scalar must return one reward per token, shape \(N,\), not float"):
         play(duo, tokens, Scalar())
+
+
+def test_a_reward_that_is_no_number_is_refused_by_name_and_layer(duo, tokens):
+    class Infinite(Reward):
+        def __call__(self, step):
+            return torch.full_like(step.compute, torch.inf if step.layer == 1 else 0.0)
+
+    with pytest.raises(ValueError, match="Infinite returned a reward that is not finite, in layer 1"):
+        play(duo, tokens, Infinite())
+
+
+def test_a_plain_function_is_a_reward(duo, tokens):
+    def thrifty(step):
+        return step.gain - 0.3 * step.compute
+
+    outcome = play(duo, tokens, thrifty).outcome
+    assert torch.equal(outcome.rewards, play(duo, tokens, LossImprovement(0.3)).outcome.rewards)
+    assert play(duo, tokens, lambda step: step.action == 1).outcome.rewards.dtype == torch.float32
+    for wrong in (3, LossImprovement):
+        with pytest.raises(ValueError, match="a Reward or a function of a step"):
+            play(duo, tokens, wrong)
+
+
+def test_every_part_of_a_sum_has_its_own_curve(duo, tokens):
+    def bonus(step):
+        return 0.5 * (step.action == 1)
+
+    outcome = play(duo, tokens, LossImprovement(0.3) + LogitLensShaping() + FunctionReward(bonus)).outcome
+    metrics = outcome.metrics()
+    small = (outcome.routes == 1).float().mean().item() * 3
+    assert metrics["reward/bonus"] == pytest.approx(0.5 * small)
+    assert metrics["reward/LogitLensShaping"] == pytest.approx(0, abs=1e-5)
+    parts = sum(value for tag, value in metrics.items() if tag.startswith("reward/"))
+    assert parts == pytest.approx(metrics["rollout/return"], abs=1e-5)
+    twice = play(duo, tokens, Sum([LossImprovement(0.1), LossImprovement(0.2)])).outcome.metrics()
+    assert twice["reward/LossImprovement"] > twice["reward/LossImprovement-2"]
+    assert not any(tag.startswith("reward/") for tag in play(duo, tokens, None).outcome.metrics())
 
 
 def test_a_reward_without_a_call_says_so():

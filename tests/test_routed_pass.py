@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, make_duo, random_routes
+from conftest import FAMILIES, ROUTED_ONLY, make_duo, random_routes
 from torch.nn.functional import cross_entropy
 
 from duorl.routed_pass import RoutedPass, remember
@@ -36,6 +36,16 @@ def test_both_contexts_equal_naive_computation(family, tokens):
     for context, naive in (("routed", routed_losses), ("reference", reference_losses)):
         walk = walk_along(RoutedPass(model, tokens, context=context), routes)
         assert torch.allclose(walk.losses(), naive(model, tokens, routes), atol=1e-5), context
+
+
+@pytest.mark.parametrize("family", ROUTED_ONLY)
+def test_families_without_a_reference_context_have_routed_passes(family, tokens):
+    model = make_duo(family)
+    routes = random_routes(model, tokens)
+    walk = walk_along(RoutedPass(model, tokens), routes)
+    assert torch.allclose(walk.losses(), routed_losses(model, tokens, routes), atol=1e-5)
+    with pytest.raises(ValueError, match="use context='routed'"):
+        RoutedPass(model, tokens, context="reference")
 
 
 def test_copies_are_independent_passes(duo, tokens):

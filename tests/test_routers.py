@@ -6,21 +6,20 @@ import pytest
 import torch
 
 from duorl import routers
-from duorl.evaluate import measure
+from duorl.envs import Lockstep
+from duorl.evaluation.compare import measure
+from duorl.learners import Soft, Supervised
+from duorl.learners.soft import hardened, sharpness, soft_loss, soft_pass
 from duorl.oracle import exhaustive
+from duorl.rewards import LossImprovement
 from duorl.routers import (
     ConstantRouter,
     HeadRouter,
     OracleRouter,
     PatternRouter,
     RandomRouter,
-    SoftOptions,
-    SupervisedOptions,
-    train_soft,
-    train_supervised,
 )
 from duorl.routers.heads import LayerHeads
-from duorl.routers.soft import hardened, sharpness, soft_loss, soft_pass
 
 
 @pytest.fixture
@@ -87,26 +86,25 @@ def test_mixed_layers_equal_layer_by_layer():
 
 def test_supervised_learns_the_oracles_actions(duo, windows):
     """On the text it was taught on it agrees with the oracle far more often than an untrained router does."""
-    options = SupervisedOptions(windows=8, target="action", epochs=300, batch_size=168, learning_rate=0.01)
+    env = Lockstep(duo, windows, reward=LossImprovement(0.0))
+    learner = Supervised(env, windows=8, target="action", epochs=300, batch_size=168, learning_rate=0.01)
     oracle = measure(duo, OracleRouter(price=0.0), windows, context="reference").routes
 
     def agreement(router):
         return (measure(duo, router, windows, context="reference").routes == oracle).float().mean()
 
-    taught = train_supervised(duo, windows, price=0.0, options=options)
+    taught = learner.learn(1)
     assert agreement(HeadRouter(3, 32)) < 0.7 < agreement(taught)
 
 
 def test_soft_loss_is_the_papers():
     losses, compute = torch.tensor([[1.0, 3.0]]), torch.tensor([[0.2, 0.6]])
-    assert soft_loss(losses, compute, options=SoftOptions(budget=0.5, alpha=10.0), price=9.0) == pytest.approx(2.1)
-    assert soft_loss(losses, compute, options=SoftOptions(), price=0.5) == pytest.approx(2.2)
-    assert soft_loss(losses, compute, options=SoftOptions(), price=torch.tensor([[1.0, 2.0]])) == pytest.approx(2.7)
+    assert soft_loss(losses, compute, budget=0.5, alpha=10.0, price=9.0) == pytest.approx(2.1)
+    assert soft_loss(losses, compute, price=0.5) == pytest.approx(2.2)
+    assert soft_loss(losses, compute, price=torch.tensor([[1.0, 2.0]])) == pytest.approx(2.7)
     assert [sharpness(x, 1.0, 16.0) for x in (0.0, 0.5, 1.0)] == [1, 4, 16]
     assert [sharpness(x, 1.0, 16.0, "linear") for x in (0.0, 0.5, 1.0)] == [1, 8.5, 16]
     assert [sharpness(x, 1.0, 16.0, "constant") for x in (0.0, 0.5, 1.0)] == [16, 16, 16]
-    with pytest.raises(ValueError, match="unknown schedule 'cosine': choose from geometric"):
-        SoftOptions(schedule="cosine")
 
 
 def test_a_sharp_mixture_is_the_deployed_router(duo, windows):
@@ -132,18 +130,23 @@ def test_straight_through_runs_as_deployed_and_learns_as_the_mixture(duo, window
 
 
 def test_a_soft_router_for_a_range_spends_less_where_compute_is_dear(duo, windows):
-    options = SoftOptions(updates=60, windows_per_batch=8, learning_rate=0.03)
-    router = train_soft(duo, windows, price=0.0, prices=(0.01, 20.0), options=options)
+    env = Lockstep(duo, windows, windows_per_batch=8, prices=(0.01, 20.0))
+    router = Soft(env, updates=60, learning_rate=0.03).learn(1)
     spent = [measure(duo, router.at(price=price), windows).compute.mean() for price in (0.01, 20.0)]
     assert spent[1] < 0.3 < spent[0]
     with pytest.raises(ValueError, match="a budget leaves nothing"):
-        train_soft(duo, windows, price=0.0, prices=(0.01, 20.0), options=SoftOptions(budget=0.5))
+        Soft(env, budget=0.5)
+    with pytest.raises(ValueError, match="unknown schedule 'cosine': choose from geometric"):
+        Soft(env, schedule="cosine")
 
 
 def test_the_soft_router_reaches_its_budget_and_obeys_a_price(duo, windows):
-    options = {"updates": 150, "windows_per_batch": 8, "learning_rate": 0.03}
+    def train(price=0.0, **options):
+        env = Lockstep(duo, windows, windows_per_batch=8, reward=LossImprovement(price))
+        return Soft(env, updates=150, learning_rate=0.03, **options).learn(1)
+
     for budget in (0.4, 0.8):
-        router = train_soft(duo, windows, price=0.0, options=SoftOptions(budget=budget, alpha=30.0, **options))
+        router = train(budget=budget, alpha=30.0)
         assert measure(duo, router, windows).compute.mean() == pytest.approx(budget, abs=0.1)
-    dear = train_soft(duo, windows, price=50.0, options=SoftOptions(**options))
+    dear = train(price=50.0)
     assert (measure(duo, dear, windows).routes == 1).float().mean() > 0.95

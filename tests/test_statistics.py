@@ -5,8 +5,9 @@ from itertools import pairwise, product
 import pytest
 import torch
 
-from duorl.budgets import Ladder, budget_rows, difference, ladder_prices, summaries
-from duorl.statistics import bootstrap_interval, hypervolume, interpolate, reaches, sign_flip_test
+from duorl.evaluation.budgets import Ladder, budget_rows, difference, summaries
+from duorl.evaluation.statistics import bootstrap_interval, hypervolume, interpolate, reaches, sign_flip_test
+from duorl.prices import ladder
 
 
 def test_the_bootstrap_covers_seeds_as_well_as_windows():
@@ -85,14 +86,16 @@ def test_seeds_are_paired_or_broadcast():
 
 
 def test_a_ladder_of_prices_spans_the_range_evenly():
-    prices = ladder_prices((0.02, 0.5), 5)
-    assert prices[0] == 0.5 and prices[-1] == pytest.approx(0.02)
+    prices = ladder((0.02, 0.5), 5)
+    assert prices[0] == 0.02 and prices[-1] == pytest.approx(0.5)
     ratios = [after / before for before, after in pairwise(prices)]
     assert ratios == pytest.approx([ratios[0]] * 4)
+    for low in range(1, 400):  # a router refuses a price outside of its range
+        assert all(low / 1000 <= price <= 1.07 for price in ladder((low / 1000, 1.07), 7))
 
 
 def test_a_ladder_of_patterns_is_their_measurement(duo, tokens):
-    from duorl.evaluate import measure
+    from duorl.evaluation import measure
     from duorl.routers import PatternRouter
 
     ladder = Ladder.climb(duo, [PatternRouter([1, 1, 1]), PatternRouter([2, 1, 2])], tokens)

@@ -6,34 +6,19 @@ import pytest
 import torch
 
 from duorl import routers
-from duorl.evaluate import measure
+from duorl.envs import Lockstep
+from duorl.evaluation.compare import measure
+from duorl.inputs import View
+from duorl.learners import KNN, Ensemble, Supervised
+from duorl.learners.ensemble import bootstrap
+from duorl.learners.labels import Decisions, action_values, deviations, draw_routes, label, soft_maximum
+from duorl.learners.supervised import Labels, target_loss, taught_loss
 from duorl.oracle import exhaustive
-from duorl.routers import (
-    EnsembleOptions,
-    EnsembleRouter,
-    HeadRouter,
-    KNNOptions,
-    KNNRouter,
-    OracleRouter,
-    SupervisedOptions,
-    train_ensemble,
-    train_knn,
-    train_supervised,
-)
-from duorl.routers.ensemble import bootstrap
-from duorl.routers.heads import price_features
+from duorl.prices import ladder
+from duorl.rewards import LossImprovement
+from duorl.routed_pass import RoutedPass, remember
+from duorl.routers import EnsembleRouter, HeadRouter, KNNRouter, OracleRouter
 from duorl.routers.knn import unit
-from duorl.routers.supervised import (
-    Decisions,
-    action_values,
-    draw_routes,
-    fit,
-    label,
-    label_for,
-    ladder,
-    soft_maximum,
-    target_loss,
-)
 
 PRICE = 0.1
 
@@ -49,6 +34,10 @@ def windows():
 @pytest.fixture(scope="module")
 def table(duo, windows):
     return exhaustive(duo, windows, actions=("skip", "small", "big"))
+
+
+def task(duo, windows, price=PRICE, **options):
+    return Lockstep(duo, windows, reward=LossImprovement(price), windows_per_batch=2, **options)
 
 
 def naive_value(table, token, prefix, action, temperature):
@@ -125,20 +114,57 @@ def test_targets_ask_for_what_they_say():
 
 
 def test_the_ladder_of_prices():
-    assert ladder(None, 0.4, 5) == [0.4]
-    assert ladder((0.1, 1.6), 0.4, 3) == pytest.approx([0.1, 0.4, 1.6])
-    with pytest.raises(ValueError, match="both above 0"):
-        ladder((0.0, 1.0), 0.4, 3)
+    assert ladder((0.1, 1.6), 3) == pytest.approx([0.1, 0.4, 1.6])
+    with pytest.raises(ValueError, match="0 < lowest < highest"):
+        ladder((0.0, 1.0), 3)
 
 
-def test_bad_options_are_refused():
+def test_bad_options_are_refused(duo, windows):
+    env = task(duo, windows)
     with pytest.raises(ValueError, match="unknown target 'label': choose from action"):
-        SupervisedOptions(target="label")
-    for options in (SupervisedOptions, KNNOptions):
+        Supervised(env, target="label")
+    for learner in (Supervised, KNN, Ensemble):
         with pytest.raises(ValueError, match="temperature must be above 0"):
-            options(temperature=0.0)
+            learner(env, windows=6, neighbours=2, temperature=0.0) if learner is KNN else learner(env, temperature=0.0)
     with pytest.raises(ValueError, match="members"):
-        EnsembleOptions(members=0)
+        Ensemble(env, members=0)
+
+
+def test_deviations_are_what_whole_passes_say(duo, windows):
+    """Every action in every layer, the rest of a random route as it is, by the table of all routes."""
+    routes = torch.randint(3, (6, 9, 3), generator=torch.Generator().manual_seed(4))
+    table = exhaustive(duo, windows, actions=("skip", "small", "big"))
+    losses, compute = deviations(RoutedPass(duo, windows, context="reference"), routes, [0, 1, 2])
+    assert losses.shape == compute.shape == (3, 6, 9, 3)
+    for layer in range(3):
+        for action in range(3):
+            changed = routes.clone()
+            changed[..., layer] = action
+            index = table.index_of(changed)
+            assert torch.allclose(losses[layer, ..., action], table.loss(index), atol=1e-5)
+            assert torch.allclose(compute[layer, ..., action], table.compute[index], atol=1e-6)
+
+
+def test_a_model_too_deep_to_search_is_labelled_by_deviations(duo, windows, monkeypatch):
+    monkeypatch.setattr("duorl.learners.labels._MOST_SEARCHED", 1)
+    monkeypatch.setattr("duorl.learners.labels.exhaustive", None)  # it is not asked for
+    env = task(duo, windows, price=50.0)
+    router = Supervised(env, windows=6, epochs=60, batch_size=81, learning_rate=0.03).learn(1)
+    assert (measure(duo, router, windows, context="reference").routes == 1).float().mean() > 0.98
+    priced = task(duo, windows, prices=(0.01, 20.0))
+    for learner in (KNN(priced, windows=6, neighbours=5), Ensemble(priced, windows=6, members=2, epochs=30)):
+        spent = [measure(duo, learner.learn(1).at(price=price), windows).compute.mean() for price in (0.01, 20.0)]
+        assert spent[1] < spent[0]
+
+
+def test_a_learner_of_labels_sees_the_further_inputs(duo, windows):
+    env = task(duo, windows, inputs=["update_norm"])
+    found = Labels(env, windows=2, temperature=1.0, rungs=1).decisions()
+    walk = RoutedPass(duo, windows[:2], context="reference", memory=remember(duo, windows[:2]))
+    assert found.inputs.shape == (3, 18, 1) and (found.inputs[0] == 0).all() and (found.inputs[1:] > 0).all()
+    assert torch.equal(found.hidden[0], walk.hidden.flatten(0, 1))
+    router = Supervised(env, windows=2, epochs=1).learn(1)
+    assert router.config["inputs"] == ["update_norm"] and measure(duo, router, windows).loss.isfinite().all()
 
 
 @pytest.mark.parametrize("target", ["action", "soft", "value", "cost"])
@@ -149,43 +175,47 @@ def test_every_target_finds_a_known_optimum(target):
     price = torch.tensor([0.1, 1.0]).repeat(300)
     worth = (hidden[..., 0] > 0).float() - price - 0.3
     values = torch.stack([torch.zeros_like(worth), worth], dim=-1)
-    decisions = Decisions(hidden, torch.zeros(2, 600), price, values)
-    options = SupervisedOptions(target=target, epochs=100, batch_size=400, learning_rate=0.01, width=32)
+    decisions = Decisions(hidden, torch.zeros(2, 600), None, price, values)
     router = HeadRouter(2, 8, width=32, prices=(0.1, 1.0))
+    optimizer = torch.optim.Adam(router.parameters(), lr=0.01)
 
     def agreement():
-        chosen = torch.stack([router.score(hidden[i], i, decisions.compute[i], price).argmax(-1) for i in range(2)])
+        views = [View(hidden[layer], layer, decisions.compute[layer], price=price) for layer in range(2)]
+        chosen = torch.stack([router.logits(view).argmax(-1) for view in views])
         return (chosen == values.argmax(-1)).float().mean()
 
     before = agreement()
-    fit(router, decisions, options=options, seed=0)
+    for _ in range(100):
+        for index in torch.randperm(600, generator=generator).split(200):
+            loss = taught_loss(router, decisions, index, target=target, temperature=1.0)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
     assert before < 0.9 < 0.95 < agreement()
 
 
 def test_a_huge_price_is_answered_with_all_small(duo, windows):
-    options = SupervisedOptions(windows=6, target="cost", epochs=60, batch_size=81, learning_rate=0.03)
-    router = train_supervised(duo, windows, price=50.0, options=options)
+    learner = Supervised(task(duo, windows, 50.0), windows=6, epochs=60, batch_size=81, learning_rate=0.03)
+    router = learner.learn(1)
     assert (measure(duo, router, windows, context="reference").routes == 1).float().mean() > 0.98
 
 
 @pytest.mark.parametrize("target", ["action", "cost"])
 def test_on_its_own_text_it_comes_near_the_oracle(duo, windows, target):
     """Few tokens can be memorized: most of the gap between an untrained router and the oracle closes."""
-    options = SupervisedOptions(
-        windows=6, target=target, temperature=0.05, epochs=200, batch_size=162, learning_rate=0.02, width=64
-    )
+    options = {"target": target, "temperature": 0.05, "epochs": 200, "batch_size": 162, "learning_rate": 0.02}
 
     def loss(router):
         return measure(duo, router, windows, context="reference").loss.mean().item()
 
-    taught = loss(train_supervised(duo, windows, price=1e-6, options=options))
+    taught = loss(Supervised(task(duo, windows, 1e-6), windows=6, width=64, **options).learn(1))
     oracle, untrained = loss(OracleRouter(price=1e-6)), loss(HeadRouter(3, 32))
     assert taught < untrained - 0.8 * (untrained - oracle)
 
 
 def test_one_router_for_a_range_spends_less_where_compute_is_dear(duo, windows):
-    options = SupervisedOptions(windows=6, target="cost", rungs=3, epochs=100, batch_size=240, learning_rate=0.03)
-    router = train_supervised(duo, windows, price=0.0, prices=(0.01, 20.0), options=options)
+    env = task(duo, windows, prices=(0.01, 20.0))
+    router = Supervised(env, windows=6, rungs=3, epochs=100, batch_size=240, learning_rate=0.03).learn(1)
     spent = [measure(duo, router.at(price=price), windows).compute.mean() for price in (0.01, 20.0)]
     assert spent[1] < 0.3 < spent[0]
     with pytest.raises(ValueError, match=r"use router\.at"):
@@ -193,15 +223,13 @@ def test_one_router_for_a_range_spends_less_where_compute_is_dear(duo, windows):
 
 
 def test_one_neighbour_reproduces_the_oracle(duo, windows):
-    options = KNNOptions(windows=6, neighbours=1)
-    router = train_knn(duo, windows, price=PRICE, options=options)
+    router = KNN(task(duo, windows), windows=6, neighbours=1).learn(1)
     oracle = measure(duo, OracleRouter(price=PRICE), windows, context="reference").routes
     assert torch.equal(measure(duo, router, windows, context="reference").routes, oracle)
 
 
 def test_one_neighbour_knows_every_stored_price(duo, windows):
-    options = KNNOptions(windows=6, neighbours=1, rungs=3)
-    router = train_knn(duo, windows, price=0.0, prices=(0.05, 5.0), options=options)
+    router = KNN(task(duo, windows, prices=(0.05, 5.0)), windows=6, neighbours=1, rungs=3).learn(1)
     for rung, price in enumerate((0.06, 0.4, 4.0)):
         for layer in range(3):
             chosen = router.at(price=price)(router.states[layer], layer, torch.zeros(54))
@@ -221,7 +249,7 @@ def test_neighbours_vote_by_distance():
     near, far = (unit(query[0, 0]) - router.states[0, :2]).norm(dim=-1).tolist()
     weights = [math.exp(-near / 0.5), math.exp(-far / 0.5)]
     expected = [weights[1] / sum(weights), weights[0] / sum(weights)]
-    assert router.shares(query, 0)[0, 0].tolist() == pytest.approx(expected, abs=1e-5)
+    assert router.votes(query, 0)[0, 0].tolist() == pytest.approx(expected, abs=1e-5)
     assert router(query, 0, torch.zeros(1, 1)).tolist() == [[2]]
     with pytest.raises(ValueError, match="4 neighbours among 3 states"):
         KNNRouter(1, 4, 3, neighbours=4)
@@ -231,18 +259,18 @@ def test_neighbours_vote_by_distance():
 
 def test_a_mean_of_members_decides_and_their_spread_is_known():
     router = EnsembleRouter(2, 8, ("skip", "small", "big"), members=3, seed=5, prices=(0.1, 1.0)).at(price=0.3)
-    hidden, compute = torch.randn(4, 6, 8), torch.rand(4, 6)
-    conditions = price_features(torch.full((4, 6), 0.3), (0.1, 1.0))
-    scores = torch.stack([member.logits(hidden, 1, compute, conditions) for member in router.members])
-    assert torch.allclose(router.scores(hidden, 1, compute), scores, atol=1e-6)
-    assert torch.equal(router(hidden, 1, compute), scores.mean(0).argmax(-1))
-    margin = scores[..., 2] - scores[..., 1]
+    view = View(torch.randn(4, 6, 8), 1, torch.rand(4, 6))
+    priced = View(view.hidden, 1, view.compute, price=torch.tensor(0.3))
+    logits = torch.stack([member.logits(priced) for member in router.members])
+    assert torch.allclose(router.every_logits(view), logits, atol=1e-6)
+    assert torch.equal(router.decide(view), logits.mean(0).argmax(-1))
+    margin = logits[..., 2] - logits[..., 1]
     deviation = ((margin - margin.mean(0)) ** 2).mean(0).sqrt()
-    assert torch.allclose(router.spread(hidden, 1, compute), deviation, atol=1e-6) and (deviation > 0).all()
+    assert torch.allclose(router.spread(view), deviation, atol=1e-6) and (deviation > 0).all()
     with pytest.raises(ValueError, match="outside"):
         router.at(price=2.0)
     with pytest.raises(ValueError, match="small and big"):
-        EnsembleRouter(2, 8, ("skip", "big")).spread(hidden, 0, compute)
+        EnsembleRouter(2, 8, ("skip", "big")).spread(view)
 
 
 def test_a_bootstrap_draws_whole_windows():
@@ -253,10 +281,9 @@ def test_a_bootstrap_draws_whole_windows():
 
 
 def test_the_ensembles_members_learn_and_differ(duo, windows):
-    options = EnsembleOptions(
-        windows=6, members=3, target="cost", rungs=2, epochs=60, batch_size=150, learning_rate=0.03
-    )
-    router = train_ensemble(duo, windows, price=0.0, prices=(0.01, 20.0), options=options)
+    env = task(duo, windows, prices=(0.01, 20.0))
+    learner = Ensemble(env, windows=6, members=3, rungs=2, epochs=60, batch_size=150, learning_rate=0.03)
+    router = learner.learn(1)
     cheap, dear = (router.at(price=price) for price in (0.01, 20.0))
     assert measure(duo, dear, windows).compute.mean() < 0.3 < measure(duo, cheap, windows).compute.mean()
     first, second, _ = (member.heads.weights[0] for member in router.members)
@@ -266,8 +293,7 @@ def test_the_ensembles_members_learn_and_differ(duo, windows):
 @pytest.mark.parametrize("kind", ["ensemble", "knn"])
 def test_saved_at_a_price_they_decide_as_before(duo, windows, kind, tmp_path):
     if kind == "knn":
-        options = KNNOptions(windows=6, neighbours=5, rungs=2)
-        router = train_knn(duo, windows, price=0.0, prices=(0.1, 1.0), options=options)
+        router = KNN(task(duo, windows, prices=(0.1, 1.0)), windows=6, neighbours=5, rungs=2).learn(1)
     else:
         router = EnsembleRouter(3, 32, members=3, prices=(0.1, 1.0))
     router.at(price=0.7).save_pretrained(tmp_path)
@@ -279,7 +305,20 @@ def test_saved_at_a_price_they_decide_as_before(duo, windows, kind, tmp_path):
 def test_one_search_serves_all_prices(duo, windows, monkeypatch):
     searches = []
     found = exhaustive(duo, windows)
-    monkeypatch.setattr("duorl.routers.supervised.exhaustive", lambda *_, **__: searches.append(1) or found)
-    asked = {"price": 0.0, "prices": (0.1, 1.0), "actions": ("small", "big"), "seed": 0}
-    decisions = label_for(duo, windows, SupervisedOptions(windows=6, rungs=4), **asked)
-    assert len(searches) == 1 and decisions.values.shape == (3, 4 * 54, 2)
+    monkeypatch.setattr("duorl.learners.labels.exhaustive", lambda *_, **__: searches.append(1) or found)
+    labels = Labels(task(duo, windows, prices=(0.1, 1.0)), windows=6, temperature=1.0, rungs=4)
+    assert labels.decisions().values.shape == (3, 4 * 54, 2) and labels.count == 4 * 54
+    labels.decisions()
+    assert len(searches) == 1
+
+
+def test_labels_follow_the_price(duo, windows, monkeypatch):
+    env = task(duo, windows, 0.1)
+    labels = Labels(env, windows=6, temperature=0.0, rungs=1)
+    before = labels.decisions()
+    env.charge(5.0)
+    monkeypatch.setattr("duorl.learners.labels.exhaustive", None)  # the search is not made again
+    after = labels.decisions()
+    assert after.price.unique().tolist() == [5.0] and labels.decisions() is after
+    assert (after.values.argmax(-1) > before.values.argmax(-1)).sum() == 0
+    assert (after.values.argmax(-1) < before.values.argmax(-1)).any()

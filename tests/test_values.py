@@ -7,12 +7,12 @@ import pytest
 import torch
 from test_agents import PrefersBigInLayerOne, _routes
 
-import agents
-from agents.dqn import epsilon_greedy_entropy, mex_loss
-from agents.gflownet import subtrajectory_balance
-from duorl.evaluate import measure
+from duorl import agents
+from duorl.agents.dqn import epsilon_greedy_entropy, mex_loss
+from duorl.agents.gflownet import subtrajectory_balance
+from duorl.envs import Lockstep, RoutingDynamics
+from duorl.evaluation.compare import measure
 from duorl.rewards import LossImprovement
-from envs import Lockstep, RoutingDynamics
 
 QUICK = {"learning_rate": 0.03, "gradient_steps": 4, "batch_size": 256}
 LEARNERS = {"GFlowNet": {"learning_rate": 0.03}, "DQN": QUICK, "MEX": QUICK}
@@ -73,7 +73,7 @@ def _enumerated(router, env):
     routes = torch.cartesian_prod(*[torch.arange(2)] * 3)
     log_shares = torch.zeros(8)
     while not dynamics.done:
-        scores = router.logits(dynamics.hidden, dynamics.layer, dynamics.compute)
+        scores = router.logits(dynamics.view)
         choice = routes[:, dynamics.layer]
         log_shares += torch.log_softmax(scores, -1).gather(1, choice[:, None]).squeeze(1)
         dynamics.step(choice)
@@ -143,7 +143,7 @@ def test_dqn_does_not_bootstrap_beyond_the_last_layer(duo, windows):
     env.draw()
     expected = [[1.0, 0.0], [0.0, 1.0], [0.0, -1.0]]  # small and big, with the best continuation
     for layer in range(3):
-        values = q.logits(env.hidden, layer, env.compute).detach().mean(0)
+        values = q.logits(env.view).detach().mean(0)
         assert values.tolist() == pytest.approx(expected[layer], abs=0.1)
         env.step(torch.full((env.num_tokens,), int(layer == 1)))
 

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Sequence
-from concurrent.futures import Future, as_completed
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,49 +11,31 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
-from duorl import report
-from duorl.budgets import Ladder, budget_rows, ladder_prices, summaries
 from duorl.checks import require_positive
-from duorl.cli.folders import check_folder, check_same_options, make_folder
-from duorl.cli.train import progress_bars, say_logdir, unlearned
-from duorl.cli.workbench import Workbench, console, typed_command, write
-from duorl.corpus import source_names
+from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write
+from duorl.cli.console import say, say_logdir, typed_command
+from duorl.cli.trainings import (
+    Place,
+    climb,
+    climb_apart,
+    finish_all,
+    held_out_texts,
+    ladder_path,
+    train_apart,
+)
+from duorl.cli.workbench import KNOWABLE, Workbench
 from duorl.costs import ACTIONS
-from duorl.figures import budget_frontiers, budgets_markdown
-from duorl.processes import side_by_side
+from duorl.evaluation.budgets import Ladder, budget_rows, summaries
+from duorl.evaluation.compare import Comparer
+from duorl.files import write_json, write_text, writing
+from duorl.reports import page
+from duorl.reports.figures import budget_frontiers, budgets_markdown
 from duorl.routers import ConstantRouter, Router
-from duorl.routers import load as load_router
-
-_KNOWABLE = "knowable"
-_STEPS = 7  # of a ladder of prices
+from duorl.runs.jobs import Job, executor
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One training: which learner, with which seed, one of several or not, in which run's folder."""
-
-    name: str
-    seed: int
-    run: Path
-    several: bool
-
-    @property
-    def place(self) -> Path:
-        """Folder of its router."""
-        return self._own("routers")
-
-    @property
-    def events(self) -> Path:
-        """Folder of its TensorBoard events."""
-        return self._own("tensorboard")
-
-    def _own(self, kind: str) -> Path:
-        folder = self.run / kind / self.name
-        return folder / f"seed-{self.seed}" if self.several else folder
-
-
-class Compare:
-    """Everything that can be wrong with the input is found before a folder is made.
+def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+    """What the run's folder is called where it has no name, and what runs in it.
 
     Args:
         options: `RunOptions` and the folder flags.
@@ -66,101 +44,109 @@ class Compare:
     Raises:
         ValueError, OSError: the input cannot be used; the message names the thing and the fix.
     """
+    require_positive(seeds=options.seeds)
+    if options.processes is not None:
+        require_positive(processes=options.processes)
+    if options.targets and options.env.prices is None:
+        raise ValueError("targets compares routers over a range of prices: give env.prices, the lowest and highest")
+    if not all(0 < target < 1 for target in options.targets):
+        raise ValueError(f"targets must be computes between 0 and 1, not {options.targets}")
+    bench = Workbench(options, config)
+    check_evaluation(options, bench.model, bench.training, bench.held_out)
+    return "compare", Compare(bench)
 
-    def __init__(self, options: Namespace, config: str):
-        self.options, self.config = options, config
-        check_folder(options)
-        check_same_options(options, config)
-        require_positive(seeds=options.seeds)
-        if options.targets and options.env.prices is None:
-            raise ValueError("targets compares routers over a range of prices: give env.prices, the lowest and highest")
-        if not all(0 < target < 1 for target in options.targets):
-            raise ValueError(f"targets must be computes between 0 and 1, not {options.targets}")
-        self.bench = Workbench(options)
-        self._check_names()
-        for name, factory in options.agents.items():
-            self.bench.agent(factory, options.seed, name)
 
-    def _check_names(self) -> None:
-        if not self.options.agents:
-            raise ValueError("no agents to compare: name at least one in `agents`")
-        taken = {*unlearned(["small"], 0), "best fixed", "oracle", _KNOWABLE, *self.options.rivals}
-        if unknown := set(self.options.own_env) - set(self.options.agents):
-            raise ValueError(f"own_env names {min(unknown)!r}, which is not among the agents")
-        for name in self.options.agents:
-            if name in taken or Path(name).name != name:
-                raise ValueError(f"an agent cannot be called {name!r}: the comparison or the folder needs that name")
+class Compare:
+    """A comparison, ready to run in a folder.
 
-    def __call__(self) -> None:
+    Args:
+        bench: the run's.
+    """
+
+    def __init__(self, bench: Workbench):
+        self.bench, self.options = bench, bench.options
+        self.names = [*bench.rivals, *bench.agents]  # tables have them in this order
+
+    def __call__(self, folder: Path) -> None:
         """Train what the folder does not hold yet, compare, and say where everything is."""
-        self.folder = make_folder(self.options, "compare", self.config)
-        jobs = self._jobs()
-        self._train(jobs)
-        learned = {name: [self._load(job) for job in jobs if job.name == name] for name in self._learners()}
-        self._compare(learned)
+        processes = self.options.processes or torch.get_num_threads()
+        jobs = self.jobs(folder, apart=processes > 1)
+        finish_all(jobs, executor(min(processes, len(jobs)), torch.get_num_threads()), folder)
+        comparer = self._compare(folder)
         if self.options.targets:
-            self._compare_budgets(jobs)
-        console.print(f"\nwrote {self.folder}/: report.html, comparison.json and .csv, figures/, routers/, config.yaml")
-        say_logdir(self.folder)
+            self._compare_budgets(folder, comparer)
+        say(f"\nwrote {folder}/: report.html, comparison.json and .csv, figures/, routers/, config.yaml")
+        say_logdir(folder)
 
-    def _learners(self) -> list[str]:
-        """Names of all that is trained with every seed; tables have them in this order."""
-        return [*self.options.rivals, *self.options.agents]
+    def places(self, folder: Path) -> list[Place]:
+        """Every learner with every seed."""
+        seeds = range(self.options.seed, self.options.seed + self.options.seeds)
+        return [Place(name, seed, folder, len(seeds) > 1) for seed in seeds for name in self.names]
 
-    def _jobs(self) -> list[_Job]:
-        options = self.options
-        seeds = range(options.seed, options.seed + options.seeds)
-        several = len(seeds) > 1
-        jobs = [_Job(name, seed, self.folder, several) for seed in seeds for name in self._learners()]
-        knowable = [_Job(_KNOWABLE, options.seed, self.folder, several=False)] if options.knowable else []
-        return [*jobs, *knowable]
+    def jobs(self, folder: Path, *, apart: bool) -> list[Job]:
+        """All trainings, then the routers' ladders of prices.
 
-    def _train(self, jobs: Sequence[_Job]) -> None:
-        """Every job in one of the processes that run side by side."""
-        processes = min(self.options.processes or torch.get_num_threads(), len(jobs))
-        with side_by_side(processes) as pool, progress_bars() as progress:
-            task = progress.add_task("train", total=len(jobs), note="")
-            running: dict[Future, _Job] = {pool.submit(_work, job): job for job in jobs}
-            for done in as_completed(running):
-                done.result()
-                job = running[done]
-                progress.update(task, advance=1, note=f"{job.name}, seed {job.seed}: done")
+        Args:
+            folder: the run's.
+            apart: they run in other processes, which read the run's configuration anew.
+        """
+        where: dict[str, Any] = {"run": str(folder)} if apart else {}
+        learn: Callable[..., dict[str, Any]] = train_apart if apart else self.bench.train
+        measure: Callable[..., dict[str, Any]] = climb_apart if apart else partial(climb, self.bench)
+        jobs, ladders = [], []
+        places = self.places(folder)
+        knowable = [Place(KNOWABLE, self.options.seed, folder)] if self.options.knowable else []
+        for place in [*places, *knowable]:
+            events = place.router / "tensorboard" if place.name == KNOWABLE else place.events
+            arguments = {"name": place.name, "seed": place.seed, "place": str(place.router), "events": str(events)}
+            jobs.append(Job(place.job, place.router, learn, {**where, **arguments}))
+            if self.options.targets and place.name != KNOWABLE:
+                arguments = {**where, "router": str(place.router)}
+                ladder = Job(f"{place.job}: ladder", place.router / "ladder", measure, arguments, after=(place.job,))
+                ladders.append(ladder)
+        return [*jobs, *ladders]
 
-    def _load(self, job: _Job) -> Router:
-        return load_router(job.place).to(self.bench.model.device)
-
-    def _compare(self, learned: dict[str, list[Router]]) -> None:
+    def _compare(self, folder: Path) -> Comparer:
         """All routers at the run's price."""
-        with console.status("measure on held-out text"):
-            bench, options = self.bench, self.options
-            comparer = bench.comparer()
-            if options.knowable:
-                comparer.knowable = bench.deployed(load_router(self.folder / "routers" / _KNOWABLE))
-            routers: dict[str, list[Router]] = {
-                **{name: [router] for name, router in unlearned(options.actions, options.seed).items()},
-                "best fixed": [comparer.fixed],
-                **{name: [bench.deployed(router) for router in seeds] for name, seeds in learned.items()},
-                "oracle": [comparer.oracle],
-            }
-            comparison = comparer.compare(routers, bench.settings(self.config))
-            self.patterns = comparer.best_patterns() if options.targets else []
-        write(comparison, comparer.traces(bench.tokenizer), self.folder)
+        bench, options, places = self.bench, self.options, self.places(folder)
+        learned = {name: [place.load(bench) for place in places if place.name == name] for name in self.names}
+        decisions = options.total_decisions * len(places)
+        comparer = make_comparer(
+            options,
+            bench.model,
+            bench.training,
+            bench.held_out,
+            bench.price,
+            decisions=decisions,
+            routers=len(places) + 6,
+        )
+        if options.knowable:
+            knowable = Place(KNOWABLE, options.seed, folder).load(bench)
+            comparer.knowable = bench.deployed(knowable, bench.price)
+        routers: dict[str, list[Router]] = {
+            **unlearned(options.actions, options.seed),
+            "best fixed": [comparer.fixed],
+            **{name: [bench.deployed(router, bench.price) for router in seeds] for name, seeds in learned.items()},
+        }
+        comparison = compare(comparer, routers, {"command": typed_command(), "price": bench.price, **bench.config})
+        write(comparison, comparer.traces(bench.tokenizer), folder)
+        return comparer
 
-    def _compare_budgets(self, jobs: Sequence[_Job]) -> None:
+    def _compare_budgets(self, folder: Path, comparer: Comparer) -> None:
         """All routers at equal compute, on each text."""
-        texts: dict[str, dict[str, Any]] = {}
+        patterns, texts = comparer.best_patterns(), {}
         for text, windows in held_out_texts(self.bench).items():
-            ladders = {"best fixed": [Ladder.climb(self.bench.model, self.patterns, windows)]}
-            for name in self._learners():
-                ladders[name] = [Ladder.load(_ladder_path(job, text)) for job in jobs if job.name == name]
+            ladders = {"best fixed": [Ladder.climb(self.bench.model, patterns, windows)]}
+            for place in self.places(folder):
+                ladders.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
             texts[text] = {"tokens": windows[:, 1:].numel(), **self._budgets(ladders, windows)}
         numbers = {"command": typed_command(), "texts": texts}
-        (self.folder / "budgets.json").write_text(json.dumps(numbers, indent=1))
-        (self.folder / "budgets.md").write_text(budgets_markdown(numbers))
+        write_json(folder / "budgets.json", numbers)
+        write_text(folder / "budgets.md", budgets_markdown(numbers))
         for text, found in texts.items():
-            name = text.replace("/", "_")
-            budget_frontiers(found, text).savefig(self.folder / "figures" / f"budgets-{name}.png", dpi=150)
-        report.write(self.folder)
+            with writing(folder / "figures" / f"budgets-{text.replace('/', '_')}.png") as beside:
+                budget_frontiers(found, text).savefig(beside, dpi=150)
+        page.write(folder)
 
     def _budgets(self, ladders: dict[str, list[Ladder]], windows: Tensor) -> dict[str, Any]:
         constant = [ConstantRouter(name) for name in ACTIONS[1:]]
@@ -171,44 +157,3 @@ class Compare:
             "rows": budget_rows(ladders, self.options.targets, resamples=resamples),
             "routers": summaries(ladders, level=big, worst_loss=small, resamples=resamples),
         }
-
-
-def held_out_texts(bench: Workbench) -> dict[str, Tensor]:
-    """The first windows of every source's evaluation split, (W, T+1), by the source's name."""
-    count = bench.options.evaluation.windows
-    return {name: bench.read([name], split="evaluation")[:count] for name in source_names(bench.options.corpus)}
-
-
-def _ladder_path(job: _Job, text: str) -> Path:
-    return job.place / f"ladder-{text.replace('/', '_')}.safetensors"
-
-
-def _work(job: _Job) -> None:
-    """A job, in a process of its own: train unless the folder holds the router, measure unless it holds the ladder."""
-    bench, config = _bench(job.run)
-    if not (job.place / "router.json").is_file():
-        shutil.rmtree(job.events, ignore_errors=True)  # an interrupted training's curve would lie under the new one
-        _make(bench, job, config).save_pretrained(job.place)
-    if bench.options.targets and job.name != _KNOWABLE:
-        router = load_router(job.place).to(bench.model.device)
-        steps = [router.at(price=price) for price in ladder_prices(bench.prices, _STEPS)]
-        for text, windows in held_out_texts(bench).items():
-            if not (path := _ladder_path(job, text)).is_file():
-                Ladder.climb(bench.model, steps, windows).save(path)
-
-
-def _make(bench: Workbench, job: _Job, config: str) -> Router:
-    if job.name not in bench.options.agents:
-        return bench.rival(job.name, job.seed)
-    agent = bench.agent(bench.options.agents[job.name], job.seed, job.name)
-    return bench.learn(agent, job.name, job.events, config, lambda **_: None)
-
-
-@lru_cache(maxsize=1)
-def _bench(folder: Path) -> tuple[Workbench, str]:
-    """What a run's own configuration describes, read once per process."""
-    from duorl.cli.parser import parse
-
-    torch.manual_seed(0)
-    _, options, config = parse(["compare", "--config", str(folder / "config.yaml")])
-    return Workbench(options), config

@@ -6,28 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from agents import PPO, REINFORCE, Agent
 from duorl.checks import require_positive
-from duorl.evaluate import EvaluationOptions
-from duorl.models.config import Skip
-from duorl.oracle import SearchContext
-from duorl.paper import StudySize
+from duorl.cli.learners import LearnerFactory
+from duorl.evaluation.options import EvaluationOptions
+from duorl.prices import check_prices
 from duorl.rewards import LossImprovement, Reward
-from duorl.routed_pass import Context
-from duorl.routers import EnsembleOptions, KNNOptions, SoftOptions, SupervisedOptions
-from duorl.routers.heads import check_prices
-from envs import Lockstep
 
 # What the command line charges unless told: dear enough that a fixed pattern leaves something to win on duo-tiny
 # (docs/experiments.md, "How the defaults were chosen").
 DEFAULT_PRICE = 0.3
 
-AgentFactory = Callable[[Lockstep], Agent]
+Context = Literal["routed", "reference"]
+SearchContext = Literal["reference", "uniform", "routed"]
+Skip = Literal["ffn", "block"]
 
 
 @dataclass(frozen=True)
 class EnvironmentOptions:
-    """The tokens that an agent learns on.
+    """The tokens that a learner learns on.
 
     Args:
         window: tokens per window, T.
@@ -39,8 +35,9 @@ class EnvironmentOptions:
             wrote, times this per token of distance; 0 credits a token with its own gain alone.
         prices: lowest and highest price: every window then has its own, drawn anew in every episode, and the router
             takes the price as an input, so that one training answers for all budgets; none, the reward's price alone.
-        signals: routers also see how far the layer before moved a token's state.
-        big_layers: exactly so many layers of every token must be big; for MaskablePPO and REINFORCE.
+        inputs: what routers also see, by the names in `duorl.inputs.INPUTS` or by import path.
+        big_layers: exactly so many layers of every token must be big; MaskablePPO, REINFORCE, ReinMax and
+            GFlowNet learn under that budget; Supervised, Soft, KNN and Ensemble only keep it when deployed.
     """
 
     window: int = 128
@@ -49,7 +46,7 @@ class EnvironmentOptions:
     group_size: int = 2
     token_discount: float = 0.0
     prices: tuple[float, float] | None = None
-    signals: bool = False
+    inputs: list[str] = field(default_factory=list)
     big_layers: int | None = None
 
     def __post_init__(self) -> None:
@@ -64,7 +61,7 @@ class RunOptions:
 
     Args:
         agents: learners by the name that tables and pictures give them.
-        reward: what a decision earns: a class by its import path, with its arguments. Built in, all in nats:
+        reward: what a decision earns: a class by its import path, with its arguments, or a function. Built in, in nats:
             LossImprovement (price), TeacherKL (price, share), LogitLensShaping (scale), RedundancyCharge (charge,
             threshold), Sum (rewards). See docs/rewards.md.
         model: `duo-tiny`, the model inside the package, or a folder.
@@ -76,15 +73,12 @@ class RunOptions:
         total_decisions: layer decisions that each agent learns from.
         target_compute: share of an all-big pass to spend, in place of a price: the price is found by dual ascent in
             training, or, where `env.prices` makes it an input, afterwards; see docs/budgets.md.
-        env: the tokens that agents learn on.
-        own_env: options of `env` that are others for single agents, by the agents' names.
-        supervised: training of the supervised router.
-        soft: training of the paper's soft router.
-        knn: the nearest-neighbour router.
-        ensemble: training of the bootstrap ensemble.
-        rivals: routers without reinforcement learning to train and compare, out of supervised, soft, knn, ensemble.
+        env: the tokens that learners learn on.
+        own_env: options of `env` that are others for single learners, by their names, rivals' too.
+        rivals: learners to compare with: a list of names, or learners by name as in `agents`.
         evaluation: how routers are compared.
         validations: how often during training a router is measured on held-out router text for TensorBoard.
+        save_every: seconds between the checkpoints of a training.
         seed: of everything random.
         seeds: trainings of every learner, with seeds `seed`, `seed + 1`, ...
         processes: trainings side by side; the machine's cores are divided among them. As many as cores unless given.
@@ -94,8 +88,8 @@ class RunOptions:
         out: the run's folder; the first free `runs/NAME-N` unless given.
     """
 
-    agents: dict[str, AgentFactory]
-    reward: Reward = field(default_factory=lambda: LossImprovement(DEFAULT_PRICE))
+    agents: dict[str, LearnerFactory]
+    reward: Reward | Callable = field(default_factory=lambda: LossImprovement(DEFAULT_PRICE))
     model: str = "duo-tiny"
     skip: Skip | None = None
     corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
@@ -105,15 +99,10 @@ class RunOptions:
     target_compute: float | None = None
     env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
     own_env: dict[str, dict[str, Any]] = field(default_factory=dict)
-    supervised: SupervisedOptions = field(default_factory=SupervisedOptions)
-    soft: SoftOptions = field(default_factory=SoftOptions)
-    knn: KNNOptions = field(default_factory=KNNOptions)
-    ensemble: EnsembleOptions = field(default_factory=EnsembleOptions)
-    rivals: list[Literal["supervised", "soft", "knn", "ensemble"]] = field(
-        default_factory=lambda: ["supervised", "soft"]
-    )
+    rivals: list[str] | dict[str, LearnerFactory] = field(default_factory=lambda: ["supervised", "soft"])
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     validations: int = 10
+    save_every: float = 120.0
     seed: int = 0
     seeds: int = 1
     processes: int | None = None
@@ -153,7 +142,7 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class OracleOptions:
-    """Search all routes of held-out tokens and print the best loss per number of big layers.
+    """Search the best routes of held-out tokens, all of them where they can be enumerated, and print what they lose.
 
     Args:
         model: `duo-tiny` or a folder.
@@ -163,6 +152,9 @@ class OracleOptions:
         context: `reference` (the tokens before were routed all-big), `uniform` (the same route for all tokens) or
             `routed` (token after token, each given the best routes of those before it).
         price: nats per all-big pass that the oracle pays, for what it commits and for the tokens' difficulty.
+        method: `exhaustive`, or, for models too deep to enumerate, coordinate `descent` or `beam` search, whose returns
+            are lower bounds of the oracle's; `auto` is exhaustive where that fits into the memory limit, and descent
+            elsewhere.
         memory_limit: bytes for the table of all losses and the search.
         window: tokens per window.
         windows: windows of the evaluation split to search.
@@ -176,6 +168,7 @@ class OracleOptions:
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     context: SearchContext = "reference"
     price: float = 0.0
+    method: Literal["auto", "exhaustive", "descent", "beam"] = "auto"
     memory_limit: int = 2**30
     window: int = 128
     windows: int = 8
@@ -184,33 +177,11 @@ class OracleOptions:
 
 
 @dataclass(frozen=True)
-class PaperOptions:
-    """Redo the study of Duo-LLM on a duo model: every figure as PNG and JSON, and the paper's claims beside them.
+class ReportOptions:
+    """Write report.html, one self-contained page, for a run.
 
     Args:
-        model: `duo-tiny` or a folder.
-        prose: text that stands for the paper's web text: built-in corpora, or paths and globs.
-        code: text that stands for its Python.
-        agents: this project's learners that stand in Fig. 4b and 7.
-        total_decisions: layer decisions that each of them learns from.
-        env: the tokens that they learn on.
-        soft: training of the paper's router; its budget is set by the study.
-        size: how much is measured.
-        dense: dense.json of `duorl dense`, or its folder, for Fig. 8; that of the model's folder unless given.
-        skip: what the action `skip` drops, `ffn` or `block`; as the model was saved unless given.
-        seed: of everything random.
-        out: folder for the figures, claims.md and report.html; the first free `runs/paper-N` unless given.
+        run: folder of a comparison or of a paper run.
     """
 
-    model: str = "duo-tiny"
-    prose: list[str] | str = "stdlib-docs"
-    code: list[str] | str = "stdlib-code"
-    agents: dict[str, AgentFactory] = field(default_factory=lambda: {"PPO": PPO, "REINFORCE": REINFORCE})
-    total_decisions: int = 4_000_000
-    env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
-    soft: SoftOptions = field(default_factory=SoftOptions)
-    size: StudySize = field(default_factory=StudySize)
-    dense: str | None = None
-    skip: Skip | None = None
-    seed: int = 0
-    out: str | None = None
+    run: str

@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
-import json
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import Namespace
 
-from agents import Agent
-from duorl import dense, report
 from duorl.checks import require_positive
-from duorl.cli.folders import check_folder, make_folder
-from duorl.cli.options import AgentFactory
-from duorl.cli.workbench import console, make_lockstep, typed_command
+from duorl.cli.console import console, say, typed_command
+from duorl.cli.learners import LearnerFactory
+from duorl.cli.parser import read_config
+from duorl.cli.trainings import JobsFailed
+from duorl.cli.workbench import make_lockstep
 from duorl.corpus import load_windows, source_names
-from duorl.evaluate import check_searches
+from duorl.envs import Lockstep
+from duorl.evaluation import check_searches
+from duorl.files import write_json, write_text
+from duorl.learners import Soft
+from duorl.learners.base import Learner
 from duorl.models import load, load_tokenizer
 from duorl.models.loading import model_folder
-from duorl.paper import Study, StudySize, claims_page, draw, scaling
+from duorl.paper import Study, StudySize, dense, scaling
+from duorl.paper.claims import claims_page
+from duorl.paper.pictures import draw
+from duorl.reports import page
 from duorl.rewards import LossImprovement
 from duorl.routers import Router
+from duorl.routers import load as load_router
+from duorl.runs.jobs import InProcess, Job, Tell, run
+from duorl.runs.training import Training
 
 _QUICK_UPDATES, _QUICK_DECISIONS = 40, 200_000
 _LEAST_WINDOW = 8
+_SAVE_EVERY = 120.0
+
+
+def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+    """What redoes the study; see `Paper`."""
+    return "paper", Paper(options, config)
 
 
 class Paper:
@@ -38,16 +52,32 @@ class Paper:
     Args:
         options: `PaperOptions` and the folder flags.
         config: the resolved options as YAML.
+
+    Raises:
+        ValueError, OSError: the input cannot be used; the message names the thing and the fix.
     """
 
     def __init__(self, options: Namespace, config: str):
         self.options, self.config = options, config
-        check_folder(options)
-        require_positive(total_decisions=options.total_decisions)
+        require_positive(total_decisions=options.total_decisions, soft_windows=options.soft_windows)
         if options.env.window < _LEAST_WINDOW:
             raise ValueError(
                 f"env.window must be at least {_LEAST_WINDOW} tokens for a study, not {options.env.window}"
             )
+        self.size = StudySize.quick() if options.quick else options.size
+        self.soft = {**options.soft, "updates": _QUICK_UPDATES} if options.quick else options.soft
+        if unknown := set(self.soft) - set(inspect.signature(Soft).parameters) | {"env", "budget"} & set(self.soft):
+            raise ValueError(f"soft: {min(unknown)!r} is not an option of Soft that a study leaves open")
+        self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
+        self._read()
+        for factory in options.agents.values():
+            for price in self.size.prices:
+                factory(self._lockstep(price))
+        Soft(self._lockstep(0.0), **self.soft)
+
+    def _read(self) -> None:
+        """The model, and the texts by their names in the study."""
+        options = self.options
         self.sources = {"prose": source_names(options.prose), "code": source_names(options.code)}
         named = [", ".join(names) for names in self.sources.values()]
         kept = dense.find(options.dense, model_folder(options.model), named)
@@ -56,56 +86,81 @@ class Paper:
         read = partial(load_windows, tokenizer=self.tokenizer, length=options.env.window)
         self.training = read([name for names in self.sources.values() for name in names], split="router")
         self.texts = {name: read(names, split="evaluation") for name, names in self.sources.items()}
-        self.size = StudySize.quick() if options.quick else options.size
         for name, windows in self.texts.items():
             if len(windows) < 2:
                 raise ValueError(f"{name}: a study needs at least 2 windows of evaluation text: give more")
         counts = min(self.size.windows, max(map(len, self.texts.values()))), self.size.pattern_windows
-        check_searches(self.model, options.env.window, ("small", "big"), *counts)
-        self.soft = replace(options.soft, updates=_QUICK_UPDATES) if options.quick else options.soft
-        self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
-        for factory in options.agents.values():
-            for price in self.size.prices:
-                self._agent(factory, price)
+        check_searches(self.model, options.env.window, ("small", "big"), *counts)  # a study enumerates all routes
 
-    def __call__(self) -> None:
+    def __call__(self, folder: Path) -> None:
         """Measure, draw, and write claims.md and report.html."""
-        folder = make_folder(self.options, "paper", self.config)
+        self.folder = folder
         with console.status("") as status:
-            figures = self._measure(folder, status.update)
+            self.say = status.update
+            figures = self._measure()
         draw(figures, folder)
-        settings = {"command": typed_command(), **yaml.safe_load(self.config)}
-        (folder / "settings.json").write_text(json.dumps(settings, indent=1))
-        page = claims_page(figures, model=self.options.model, command=typed_command())
-        (folder / "claims.md").write_text(page)
-        report.write(folder)
-        console.print(f"wrote {folder}/: figure-*.png and .json, claims.md, report.html")
+        write_json(folder / "settings.json", {"command": typed_command(), **read_config(self.config)})
+        write_text(folder / "claims.md", claims_page(figures, model=self.options.model, command=typed_command()))
+        page.write(folder)
+        say(f"wrote {folder}/: figure-*.png and .json, claims.md, report.html")
         if not any(name.startswith("8") for name in figures):
-            console.print("Figure 8 is left out: no dense.json; make it with duorl dense and give --dense")
+            say("Figure 8 is left out: no dense.json; make it with duorl dense and give --dense")
 
-    def _measure(self, folder: Path, progress: Callable[[str], None]) -> dict[str, Any]:
+    def _measure(self) -> dict[str, Any]:
         study = Study(
             self.model,
             self.tokenizer,
             self.training,
             self.texts,
-            learners={name: partial(self._learn, factory) for name, factory in self.options.agents.items()},
-            soft=self.soft,
+            learners={name: partial(self._learn, name, factory) for name, factory in self.options.agents.items()},
+            soft=self._learn_soft,
             size=self.size,
             seed=self.options.seed,
-            progress=progress,
+            progress=self.say,
         )
         figures = study.run()
         if self.options.quick:
-            progress("figure 8: small models of its own")
+            self.say("figure 8: small models of its own")
             with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its log
-                self.dense = dense.quick(folder / "dense", self.sources, self.options.seed)
+                self.dense = dense.quick(self.folder / "dense", self.sources, self.options.seed)
         return figures | scaling(self.dense, {name: ", ".join(names) for name, names in self.sources.items()})
 
-    def _learn(self, factory: AgentFactory, price: float) -> Router:
-        return self._agent(factory, price).learn(self.total_decisions)
+    def _lockstep(self, price: float, **more: Any) -> Lockstep:
+        reward = LossImprovement(price)
+        return make_lockstep(self.options.env, self.model, self.training, reward, seed=self.options.seed, **more)
 
-    def _agent(self, factory: AgentFactory, price: float) -> Agent:
-        return factory(
-            make_lockstep(self.options.env, self.model, self.training, LossImprovement(price), seed=self.options.seed)
+    def _learn(self, name: str, factory: LearnerFactory, price: float) -> Router:
+        return self._trained(f"{name} at price {price:g}", partial(factory, self._lockstep(price)))
+
+    def _learn_soft(self, budget: float, actions: Sequence[str]) -> Router:
+        options = self.options
+        lockstep = Lockstep(
+            self.model,
+            self.training,
+            windows_per_batch=options.soft_windows,
+            seed=options.seed,
+            reward=LossImprovement(0.0),
+            actions=actions,
         )
+        name = f"soft at {budget:.3f} of {' '.join(actions)}"
+        return self._trained(name, partial(Soft, lockstep, budget=budget, **self.soft))
+
+    def _trained(self, name: str, make: Callable[[], Learner]) -> Router:
+        """A job of its own: the router is kept, a training that was stopped goes on."""
+        place = self.folder / "routers" / name.replace(" ", "-")
+
+        def work(tell: Tell) -> dict[str, Any]:
+            events = self.folder / "tensorboard" / place.name
+            training = Training(self.total_decisions, place, events, _SAVE_EVERY, lambda router: {}, 1)
+            training.run(make(), lambda router, journal: router, tell).save_pretrained(place)
+            return {}
+
+        if run([Job(name, place, work)], InProcess(), self.folder, self._tell):
+            raise JobsFailed([name], 1)
+        return load_router(place).to(self.model.device)
+
+    def _tell(self, job: Job, said: dict[str, Any]) -> None:
+        if "error" in said:
+            say(f"{job.name} failed: {said['error']} (traceback: {said['traceback']})")
+        elif "completed" in said:
+            self.say(f"train {job.name}: {100 * said['completed'] / max(1, said['total']):.0f} %")

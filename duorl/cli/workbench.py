@@ -1,10 +1,7 @@
-"""What training and comparing have in common: the model, the three splits, and the making of every learner."""
+"""What training and comparing have in common: the model, the three splits, and the training of every learner."""
 
 from __future__ import annotations
 
-import json
-import shlex
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -12,37 +9,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from jsonargparse import Namespace
-from rich.console import Console
 from torch import Tensor
 
-from agents import Agent
-from agents.target import TargetCompute, check_target, price_for
-from duorl import report
 from duorl.checks import require_positive
-from duorl.cli.options import AgentFactory, EnvironmentOptions
+from duorl.cli.learners import LearnerFactory, named
+from duorl.cli.options import EnvironmentOptions
+from duorl.cli.parser import read_config
 from duorl.corpus import load_windows
 from duorl.costs import action_ids
-from duorl.evaluate import Comparer, Comparison, check_searches, evaluate, flatten, measure
-from duorl.figures import frontier, heat_map, markdown, table
-from duorl.journal import Journal
+from duorl.envs import Lockstep
+from duorl.evaluation.bound import ROWS
+from duorl.evaluation.compare import flatten
+from duorl.evaluation.measure import evaluate, measure
+from duorl.learners import Supervised
+from duorl.learners.base import Learner
+from duorl.learners.target import TargetCompute, check_target, price_for
 from duorl.models import DuoForCausalLM, load, load_tokenizer
-from duorl.rewards import LossImprovement, Reward, price_of, with_price
-from duorl.routers import (
-    BudgetRouter,
-    HeadRouter,
-    Router,
-    train_ensemble,
-    train_knn,
-    train_soft,
-    train_supervised,
-)
-from envs import Lockstep, RoutingDynamics
+from duorl.reports.figures import heat_map
+from duorl.rewards import LossImprovement, Reward, as_reward, price_of, with_price
+from duorl.routers import BudgetRouter, Router
+from duorl.routers.base import LogitRouter
+from duorl.runs.jobs import RESULT, Tell
+from duorl.runs.journal import Journal
+from duorl.runs.training import Training
 
+KNOWABLE = "knowable"
+_SHARED = {"window", "prices", "big_layers"}  # of the comparison, which has one text, one range and one budget
 _VALIDATION_WINDOWS = 16
-
-console = Console()
 
 
 class Workbench:
@@ -50,29 +44,65 @@ class Workbench:
 
     Args:
         options: `RunOptions`, with `agent` in place of `agents` for a single one.
+        config: the same as YAML.
+
+    Attributes:
+        price: nats per all-big pass, to start from where it is to be found.
+        agents: names of the learners that the run is about.
+        rivals: names of those that they are compared with.
 
     Raises:
         ValueError, OSError: the input cannot be used; the message names the thing and the fix.
     """
 
-    def __init__(self, options: Namespace):
-        self.options = options
+    def __init__(self, options: Namespace, config: str):
+        self.options, self.config = options, read_config(config)
         require_positive(total_decisions=options.total_decisions)
         action_ids([options.reference]), action_ids(options.actions)
-        self.price = LossImprovement(price_of(options.reward)).price
+        self.reward = as_reward(options.reward)
+        self.price = LossImprovement(price_of(self.reward)).price
         self.prices = options.env.prices
         if self.prices is not None and not self.prices[0] <= self.price <= self.prices[1]:
             raise ValueError(f"the reward's price {self.price:g} is not among env.prices {list(self.prices)}")
+        self._name_learners()
+        self.target = options.get("target_compute")
+        if self.target is not None:
+            check_target(self.target)
+            with_price(self.reward)
+            if options.env.big_layers is not None:
+                raise ValueError("env.big_layers fixes what a router spends: give it or target_compute, not both")
         self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
         self.read = partial(load_windows, tokenizer=self.tokenizer, length=options.env.window)
         self.training, self.validation = _hold_back(self.read(options.corpus, split="router"))
-        evaluation = options.evaluation
-        counts = (evaluation.fixed_windows, evaluation.reference_windows, options.supervised.windows)
-        check_searches(self.model, options.env.window, options.actions, *counts)
         self._try_reward()
-        if options.get("target_compute") is not None:
-            check_target(options.target_compute)
-            with_price(options.reward)
+        for name in self._factories:
+            self.learner(name, options.seed)
+
+    def _name_learners(self) -> None:
+        options = self.options
+        agents = options.agents if "agents" in options else {_class_name(self.config["agent"]): options.agent}
+        rivals = options.rivals
+        if not isinstance(rivals, dict):
+            short = [name.rpartition(".")[2] for name in rivals]
+            if len(set(short)) < len(short):
+                raise ValueError(f"two rivals have one name among {short}: give them names, as a dictionary")
+            rivals = dict(zip(short, map(named, rivals), strict=True))
+        if not agents:
+            raise ValueError("no agents to compare: name at least one in `agents`")
+        self.agents, self.rivals = list(agents), list(rivals)
+        self._factories: dict[str, LearnerFactory] = {**rivals, **agents}
+        if options.get("knowable"):
+            # Wide heads on the same inputs, an estimate of what could have been known from them.
+            self._factories[KNOWABLE] = partial(Supervised, width=options.knowable)
+        taken = {"random", "all-skip", "all-small", "all-big", "best fixed", *ROWS.values(), KNOWABLE}
+        for name in (*agents, *rivals):
+            if name in taken or Path(name).name != name or (name in rivals and name in agents):
+                raise ValueError(f"a learner cannot be called {name!r}: the comparison or the folder needs that name")
+        if unknown := set(options.own_env) - set(self._factories):
+            raise ValueError(f"own_env names {min(unknown)!r}, which is not among the learners")
+        for name, own in options.own_env.items():
+            if shared := _SHARED & set(own):
+                raise ValueError(f"own_env of {name}: {min(shared)} is the whole run's, set it in env")
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -81,113 +111,125 @@ class Workbench:
 
     def _try_reward(self) -> None:
         """One episode of one window: a reward that cannot be used is found before anything is written."""
-        trial = RoutingDynamics(self.model, reward=self.options.reward, actions=self.options.actions)
-        trial.reset(self.training[:1])
-        while not trial.done:
-            trial.step(torch.zeros(self.options.env.window, dtype=torch.int64, device=self.model.device))
-
-    def agent(self, factory: AgentFactory, seed: int, name: str = "") -> Agent:
-        """A fresh learner, of that name among the run's; errors as for its class and its environment."""
         options = self.options
-        lockstep = make_lockstep(
-            replace(EnvironmentOptions(**vars(options.env)), **options.get("own_env", {}).get(name, {})),
-            self.model,
-            self.training,
-            options.reward,
-            seed=seed,
-            actions=options.actions,
-            reference=options.reference,
+        more = {"actions": options.actions, "reference": options.reference}
+        trial = make_lockstep(
+            replace(options.env, windows_per_batch=1), self.model, self.training, self.reward, seed=options.seed, **more
         )
-        return factory(lockstep)
+        trial.draw()
+        while not trial.done:
+            trial.step(torch.zeros_like(trial.compute, dtype=torch.int64))
 
-    def learn(self, agent: Agent, name: str, events: Path, config: str, update: Callable[..., None]) -> Router:
-        """Train an agent, and journal it.
+    def learner(self, name: str, seed: int) -> Learner:
+        """A fresh learner, by its name in the run; errors as for its class and its environment."""
+        options = self.options
+        own = replace(EnvironmentOptions(**vars(options.env)), **options.own_env.get(name, {}))
+        more = {"actions": options.actions, "reference": options.reference}
+        lockstep = make_lockstep(own, self.model, self.training, self.reward, seed=seed, **more)
+        return self._factories[name](lockstep)
+
+    def train(
+        self, name: str, seed: int, place: str, events: str, tell: Tell, price_from: str | None = None
+    ) -> dict[str, Any]:
+        """Train a learner, journal it and save its router: the function of a job.
 
         Args:
-            agent: fresh.
-            name: of the router.
+            name: of the learner.
+            seed: of everything random.
+            place: folder for the router.
             events: folder of its TensorBoard events.
-            config: the resolved options as YAML.
-            update: told after every update: `completed` decisions, and a `note`.
+            tell: told of every update.
+            price_from: the place of the learner whose training found the price.
+
+        Returns:
+            `price`, at which the router is deployed.
         """
-        total, journal = self.options.total_decisions, Journal(events)
-        every = max(1, total // max(1, self.options.validations))
+        learner, options = self.learner(name, seed), self.options
+        work = _Work(self, name, learner, self.price, tell)
+        if price_from is not None:
+            work.price = read_config((Path(price_from) / RESULT).read_text())["price"]
+            if self.prices is None:
+                learner.charge(work.price)
+        elif self.target is not None:
+            work.aim(self.target)
+        training = Training(
+            total=options.total_decisions,
+            place=Path(place),
+            events=Path(events),
+            save_every=options.save_every,
+            validate=work.validate,
+            validations=options.validations,
+        )
+        router = training.run(work.trained, work.finish, tell)
+        router.save_pretrained(place)
+        return {"price": work.price}
 
-        def monitor(decisions: int, metrics: Mapping[str, float], router: Router) -> None:
-            journal.scalars(decisions, metrics)
-            update(completed=decisions, note=f"return {metrics['rollout/return']:+.4f}")
-            if decisions // every > (decisions - agent.decisions_per_update) // every:
-                journal.scalars(decisions, self._validate(router))
+    def deployed(self, router: Router, price: float) -> Router:
+        """The router at a price, where it takes one, and held to the run's hard budget, where there is one."""
+        router = router.at(price=price) if router.takes_price else router
+        budget = self.options.env.big_layers
+        if budget is None or isinstance(router, BudgetRouter) or not isinstance(router, LogitRouter):
+            return router
+        return BudgetRouter(router, budget)
 
-        router = self._to_target(agent, monitor)
-        routes = measure(self.model, self.deployed(router), self.validation).routes
-        journal.picture(total, "routes/share_of_big", heat_map(routes, f"{name} on held-out router text"))
-        journal.hparams(_scalars(config), self._validate(router))
-        journal.close()
-        return router if self.options.env.big_layers is None else self.deployed(router)
 
-    def _to_target(self, agent: Agent, monitor: Callable[..., None]) -> Router:
-        """Learn; with a target compute, at the price at which that is spent, which becomes the run's."""
-        options = self.options
-        if options.get("target_compute") is None:
-            return agent.learn(options.total_decisions, monitor)
-        if self.prices is not None:
-            router = agent.learn(options.total_decisions, monitor)
-            self.price = price_for(router, options.target_compute, self.spending)
-            return router.at(price=self.price)
-        dual = TargetCompute(agent, options.target_compute, self.spending, price=self.price)
-        router = dual.learn(options.total_decisions, monitor)
-        self.price = dual.price
-        if not dual.met:
-            console.print(
-                f"held-out compute is {dual.compute:.3f}, not within 0.01 of {dual.target:g}: train for longer"
-            )
-        return router
+class _Work:
+    """One learner's training on a workbench."""
+
+    def __init__(self, bench: Workbench, name: str, learner: Learner, price: float, tell: Tell):
+        self.bench, self.name, self.learner, self.tell = bench, name, learner, tell
+        self.price = price
+        self.target: float | None = None
+        self.trained: Learner | TargetCompute = learner
+
+    def aim(self, target: float) -> None:
+        """Find the price at which the router spends the target."""
+        self.target = target
+        if self.bench.prices is None:
+            self.trained = TargetCompute(self.learner, target, self.spending, price=self.price)
 
     def spending(self, router: Router) -> float:
-        """Mean compute on router text that no agent trains on."""
-        return measure(self.model, router, self.validation).compute.mean().item()
+        """Mean compute on router text that nobody trains on."""
+        return measure(self.bench.model, router, self.bench.validation).compute.mean().item()
 
-    def _validate(self, router: Router) -> dict[str, float]:
-        """Metrics on router text that no agent trains on; the evaluation split stays untouched until the end."""
-        options = self.options
+    def validate(self, router: Router) -> dict[str, float]:
+        """Metrics on router text that nobody trains on; the evaluation split stays untouched until the end."""
+        bench, price = self.bench, self.trained.price if isinstance(self.trained, TargetCompute) else self.price
         found = evaluate(
-            self.model, self.deployed(router), self.validation, price=self.price, reference=options.reference
+            bench.model,
+            bench.deployed(router, price),
+            bench.validation,
+            price=price,
+            reference=bench.options.reference,
         )
         return {f"validation/{key}": value for key, value in found.items()}
 
-    def deployed(self, router: Router) -> Router:
-        """The router at the run's price, where it takes one, and held to the run's hard budget, where there is one."""
-        router = router.at(price=self.price) if router.takes_price else router
-        budget = self.options.env.big_layers
-        return router if budget is None or not isinstance(router, HeadRouter) else BudgetRouter(router, budget)
-
-    def rival(self, name: str, seed: int) -> Router:
-        """Train a router without reinforcement learning: `supervised`, `soft`, `knn`, `ensemble` or `knowable`."""
-        options = self.options
-        # Wide heads on the same inputs, an estimate of what could have been known from them.
-        wide = replace(options.supervised, width=options.get("knowable", 0))
-        trainers: dict[str, Callable[..., Router]] = {
-            "supervised": partial(train_supervised, options=options.supervised),
-            "soft": partial(train_soft, options=options.soft),
-            "knn": partial(train_knn, options=options.knn),
-            "ensemble": partial(train_ensemble, options=options.ensemble),
-            "knowable": partial(train_supervised, options=wide),
-        }
-        more = {"price": self.price, "prices": self.prices, "actions": options.actions, "seed": seed}
-        return trainers[name](self.model, self.training, **more)
-
-    def comparer(self) -> Comparer:
-        """Measures routers on the evaluation split."""
-        return make_comparer(self.options, self.model, self.training, self.held_out, self.price)
-
-    def settings(self, config: str) -> dict[str, Any]:
-        """What a reader needs to repeat a comparison."""
-        return {"command": typed_command(), "price": self.price, **yaml.safe_load(config)}
+    def finish(self, router: Router, journal: Journal) -> Router:
+        """The trained router at its price, with its picture and its hyper-parameters in the journal."""
+        bench, decisions = self.bench, self.learner.decisions
+        if isinstance(self.trained, TargetCompute):
+            self.price = self.trained.price
+            if not self.trained.met:
+                spent = f"held-out compute is {self.trained.compute:.3f}, not within 0.01 of {self.target:g}"
+                self.tell(line=f"{spent}: train for longer")
+        elif self.target is not None:
+            self.price = price_for(router, self.target, self.spending)
+            router = router.at(price=self.price)
+        shown = bench.deployed(router, self.price)
+        routes = measure(bench.model, shown, bench.validation).routes
+        journal.picture(decisions, "routes/share_of_big", heat_map(routes, f"{self.name} on held-out router text"))
+        journal.hparams(decisions, _scalars(bench.config), self.validate(router))
+        return router if bench.options.env.big_layers is None else shown
 
 
 def make_lockstep(
-    env: EnvironmentOptions, model: DuoForCausalLM, training: Tensor, reward: Reward, *, seed: int, **more: Any
+    env: EnvironmentOptions,
+    model: DuoForCausalLM,
+    training: Tensor,
+    reward: Reward | Callable,
+    *,
+    seed: int,
+    **more: Any,
 ) -> Lockstep:
     """The tokens that options describe."""
     return Lockstep(
@@ -200,44 +242,10 @@ def make_lockstep(
         group_size=env.group_size,
         token_discount=env.token_discount,
         prices=env.prices,
-        signals=env.signals,
+        inputs=env.inputs,
         big_layers=env.big_layers,
         **more,
     )
-
-
-def make_comparer(
-    options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor, price: float
-) -> Comparer:
-    """What compares routers as a run's options say."""
-    return Comparer(
-        model,
-        training,
-        held_out,
-        price=price,
-        actions=options.actions,
-        reference=options.reference,
-        options=options.evaluation,
-    )
-
-
-def typed_command() -> str:
-    """What repeats the run: what was typed, less the word to go on with it."""
-    program = Path(sys.argv[0]).name
-    typed = [word for word in sys.argv[1:] if word != "--resume"]
-    return shlex.join([*(["python", program] if program.endswith(".py") else [program]), *typed])
-
-
-def write(comparison: Comparison, traces: dict[str, Any], folder: Path) -> None:
-    """Print a comparison's table and write its numbers, its figure and its report."""
-    console.print(table(comparison))
-    comparison.save(folder)
-    (folder / "comparison.md").write_text(markdown(comparison))
-    figures = folder / "figures"
-    figures.mkdir(exist_ok=True)
-    frontier(comparison).savefig(figures / "frontier.png", dpi=150)
-    (folder / "traces.json").write_text(json.dumps(traces))
-    report.write(folder)
 
 
 def _hold_back(windows: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,6 +256,12 @@ def _hold_back(windows: Tensor) -> tuple[Tensor, Tensor]:
     return windows[:-held], windows[-held:]
 
 
-def _scalars(config: str) -> dict[str, str | float | bool]:
-    """The leaves of a YAML configuration by dotted name, for TensorBoard's table of hyper-parameters."""
-    return {key: value for key, value in flatten(yaml.safe_load(config)) if isinstance(value, (str, int, float))}
+def _class_name(agent: str | Mapping[str, Any]) -> str:
+    """PPO, for what the configuration says of an agent."""
+    path = agent if isinstance(agent, str) else agent["class_path"]
+    return path.rpartition(".")[2]
+
+
+def _scalars(config: Mapping[str, Any]) -> dict[str, str | float | bool]:
+    """The leaves of a configuration by dotted name, for TensorBoard's table of hyper-parameters."""
+    return {key: value for key, value in flatten(config) if isinstance(value, (str, int, float))}

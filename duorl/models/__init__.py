@@ -1,9 +1,5 @@
-"""Duo models: configuration, modules, conversion, loading and stage-1 training."""
+"""Duo models: families, modules, conversion, loading and stage-1 training."""
 
-from duorl.models.config import DuoConfig
-from duorl.models.conversion import convert
-from duorl.models.ffn import DuoFFN
-from duorl.models.loading import load, load_tokenizer, require_frozen
-from duorl.models.modeling import DuoForCausalLM
+import lazy_loader
 
-__all__ = ["DuoConfig", "DuoFFN", "DuoForCausalLM", "convert", "load", "load_tokenizer", "require_frozen"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,10 +7,7 @@ any number of routes of the same tokens read them.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,49 +15,8 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-STEERED = "duorl"
-
-
-@dataclass
-class Memory:
-    """Keys and values that earlier passes left behind, and who reads them.
-
-    Attributes:
-        positions: (B, P), of the tokens that read.
-        stored: per layer the keys and values of S positions, each (B, H, S, k).
-        mode: what attention does with it: `record` an ordinary pass, `read`, or read and `commit` the readers' own keys
-            and values to their positions.
-        length: number of stored positions that are looked at; all unless given.
-    """
-
-    positions: Tensor
-    stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    mode: Literal["record", "read", "commit"] = "read"
-    length: int | None = None
-
-    def looked_at(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The keys and values that are read in a layer, each (B, H, `length`, k)."""
-        keys, values = self.stored[layer]
-        return keys[:, :, : self.length], values[:, :, : self.length]
-
-    def commit(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Overwrite those at `positions` with (B, H, P, k)."""
-        index = self.positions[:, None, :, None].expand_as(key)
-        for states, own in zip(self.stored[layer], (key, value), strict=True):
-            states.scatter_(2, index, own)
-
-
-_active: ContextVar[Memory | None] = ContextVar("memory", default=None)
-
-
-@contextmanager
-def remembering(memory: Memory | None):
-    """Let attention inside record into or read from `memory`; None is ordinary attention."""
-    token = _active.set(memory)
-    try:
-        yield
-    finally:
-        _active.reset(token)
+from duorl.models.families import STEERED
+from duorl.models.memory import Memory, active_memory
 
 
 def _per_query_head(module: nn.Module, states: Tensor) -> Tensor:
@@ -83,7 +39,7 @@ def steered_attention(
     Returns:
         Shape (n * B, P, H, k), and no weights.
     """
-    memory, layer = _active.get(), cast(int, module.layer_idx)
+    memory, layer = active_memory(), cast(int, module.layer_idx)
     if memory is None:
         return _plain(module, query, key, value, attention_mask, options), None
     every_key, every_value = _per_query_head(module, key), _per_query_head(module, value)

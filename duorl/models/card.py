@@ -12,6 +12,8 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+from duorl.files import write_text, writing
+
 _TEXT = """# {name}
 
 A duo model: every layer of this {family} holds a big feed-forward network (inner size {big}) and a small one
@@ -53,8 +55,9 @@ def write_card(out: Path, *, facts: dict[str, Any], losses: dict[str, dict[str, 
         f"| {found['all_small'] - found['all_big']:.3f} |"
         for name, found in losses.items()
     ]
-    (out / "README.md").write_text(_TEXT.format(**facts, rows="\n".join(lines)))
-    _curve(json.loads((out / "history.json").read_text())).savefig(out / "curve.png", dpi=100)
+    write_text(out / "README.md", _TEXT.format(**facts, rows="\n".join(lines)))
+    with writing(out / "curve.png") as beside:
+        _curve(json.loads((out / "history.json").read_text())).savefig(beside, dpi=100)
 
 
 def _curve(history: list[dict[str, float]]):

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
-# What the families call the inner size of their feed-forward network.
-_INNER_SIZE_NAMES = ("intermediate_size", "n_inner", "ffn_hidden_size", "ffn_dim")
-
-
-Skip = Literal["ffn", "block"]
-"""What the action `skip` drops of a layer: the feed-forward network, or the attention's output as well."""
+from duorl.models.calls import Skip, known_skip
+from duorl.models.families import inner_size_name
 
 
 class DuoConfig(PreTrainedConfig):
@@ -57,29 +53,4 @@ class DuoConfig(PreTrainedConfig):
         return type(self.backbone).from_dict(fields)
 
 
-def known_skip(skip: str) -> str:
-    """`skip` itself.
-
-    Raises:
-        ValueError: it is not one of `Skip`.
-    """
-    if skip not in get_args(Skip):
-        raise ValueError(f"skip drops {' or '.join(get_args(Skip))}, not {skip!r}")
-    return skip
-
-
-def inner_size_name(config: PreTrainedConfig) -> str:
-    """The field that holds a decoder's FFN inner size.
-
-    Raises:
-        ValueError: none of the known names is there as a single number for all layers.
-    """
-    for name in _INNER_SIZE_NAMES:
-        if hasattr(config, name) and not isinstance(getattr(config, name), list):
-            return name
-    raise ValueError(f"{config.model_type}: no single FFN inner size among {', '.join(_INNER_SIZE_NAMES)}")
-
-
-def inner_size(config: PreTrainedConfig) -> int:
-    """A decoder's FFN inner size; GPT-2 leaves it out and means four times the hidden size."""
-    return getattr(config, inner_size_name(config)) or 4 * config.hidden_size
+AutoConfig.register(DuoConfig.model_type, DuoConfig)

@@ -8,9 +8,10 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from duorl.models.config import DuoConfig, Skip, inner_size
+from duorl.models.calls import Skip
+from duorl.models.config import DuoConfig
+from duorl.models.families import family_of, find_layers, inner_size
 from duorl.models.modeling import DuoForCausalLM
-from duorl.models.stack import find_layers
 
 _PROBE = 8  # tokens on which a converted model is compared with its original
 
@@ -22,7 +23,7 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn"
     The small networks are freshly initialised: train them with `duorl pretrain` before routing to them.
 
     Args:
-        model: a transformers causal language model whose layers have an `mlp` module. It is left as it is.
+        model: a transformers causal language model of a family that `duorl.models.families` knows. It is left as it is.
         small_ratio: inner size of big divided by that of small (the paper: 16).
         skip: what the action `skip` drops, see `DuoConfig`.
 
@@ -34,11 +35,13 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn"
     """
     if small_ratio < 1:
         raise ValueError(f"small_ratio must be at least 1, not {small_ratio}")
+    layers = find_layers(model)
     small_size = max(1, inner_size(model.config) // small_ratio)
     duo = DuoForCausalLM(DuoConfig(backbone=model.config.to_dict(), small_size=small_size, skip=skip))
-    for ffn, layer in zip(duo.stack.ffns, find_layers(model), strict=True):
-        ffn.big.load_state_dict(cast(nn.Module, layer.mlp).state_dict())
-    rest = {name: tensor for name, tensor in model.state_dict().items() if ".mlp." not in name}
+    name = family_of(model.config).ffn
+    for ffn, layer in zip(duo.stack.ffns, layers, strict=True):
+        ffn.big.load_state_dict(cast(nn.Module, getattr(layer, name)).state_dict())
+    rest = {key: tensor for key, tensor in model.state_dict().items() if f".{name}." not in key}
     duo.backbone.load_state_dict(rest, strict=False)
     duo.train(model.training)
     nn.Module.to(duo, device=model.device, dtype=model.dtype)
@@ -59,7 +62,7 @@ def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
     try:
         expected = original(input_ids=inputs).logits
         error = (duo.stack.logits(duo.stack.all_big(inputs)) - expected).abs().max() / expected.abs().max()
-    except (AttributeError, IndexError, RuntimeError, TypeError) as problem:
+    except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
         raise ValueError(f"{family} cannot be walked layer by layer: {problem}") from problem
     finally:
         duo.train(modes[0]), original.train(modes[1])

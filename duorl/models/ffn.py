@@ -2,41 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
 from duorl.costs import BIG, SKIP
+from duorl.models.calls import current
 
-Decision = Callable[[Tensor], Tensor]
 _CACHED = 2**20  # inner activations that a processor's cache holds
 
 
 class DuoFFN(nn.Module):
     """A drop-in replacement for a decoder layer's `mlp`: per token it runs the big network, the small one, or none.
 
-    Called by its layer it runs big for every token, unless `decide` is set to a function from its input
-    (B, T, d) to actions (B, T). While `muted` it returns zeros and keeps its input in `heard`, so that the
-    layer's output is the residual stream after attention.
+    Called by its layer it does what the call it is in says (`duorl.models.calls`), and without one runs big for every
+    token.
     """
 
     def __init__(self, big: nn.Module, small: nn.Module):
         super().__init__()
         self.big = big
         self.small = small
-        self.decide: Decision | None = None
-        self.muted = False
-        self.heard: Tensor | None = None
 
-    def forward(self, hidden: Tensor) -> Tensor:
-        """Shape (B, T, d) to (B, T, d)."""
-        if self.muted:
-            self.heard = hidden
-            return torch.zeros_like(hidden)
-        if self.decide is None:
-            return self.big(hidden)
-        return self.route(hidden, self.decide(hidden))
+    def forward(self, hidden: Tensor, *, actions: Tensor | int | None = None) -> Tensor:
+        """Shape (..., d) to (..., d).
+
+        Args:
+            hidden: (..., d).
+            actions: codes 0 skip, 1 small, 2 big: (...), each token's own, or one for all; None: as the call says.
+        """
+        if isinstance(actions, Tensor):
+            return self.route(hidden, actions)
+        if actions is not None:
+            return self.run(hidden, actions)
+        call = current()
+        return self.big(hidden) if call is None else call.ffn(self, hidden)
 
     def run(self, hidden: Tensor, action: int) -> Tensor:
         """One action for all tokens: (..., d) to (..., d)."""
@@ -59,9 +58,10 @@ class DuoFFN(nn.Module):
         counts = actions.flatten().bincount(minlength=3).tolist()  # the group sizes: the one host synchronisation
         if max(counts) == len(tokens):
             return self.run(hidden, counts.index(len(tokens)))
-        groups = tokens[order].split(counts)
+        # Rows are copied by index_select both ways: on a processor several times faster than indexing or index_copy.
+        groups = tokens.index_select(0, order).split(counts)
         outputs = torch.cat([self.run(group, action) for action, group in enumerate(groups) if len(group)])
-        return torch.empty_like(outputs).index_copy(0, order, outputs).view_as(hidden)
+        return outputs.index_select(0, order.argsort()).view_as(hidden)
 
 
 def _in_cache(ffn: nn.Module, hidden: Tensor) -> Tensor:

@@ -1,17 +1,23 @@
-"""Loading a saved duo model, frozen, and checking that a model is."""
+"""Loading a saved duo model, frozen.
+
+transformers is imported when a model is loaded, not before: whether a model's folder is there is known at once.
+"""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from safetensors import SafetensorError
 
-from duorl.models.config import DuoConfig, Skip, known_skip
-from duorl.models.modeling import DuoForCausalLM
+from duorl.models.calls import Skip, known_skip
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from duorl.models.modeling import DuoForCausalLM
 
 EMBEDDED = {"duo-tiny": Path(__file__).parent / "duo_tiny"}
 _NEEDED = ("config.json", "model.safetensors|model.safetensors.index.json", "tokenizer.json")
@@ -50,11 +56,17 @@ def load(
         ValueError: the folder holds another kind of model, or not all of its weights, or `skip` is unknown.
     """
     folder = model_folder(name)
-    kind = json.loads((folder / "config.json").read_text()).get("model_type")
+    changed: dict[str, Any] = {} if skip is None else {"skip": known_skip(skip)}
+    from duorl.models.config import DuoConfig
+    from duorl.models.modeling import DuoForCausalLM
+
+    kind = _settings(folder).get("model_type")
     if kind != DuoConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: make one with duorl.convert")
-    changed: dict[str, Any] = {} if skip is None else {"skip": known_skip(skip)}
-    loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **changed)
+    try:
+        loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **changed)
+    except SafetensorError as problem:
+        raise ValueError(f"cannot read the weights in {folder}: {problem}") from problem
     model, found = loaded
     if found["missing_keys"]:
         raise ValueError(f"the weights in {folder} lack {min(found['missing_keys'])}")
@@ -63,15 +75,16 @@ def load(
 
 def load_tokenizer(name: str | Path = "duo-tiny") -> PreTrainedTokenizerBase:
     """The tokenizer that was saved with a model; the same arguments and errors as `load`."""
-    return AutoTokenizer.from_pretrained(model_folder(name))
+    folder = model_folder(name)
+    from transformers import AutoTokenizer
+
+    import duorl.models.config  # noqa: F401  (registers a duo's configuration, which transformers looks at)
+
+    return AutoTokenizer.from_pretrained(folder)
 
 
-def require_frozen(model: nn.Module) -> None:
-    """Refuse a model that would be trained along.
-
-    Raises:
-        ValueError: a parameter is trainable; names the first.
-    """
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            raise ValueError(f"the model must be frozen, but {name} is trainable: call model.requires_grad_(False)")
+def _settings(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except ValueError as problem:
+        raise ValueError(f"cannot read {folder / 'config.json'}: {problem}") from problem

@@ -3,23 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from duorl.costs import ACTIONS, SKIP, Flops, linear_flops
-from duorl.models.attention import STEERED
+import duorl.models.attention  # noqa: F401  (registers the attention function that the families name)
+from duorl.costs import ACTIONS, Flops, linear_flops
+from duorl.inputs import View
+from duorl.models.calls import Call, RoutedCall, calling, let_ask
 from duorl.models.config import DuoConfig
-from duorl.models.ffn import Decision, DuoFFN
-from duorl.models.stack import DecoderStack, find_layers
+from duorl.models.families import attention_of, attention_width, family_of, find_layers
+from duorl.models.ffn import DuoFFN
+from duorl.models.stack import DecoderStack
 
-if TYPE_CHECKING:
-    RouterLike = Callable[[Tensor, int, Tensor], Tensor]
+
+class Decider(Protocol):
+    """What decides from a view: a `duorl.routers.Router`, or anything with its `decide`."""
+
+    def decide(self, view: View) -> Tensor:
+        """(B, T) action codes."""
+        ...
+
+
+RouterLike = Decider | Callable[[Tensor, int, Tensor], Tensor]
+"""A decider, or a plain function from (hidden (B, T, d), layer, compute so far (B, T)) to actions (B, T)."""
 
 
 class DuoForCausalLM(PreTrainedModel, GenerationMixin):
@@ -39,11 +50,12 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: DuoConfig):
         super().__init__(config)
-        config.backbone._attn_implementation = STEERED
-        self.backbone = AutoModelForCausalLM.from_config(config.backbone, attn_implementation=STEERED)
-        small = _small_ffns(config)
-        for layer, small_ffn in zip(find_layers(self.backbone), small, strict=True):
-            layer.mlp = DuoFFN(big=cast(nn.Module, layer.mlp), small=small_ffn)
+        self.backbone = _steered_backbone(config)
+        name, layers = family_of(config.backbone).ffn, find_layers(self.backbone)
+        for layer, small in zip(layers, _small_ffns(config), strict=True):
+            setattr(layer, name, DuoFFN(big=cast(nn.Module, getattr(layer, name)), small=small))
+            let_ask(layer, "layer")
+        let_ask(cast(nn.Module, self.backbone.base_model), "decoder")
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -68,10 +80,9 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     def flops(self) -> Flops:
         """FLOPs of one token, part by part."""
         config, stack = self.config.backbone, self.stack
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return Flops(
-            projections=torch.tensor([linear_flops(_attention(layer)) for layer in stack.layers]),
-            width=head_size * config.num_attention_heads,
+            projections=torch.tensor([linear_flops(attention_of(layer, config)) for layer in stack.layers]),
+            width=attention_width(config),
             ffns=torch.tensor(
                 [[0, linear_flops(ffn.small), linear_flops(ffn.big)] for ffn in stack.ffns], dtype=torch.float64
             ),
@@ -96,7 +107,7 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, T).
             routes: (B, T, L) int64, each token's action in each layer: 0 skip, 1 small, 2 big.
-            router: decides in place of `routes`, from (hidden (B, T, d), layer, compute so far (B, T)).
+            router: decides in place of `routes`, layer by layer; see `RouterLike`.
             kwargs: the backbone's own (`attention_mask`, `labels`, `past_key_values`, ...).
 
         Returns:
@@ -109,7 +120,7 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give routes or a router, not both")
         if routes is not None:
             self._check_routes(routes, input_ids)
-        with self._deciding(routes, router):
+        with calling(self._call(routes, router)):
             return self.backbone(input_ids=input_ids, **kwargs)
 
     def _check_routes(self, routes: Tensor, input_ids: Tensor | None) -> None:
@@ -120,84 +131,60 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         if routes.min() < 0 or routes.max() >= len(ACTIONS):
             raise ValueError(f"routes hold codes 0 to {len(ACTIONS) - 1} ({', '.join(ACTIONS)})")
 
-    @contextmanager
-    def _deciding(self, routes: Tensor | None, router: RouterLike | None):
-        """Set every layer's `decide` for one forward pass."""
+    def _call(self, routes: Tensor | None, router: RouterLike | None) -> Call | None:
+        """What one forward pass changes."""
         if routes is None and router is None:
-            yield
-            return
-        ffns, layers = self.stack.ffns, self.stack.layers
-        spent = _Spending(self.action_compute)
-        hooks = []
-        for index, (ffn, layer) in enumerate(zip(ffns, layers, strict=True)):
-            ffn.decide = _replay(routes, index) if router is None else spent.decide_with(router, index)
-            if self.config.skip == "block":
-                ffn.decide = dropping = _Dropping(ffn.decide)
-                hooks.append(layer.register_forward_hook(dropping.undo))
-        try:
-            yield
-        finally:
-            for ffn in ffns:
-                ffn.decide = None
-            for hook in hooks:
-                hook.remove()
+            return None
+        decide = _decision(routes, router)
+        return RoutedCall(decide, self.action_compute, drops_blocks=self.config.skip == "block")
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embedding."""
         return self.backbone.get_input_embeddings()
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's token embedding."""
+        self.backbone.set_input_embeddings(value)
+
     def get_output_embeddings(self) -> nn.Module:
         """The backbone's head."""
         return self.backbone.get_output_embeddings()
 
-
-class _Spending:
-    """Compute so far, (B, T), which a router sees, carried from layer to layer of one forward pass."""
-
-    def __init__(self, action_compute: Tensor):
-        self.action_compute = action_compute
-        self.compute: Tensor | None = None
-
-    def decide_with(self, router: RouterLike, layer: int) -> Callable[[Tensor], Tensor]:
-        def decide(hidden: Tensor) -> Tensor:
-            before = hidden.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
-            actions = router(hidden, layer, before)
-            self.compute = before + self.action_compute[layer][actions]
-            return actions
-
-        return decide
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        """Replace the backbone's head."""
+        self.backbone.set_output_embeddings(value)
+        self.__dict__.pop("flops", None)  # counted anew
 
 
-class _Dropping:
-    """Decides, and then takes back what a whole skipped layer added to the residual stream."""
-
-    def __init__(self, decide: Decision):
-        self.decide = decide
-
-    def __call__(self, hidden: Tensor) -> Tensor:
-        self.actions = self.decide(hidden)
-        return self.actions
-
-    def undo(self, layer: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """A forward hook of the layer."""
-        return torch.where((self.actions == SKIP)[..., None], arguments[0], output)
+def _decision(routes: Tensor | None, router: RouterLike | None) -> Callable[[View], Tensor]:
+    if routes is not None:
+        return lambda view: routes[..., view.layer]
+    decider: Any = router
+    if hasattr(decider, "decide"):
+        return decider.decide
+    return lambda view: decider(view.hidden, view.layer, view.compute)
 
 
-def _replay(routes: Tensor | None, layer: int) -> Callable[[Tensor], Tensor]:
-    assert routes is not None
-    return lambda hidden: routes[..., layer]
-
-
-def _attention(layer: nn.Module) -> nn.Module:
-    named = [module for name, module in layer.named_children() if "attn" in name or name == "attention"]
-    return named[0]
+def _steered_backbone(config: DuoConfig) -> PreTrainedModel:
+    """The decoder itself, its attention ours where the family allows it."""
+    function = family_of(config.backbone).attention_function
+    config.backbone._attn_implementation = function
+    try:
+        return AutoModelForCausalLM.from_config(config.backbone, attn_implementation=function)
+    except KeyError as problem:
+        family = config.backbone.model_type
+        raise ValueError(
+            f"{family}: attention bypasses transformers' attention interface: name one of the family's own in "
+            "duorl.models.families"
+        ) from problem
 
 
 def _small_ffns(config: DuoConfig) -> list[nn.Module]:
-    """The layers' `mlp` modules of the same decoder with the small inner size, freshly initialised."""
+    """The layers' feed-forward networks of the same decoder with the small inner size, freshly initialised."""
     with torch.device("meta"):  # the rest of that decoder is never allocated
         skeleton = AutoModelForCausalLM.from_config(config.small_backbone)
-    ffns = [cast(nn.Module, layer.mlp) for layer in find_layers(skeleton)]
+    name = family_of(config.backbone).ffn
+    ffns = [cast(nn.Module, getattr(layer, name)) for layer in find_layers(skeleton)]
     if torch.empty(0).device.type == "meta":  # from_pretrained builds on meta and loads the weights itself
         return ffns
     for ffn in ffns:
@@ -206,5 +193,4 @@ def _small_ffns(config: DuoConfig) -> list[nn.Module]:
     return ffns
 
 
-AutoConfig.register("duo", DuoConfig)
 AutoModelForCausalLM.register(DuoConfig, DuoForCausalLM)

@@ -8,10 +8,13 @@ transformers' Trainer, so checkpoints, resuming and several GPUs come with it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field, fields
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,62 +27,24 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
 )
-from transformers.trainer_utils import get_last_checkpoint, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import rewrite_logs
+from transformers.trainer_utils import set_seed
 
 from duorl.corpus import documents, load_windows, source_names
 from duorl.costs import BIG, SMALL
+from duorl.files import write_json
 from duorl.models.card import write_card
-from duorl.models.config import DuoConfig, inner_size
+from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
+from duorl.models.families import inner_size
 from duorl.models.loading import load
 from duorl.models.modeling import DuoForCausalLM
+from duorl.models.recipe import PretrainOptions
 from duorl.models.tokenizer import train_tokenizer
-
-
-@dataclass(frozen=True)
-class PretrainOptions:
-    """What stage 1 trains, and on what.
-
-    Args:
-        out: folder for the model, its tokenizer, checkpoints and TensorBoard events.
-        corpus: built-in corpora, or paths and globs of .txt, .jsonl and .parquet files.
-        model: folder of a model to go on from, with its tokenizer: a duo, or a Hugging Face causal language model,
-            which is converted; its own networks become the big ones. Unless given, a model is built from `backbone`.
-        backbone: a transformers configuration as a dictionary with `model_type`.
-        vocab_size: tokens of the byte-level BPE that is trained for a model built from `backbone`.
-        small_ratio: inner size of the big network divided by that of the small one (the paper: 16).
-        window: tokens to predict per window.
-        skip_share: share of decisions that skip (the paper: 0).
-        big_share: share of big among the others (the paper: 0.5); 1 trains a dense model, whose small networks stay
-            as they are.
-        trained: `all` weights, or only the `small` networks, beside a model that stays as it is (Duo-LLM, Fig. 8c).
-        evaluation_windows: windows of the router split on which all-big and all-small are followed.
-        training: options of transformers' TrainingArguments.
-        seed: of initialisation, order of the text and routes.
-    """
-
-    out: str
-    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code", "stdlib-docs"])
-    model: str | None = None
-    backbone: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
-    vocab_size: int = 2048
-    small_ratio: int = 16
-    window: int = 256
-    skip_share: float = 0.0
-    big_share: float = 0.5
-    trained: Literal["all", "small"] = "all"
-    evaluation_windows: int = 64
-    training: dict[str, Any] = field(default_factory=dict)
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("skip_share", "big_share"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
-        if self.trained == "small" and self.model is None:
-            raise ValueError("trained 'small' leaves all else as it is: give the model to start from")
 
 
 def random_routes(
@@ -118,6 +83,9 @@ def constant_losses(model: DuoForCausalLM, windows: Tensor, *, batch: int = 32) 
     return losses
 
 
+_LOSSES = "losses.json"  # in a checkpoint: what has been lost since the last log
+
+
 class _Windows(Dataset):
     def __init__(self, windows: Tensor):
         self.windows = windows
@@ -132,13 +100,15 @@ class _Windows(Dataset):
 class StageOneTrainer(Trainer):
     """transformers' Trainer with a fresh random route for every token at every update.
 
-    Batches that are accumulated into one update share the draw of their routes.
+    Batches that are accumulated into one update share the draw of their routes. A checkpoint also holds what has been
+    lost since the last log, so that a training that goes on logs what it would have logged.
     """
 
     def __init__(self, *args, skip_share: float, big_share: float, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulated batches are averaged
         self.shares = {"skip_share": skip_share, "big_share": big_share}
+        self.add_callback(_GoesOn(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Next-token loss in nats under random routes, seeded by the step so that a resumed run draws the same."""
@@ -151,6 +121,21 @@ class StageOneTrainer(Trainer):
         loss = next_token_loss(output.logits, tokens[:, 1:])
         return (loss, output) if return_outputs else loss
 
+    def log(self, logs, start_time=None) -> None:
+        """The mean loss of the training is that of all its steps, also of those before it was stopped."""
+        if "train_loss" in logs:
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        losses = {
+            "total": self._total_loss_scalar,
+            "since": self._tr_loss.item(),
+            "logged": self._globalstep_last_logged,
+        }
+        write_json(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _LOSSES, losses)
+        super()._save_checkpoint(model, trial)  # which ends with trainer_state.json
+
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss in nats of all-small and all-big on the evaluation windows."""
         model = self.accelerator.unwrap_model(self.model)
@@ -160,6 +145,41 @@ class StageOneTrainer(Trainer):
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+
+class _GoesOn(TrainerCallback):
+    """Gives a trainer back the losses in the checkpoint that it goes on from."""
+
+    def __init__(self, trainer: StageOneTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs) -> None:
+        """The trainer has just set them to 0."""
+        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _LOSSES
+        if state.global_step and path.is_file():
+            losses = json.loads(path.read_text())
+            self.trainer._total_loss_scalar = losses["total"]
+            self.trainer._tr_loss += losses["since"]
+            self.trainer._globalstep_last_logged = losses["logged"]
+
+
+class _Events(TensorBoardCallback):
+    """Stays open after the training, for the evaluation behind it."""
+
+    def on_train_end(self, args, state, control, **kwargs) -> None:
+        """Only flush."""
+        self.tb_writer.flush()
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint in a folder; half-written ones, those without trainer_state.json, are removed."""
+    whole: dict[int, Path] = {}
+    for checkpoint in folder.glob("checkpoint-*"):
+        try:
+            whole[json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]] = checkpoint
+        except (OSError, ValueError, KeyError):
+            shutil.rmtree(checkpoint)
+    return whole[max(whole)] if whole else None
 
 
 def backbone_config(settings: dict[str, Any], **more: Any) -> PreTrainedConfig:
@@ -209,20 +229,16 @@ class Pretraining:
 
     Args:
         options: see `PretrainOptions`.
-        resume: go on from the last checkpoint in the folder.
+        resume: go on from the last checkpoint in the folder, where there is one.
 
     Raises:
-        ValueError: text is too short, the model cannot be converted, an option of `training` is unknown, or
-            there is no checkpoint to resume.
+        ValueError: text is too short, the model cannot be converted, or an option of `training` is unknown.
         FileNotFoundError: text is missing.
     """
 
     def __init__(self, options: PretrainOptions, *, resume: bool = False):
         self.out = Path(options.out)
-        checkpoints = self.out / "checkpoints"
-        self.checkpoint = get_last_checkpoint(str(checkpoints)) if resume and checkpoints.is_dir() else None
-        if resume and self.checkpoint is None:
-            raise ValueError(f"no checkpoint in {checkpoints}: start without --resume")
+        self.resume = resume
         known = {field.name for field in fields(TrainingArguments)}
         if unknown := sorted(set(options.training) - known):
             raise ValueError(f"training: transformers.TrainingArguments has no option {unknown[0]!r}")
@@ -236,15 +252,19 @@ class Pretraining:
             for source in source_names(options.corpus)
         }
 
-    def run(self) -> None:
+    def run(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Train, save, and leave a model card, `README.md`, with losses on the evaluation split."""
-        self.train()
+        self.train(callbacks)
         describe(self.options, self.out, self.arguments, self.evaluation)
 
-    def train(self) -> None:
+    def train(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Train, and save under `options.out`: `config.json`, `model.safetensors` (bfloat16), the tokenizer's files,
         and last `history.json`, the Trainer's log.
+
+        Args:
+            callbacks: told of the training by the Trainer.
         """
+        checkpoint = last_checkpoint(self.out / "checkpoints") if self.resume else None
         trainer = StageOneTrainer(
             model=self.model,
             args=self.arguments,
@@ -253,15 +273,34 @@ class Pretraining:
             skip_share=self.options.skip_share,
             big_share=self.options.big_share,
         )
-        trainer.train(resume_from_checkpoint=self.checkpoint)
+        self._journal(trainer, checkpoint)
+        for callback in callbacks:
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.evaluate()
         save(self.model, self.tokenizer, self.out)
-        (self.out / "history.json").write_text(json.dumps(trainer.state.log_history, indent=1))
+        write_json(self.out / "history.json", trainer.state.log_history)
+
+    def _journal(self, trainer: Trainer, checkpoint: Path | None) -> None:
+        """TensorBoard events, where they are wanted: anew, what the checkpoint knows of first."""
+        if trainer.pop_callback(TensorBoardCallback) is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
+        writer = SummaryWriter(str(self.out / "tensorboard"))
+        state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {"log_history": []}
+        for logs in state["log_history"]:
+            step = logs.pop("step")
+            for tag, value in rewrite_logs(logs).items():
+                writer.add_scalar(tag, value, step)
+        trainer.add_callback(_Events(writer))
 
 
 def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArguments:
     # Without use_cpu the arguments refuse bf16 where there is no GPU, though CPUs autocast to it as well.
     defaults = {"use_cpu": not torch.cuda.is_available(), "seed": options.seed, "remove_unused_columns": False}
+    defaults["save_total_limit"] = 2
     return TrainingArguments(output_dir=str(out / "checkpoints"), **{**defaults, **options.training})
 
 
@@ -298,7 +337,15 @@ def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, 
 
 
 def save(model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the model in bfloat16, half of float32's bytes, and its tokenizer."""
+    """Write the model in bfloat16, half of float32's bytes, and its tokenizer.
+
+    Last `config.json`: a folder without it is no model.
+    """
     nn.Module.to(model, dtype=torch.bfloat16)
-    model.save_pretrained(out)
-    tokenizer.save_pretrained(out)
+    beside = out / ".part-model"
+    model.save_pretrained(beside)
+    tokenizer.save_pretrained(beside)
+    (out / "config.json").unlink(missing_ok=True)
+    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
+        os.replace(path, out / path.name)
+    beside.rmdir()

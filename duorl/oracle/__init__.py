@@ -8,22 +8,6 @@
 models whose routes cannot be enumerated, and `fixed_patterns` finds the best single route for all tokens.
 """
 
-from duorl.oracle.approximate import Found, beam, best_of_random, descent
-from duorl.oracle.patterns import FixedPattern, fixed_patterns
-from duorl.oracle.search import SearchContext, all_routes, count_routes, exhaustive, tree_flops
-from duorl.oracle.table import RouteTable
+import lazy_loader
 
-__all__ = [
-    "FixedPattern",
-    "Found",
-    "RouteTable",
-    "SearchContext",
-    "all_routes",
-    "beam",
-    "best_of_random",
-    "count_routes",
-    "descent",
-    "exhaustive",
-    "fixed_patterns",
-    "tree_flops",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -18,7 +18,7 @@ from torch import Tensor
 from duorl.checks import require_positive
 from duorl.costs import Tally, action_ids
 from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle.search import MEMORY_LIMIT, route_compute, states_within, token_by_token
+from duorl.oracle.search import MEMORY_LIMIT, completion_flops, route_compute, states_within, token_by_token
 from duorl.routed_pass import RoutedPass, along, pick
 
 
@@ -160,6 +160,21 @@ def _complete(walk: RoutedPass, routes: Tensor, price: float) -> tuple[Tensor, T
         walk.step(routes[..., walk.layer])
     losses = walk.losses()
     return losses, losses + price * walk.compute
+
+
+def descent_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, *, rounds: int = 2) -> float:
+    """FLOPs of `descent` for one token, at most: every layer big, and no round that ends early.
+
+    Args:
+        model: a duo model.
+        actions: names of the A allowed actions.
+        positions: whose scores attention computes for the token.
+        rounds: sweeps over the layers.
+    """
+    rest = completion_flops(model, actions, positions)
+    steps = rest[0] - model.flops.head  # of the pass from which the trials fork
+    first = model.flops.attention(0, positions)
+    return first + rest[0] + rounds * ((len(actions) - 1) * sum(rest) + steps)
 
 
 def best_of_random(

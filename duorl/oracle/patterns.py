@@ -1,25 +1,29 @@
-"""The best fixed pattern, one route for all tokens, for every budget: by enumeration, or by dynamic programming.
+"""The best fixed pattern, one route for all tokens: by enumeration, by dynamic programming, or greedily.
 
 The program follows AmoebaLLM (2024): S[l][k], the best pattern with k big layers among the first l and small ones after
-them, is the better of S[l-1][k] and S[l-1][k-1] with layer l big. It tries L (L + 1) / 2 patterns in place of 2^L.
+them, is the better of S[l-1][k] and S[l-1][k-1] with layer l big. It tries L (L + 1) / 2 patterns in place of 2^L. The
+greedy search orders the layers by what each of them loses alone, and tries of the order of L.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from math import comb
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from duorl.costs import action_ids
 from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle.search import all_routes, route_compute
+from duorl.oracle.search import all_routes, completion_flops, count_routes, route_compute, tree_flops
 from duorl.routed_pass import RoutedPass, along
 
 Budget = tuple[int, ...]
 """Layers per action, by code of the allowed actions: (6, 2) is six small and two big."""
+Route = tuple[int, ...]
+PatternMethod = Literal["enumeration", "program", "greedy"]
 
 
 @dataclass(frozen=True)
@@ -61,15 +65,16 @@ def fixed_patterns(
     windows: Tensor,
     *,
     actions: Sequence[str] = ("small", "big"),
-    method: Literal["enumeration", "program"] = "enumeration",
+    method: PatternMethod = "enumeration",
 ) -> list[FixedPattern]:
-    """The best pattern for every budget, the cheapest first.
+    """The best pattern for every budget that was tried, the cheapest first.
 
     Args:
         model: a duo model.
         windows: (W, T+1), the text to choose them on.
         actions: names of the allowed actions.
-        method: `enumeration` of all A^L, exact; or the dynamic `program`, which works for any depth.
+        method: `enumeration` of all A^L, exact; or, for any depth, the dynamic `program` or the `greedy` search, which
+            with more than two actions does not try every budget.
 
     Raises:
         ValueError: too many routes to enumerate, or an unknown method.
@@ -77,42 +82,209 @@ def fixed_patterns(
     codes = action_ids(actions).tolist()
     if method == "enumeration":
         routes = all_routes(model.num_layers, actions)
-        found = _best_per_budget(codes, routes.tolist(), pattern_losses(model, windows, routes).tolist())
-    elif method == "program":
-        found = _program(model, windows, codes)
+        tried = dict(zip(map(tuple, routes.tolist()), pattern_losses(model, windows, routes).tolist(), strict=True))
     else:
-        raise ValueError(f"unknown method {method!r}: choose enumeration or program")
-    compute = route_compute(model, torch.tensor([route for route, _ in found.values()], device=model.device)).tolist()
+        tried = search_patterns(model, windows, actions=actions, method=method)
+    best = _best_per_budget(codes, tried)
+    compute = route_compute(model, torch.tensor(list(best.values()), device=model.device)).tolist()
     patterns = [
-        FixedPattern(budget, list(route), loss, spent)
-        for (budget, (route, loss)), spent in zip(found.items(), compute, strict=True)
+        FixedPattern(budget, list(route), tried[route], spent)
+        for (budget, route), spent in zip(best.items(), compute, strict=True)
     ]
     return sorted(patterns, key=lambda pattern: pattern.compute)
 
 
-_Best = dict[Budget, tuple[Sequence[int], float]]
+def search_patterns(
+    model: DuoForCausalLM,
+    windows: Tensor,
+    *,
+    actions: Sequence[str],
+    method: PatternMethod,
+    price: float = 0.0,
+) -> dict[Route, float]:
+    """All patterns that a search tries which does not enumerate, and their losses in nats on the windows.
+
+    Args:
+        model: a duo model.
+        windows: (W, T+1).
+        actions: names of the allowed actions.
+        method: `program` or `greedy`.
+        price: nats per all-big pass; around the best pattern at this price the greedy search looks closer.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+    if method not in ("program", "greedy"):
+        raise ValueError(f"unknown method {method!r}: choose {', '.join(get_args(PatternMethod))}")
+    trials = _Trials(model, windows)
+    codes = action_ids(actions).tolist()
+    if len(codes) == 1:
+        trials.losses([tuple(codes) * model.num_layers])
+    elif method == "program":
+        _program(trials, codes)
+    else:
+        _Greedy(trials, codes).search(price)
+    return trials.found
 
 
-def _best_per_budget(codes: list[int], routes: Sequence[Sequence[int]], losses: Sequence[float]) -> _Best:
-    best: _Best = {}
-    for route, loss in zip(routes, losses, strict=True):
-        budget = tuple(list(route).count(code) for code in codes)
-        if budget not in best or loss < best[budget][1]:
-            best[budget] = (route, loss)
+def pattern_count(layers: int, actions: Sequence[str], method: PatternMethod) -> int:
+    """How many patterns a method tries, at most.
+
+    Raises:
+        ValueError: an unknown action, or too many routes to enumerate.
+    """
+    if method == "enumeration":
+        return count_routes(layers, actions)
+    dearer = len(action_ids(actions)) - 1
+    if method == "program":  # C(l + A - 1, A - 1) budgets are open before layer l
+        return 1 + dearer * sum(comb(layer + dearer, dearer) for layer in range(layers))
+    changes = (2 + _ROUNDS) * layers * dearer
+    return 2 + changes + _greedy_others(layers, dearer)
+
+
+def _greedy_others(layers: int, dearer: int) -> int:
+    """Patterns of a greedy search that are not a known one with a single change: chains and swaps."""
+    chains = 2 * ((layers - 1) + (layers * dearer if dearer > 1 else 0))
+    return chains + _SWAPS * (layers - 1)
+
+
+def patterns_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, method: PatternMethod) -> float:
+    """FLOPs of walking one token along all patterns that a method tries, about.
+
+    Args:
+        model: a duo model.
+        actions: names of the allowed actions.
+        positions: whose scores attention computes for the token.
+        method: see `pattern_count`.
+    """
+    layers, dearer = model.num_layers, len(action_ids(actions)) - 1
+    if method != "greedy" or not dearer:
+        return tree_flops(model, actions, positions, routes=pattern_count(layers, actions, method))
+    changes = (2 + _ROUNDS) * dearer * sum(completion_flops(model, actions, positions))  # they share what is before
+    others = max(1, _greedy_others(layers, dearer))
+    return changes + tree_flops(model, actions, positions, routes=others)
+
+
+class _Trials:
+    """The patterns that were tried, each once."""
+
+    def __init__(self, model: DuoForCausalLM, windows: Tensor):
+        self.model, self.windows = model, windows
+        self.found: dict[Route, float] = {}
+
+    def losses(self, routes: Iterable[Route]) -> list[float]:
+        routes = list(routes)
+        if new := [list(route) for route in dict.fromkeys(routes) if route not in self.found]:
+            self.found |= zip(map(tuple, new), _losses(self.model, self.windows, new), strict=True)
+        return [self.found[route] for route in routes]
+
+
+def _best_per_budget(codes: list[int], tried: dict[Route, float]) -> dict[Budget, Route]:
+    best: dict[Budget, Route] = {}
+    for route, loss in tried.items():
+        budget = tuple(route.count(code) for code in codes)
+        if budget not in best or loss < tried[best[budget]]:
+            best[budget] = route
     return best
 
 
-def _program(model: DuoForCausalLM, windows: Tensor, codes: list[int]) -> _Best:
+def _changed(route: Route, layer: int, code: int) -> Route:
+    return (*route[:layer], code, *route[layer + 1 :])
+
+
+def _program(trials: _Trials, codes: list[int]) -> None:
     cheapest, *dearer = codes
-    start = [cheapest] * model.num_layers
-    best: _Best = {tuple([model.num_layers] + [0] * len(dearer)): (start, _losses(model, windows, [start])[0])}
-    for layer in range(model.num_layers):
-        changed = [[*route[:layer], code, *route[layer + 1 :]] for route, _ in best.values() for code in dearer]
-        unchanged = list(best.values())
-        routes = [route for route, _ in unchanged] + changed
-        losses = [loss for _, loss in unchanged] + _losses(model, windows, changed)
-        best = _best_per_budget(codes, routes, losses)
-    return best
+    layers = trials.model.num_layers
+    best = [(cheapest,) * layers]
+    trials.losses(best)
+    for layer in range(layers):
+        routes = best + [_changed(route, layer, code) for route in best for code in dearer]
+        losses = trials.losses(routes)
+        best = list(_best_per_budget(codes, dict(zip(routes, losses, strict=True))).values())
+
+
+_SWAPS = 4  # exchanges that the greedy search tries per budget
+_ROUNDS = 2  # of single changes around the best pattern
+
+
+class _Greedy:
+    """Layers in the order of what they lose alone, seen from all-cheapest and from all-dearest, then small repairs."""
+
+    def __init__(self, trials: _Trials, codes: list[int]):
+        self.trials, self.codes = trials, codes
+        self.layers = trials.model.num_layers
+        self.spent = trials.model.flops.compute[:, codes].double()  # (L, A)
+
+    def search(self, price: float) -> None:
+        """Fill the trials."""
+        damages = [self._damage((code,) * self.layers) for code in (self.codes[0], self.codes[-1])]
+        chains = [*map(self._chain, damages)]
+        if len(self.codes) > 2:
+            chains += [*map(self._hull, damages)]
+        self.trials.losses(route for chain in chains for route in chain)
+        self._swap((damages[0] + damages[1]) / 2)
+        self._refine(price)
+
+    def _damage(self, base: Route) -> Tensor:
+        """What taking another action in a single layer adds to the loss, (L, A)."""
+        routes = [_changed(base, layer, code) for layer in range(self.layers) for code in self.codes]
+        losses = torch.tensor(self.trials.losses([base, *routes]), dtype=torch.float64)
+        return (losses[1:] - losses[0]).view(self.layers, -1)
+
+    def _need(self, damage: Tensor) -> Tensor:
+        """What a layer loses without the dearest action, (L,)."""
+        return damage[:, :-1].min(1).values - damage[:, -1]
+
+    def _chain(self, damage: Tensor) -> list[Route]:
+        """By number of dearest layers: those that need it most, the rest at the best of the other actions."""
+        order = self._need(damage).argsort(descending=True)
+        choice, chain = damage[:, :-1].argmin(1), []
+        for layer in [None, *order.tolist()]:
+            if layer is not None:
+                choice[layer] = len(self.codes) - 1
+            chain.append(self._route(choice))
+        return chain
+
+    def _hull(self, damage: Tensor) -> list[Route]:
+        """Were damages to add up: the best patterns at all prices, (layer by layer) from the highest price to 0."""
+        loss, spent = damage[:, :, None] - damage[:, None], self.spent[:, None] - self.spent[:, :, None]
+        slopes = (loss / spent)[(loss > 0) & (spent > 0)].sort(descending=True).values
+        prices = [slopes[:1] * 2, (slopes[:-1] + slopes[1:]) / 2, slopes[-1:] / 2]
+        routes = [self._route((damage + price * self.spent).argmin(1)) for price in torch.cat(prices).tolist()]
+        return list(dict.fromkeys(routes))
+
+    def _route(self, choice: Tensor) -> Route:
+        return tuple(self.codes[index] for index in choice.tolist())
+
+    def _swap(self, damage: Tensor) -> None:
+        """In the best pattern per number of dearest layers exchange those that need it least for those outside."""
+        dearest, need = self.codes[-1], self._need(damage).tolist()
+        best: dict[int, Route] = {}
+        for route, loss in self.trials.found.items():
+            count = route.count(dearest)
+            if count not in best or loss < self.trials.found[best[count]]:
+                best[count] = route
+        self.trials.losses(swap for route in best.values() for swap in self._swaps(route, need))
+
+    def _swaps(self, route: Route, need: list[float]) -> list[Route]:
+        dearest = self.codes[-1]
+        inside = sorted((layer for layer in range(self.layers) if route[layer] == dearest), key=need.__getitem__)
+        outside = sorted((layer for layer in range(self.layers) if route[layer] != dearest), key=need.__getitem__)
+        pairs = [(out, into) for out in inside[:2] for into in outside[:-3:-1]]
+        return [_changed(_changed(route, into, dearest), out, route[into]) for out, into in pairs]
+
+    def _refine(self, price: float) -> None:
+        """Single changes of the pattern that is best at the price, while they help."""
+        tried, before = self.trials.found, None
+        for _ in range(_ROUNDS):
+            best = min(tried, key=lambda route: tried[route] + price * self._compute(route))
+            if best == before:
+                break
+            before = best
+            self.trials.losses(_changed(best, layer, code) for layer in range(self.layers) for code in self.codes)
+
+    def _compute(self, route: Route) -> float:
+        return sum(self.spent[layer, self.codes.index(code)].item() for layer, code in enumerate(route))
 
 
 def _losses(model: DuoForCausalLM, windows: Tensor, routes: list[list[int]]) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from duorl.costs import Tally, action_ids
 from duorl.models.attention import Memory
-from duorl.models.config import inner_size
+from duorl.models.families import inner_size
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.table import RouteTable, SearchContext, cheapest
 from duorl.routed_pass import RoutedPass, along, head_rows, remember
@@ -53,20 +53,38 @@ def count_routes(layers: int, actions: Sequence[str]) -> int:
     return routes
 
 
-def tree_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float) -> float:
-    """FLOPs of searching one token in closed form: sum_l A^l (attention_l + sum_a ffn_la) + A^L head.
+def tree_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, *, routes: int | None = None) -> float:
+    """FLOPs of walking one token along all routes in closed form: sum_l A^l (attention_l + sum_a ffn_la) + A^L head.
 
     Args:
         model: a duo model.
         actions: names of the A allowed actions.
         positions: whose scores attention computes for the token.
+        routes: how many of the routes, R, are walked, all unless given: never more than R states are alive in a layer,
+            and no choice of R routes needs more than this (their networks' costs being the mean of the A).
     """
     flops, codes = model.flops, action_ids(actions)
-    layers = sum(
-        len(codes) ** layer * (flops.attention(layer, positions) + flops.ffns[layer, codes].sum().item())
-        for layer in range(model.num_layers)
-    )
-    return layers + len(codes) ** model.num_layers * flops.head
+    count, total = len(codes), 0.0
+    most = count**model.num_layers if routes is None else min(routes, count**model.num_layers)
+    for layer in range(model.num_layers):
+        attended, decided = min(count**layer, most), min(count ** (layer + 1), most)
+        total += attended * flops.attention(layer, positions)
+        total += decided * flops.ffns[layer, codes].sum().item() / count
+    return total + most * flops.head
+
+
+def completion_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float) -> list[float]:
+    """FLOPs of finishing one token's pass from each layer's decision on, at most: every layer takes the dearest action.
+
+    Args:
+        model: a duo model.
+        actions: names of the allowed actions.
+        positions: whose scores attention computes for the token.
+    """
+    flops, depth = model.flops, model.num_layers
+    networks = flops.ffns[:, action_ids(actions).tolist()].max(1).values.tolist()
+    attention = [flops.attention(layer, positions) for layer in range(depth)]
+    return [sum(networks[layer:]) + sum(attention[layer + 1 :]) + flops.head for layer in range(depth)]
 
 
 @torch.no_grad()
@@ -123,18 +141,36 @@ def exhaustive(
             fill(walk, codes, at_once, found)
         return RouteTable(routes, losses, compute, context, tally.flops)
 
+    def cheapest_at(position: int, here: Tensor) -> Tensor:
+        among = allowed if allowed is None or allowed.ndim == 1 else allowed[position]
+        return cheapest(here + price * compute, among)
+
+    committed = _search_and_commit(model, tokens, routes, codes, losses, cheapest_at, at_once, tally)
+    return RouteTable(routes, losses, compute, context, tally.flops, committed)
+
+
+def _search_and_commit(
+    model: DuoForCausalLM,
+    tokens: Tensor,
+    routes: Tensor,
+    codes: list[int],
+    losses: Tensor,
+    cheapest_at: Callable[[int, Tensor], Tensor],
+    at_once: int,
+    tally: Tally,
+) -> Tensor:
+    """Token by token fill in the losses (B, T, R), and choose the routes that later tokens read: (B, T) indices."""
     committed = torch.empty_like(tokens[:, 1:])
 
     def search(walk: RoutedPass, rows: slice, position: int) -> Tensor:
         here = losses[rows, position : position + 1]
         fill(walk, codes, at_once, here)
-        among = allowed if allowed is None or allowed.ndim == 1 else allowed[position]
-        best = cheapest(here + price * compute, among)
+        best = cheapest_at(position, here)
         committed[rows, position] = best[:, 0]
         return routes[best]
 
     token_by_token(model, tokens, search, at_once=at_once, tally=tally)
-    return RouteTable(routes, losses, compute, context, tally.flops, committed)
+    return committed
 
 
 def fill(walk: RoutedPass, actions: Sequence[int], at_once: int, losses: Tensor) -> None:

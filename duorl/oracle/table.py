@@ -144,10 +144,9 @@ class RouteTable:
         """
         routes = routes.to(self.routes.device)
         place = 3 ** torch.arange(self.routes.shape[1], device=routes.device)
-        lookup = torch.full((3 ** self.routes.shape[1],), -1, device=routes.device)
-        lookup[(self.routes * place).sum(-1)] = torch.arange(len(self.routes), device=routes.device)
-        found = lookup[(routes * place).sum(-1)]
-        if (found < 0).any():
+        ordered, order = (self.routes * place).sum(-1).sort()
+        found = order[torch.searchsorted(ordered, (routes * place).sum(-1)).clamp(max=len(order) - 1)]
+        if not torch.equal(self.routes[found], routes):
             raise ValueError("a route takes an action that the table was not searched with")
         return found
 

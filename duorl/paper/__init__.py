@@ -3,8 +3,6 @@
 `study` measures and leaves numbers, `pictures` draws them, `claims` sets them beside what the paper says.
 """
 
-from duorl.paper.claims import claims_page
-from duorl.paper.pictures import draw
-from duorl.paper.study import Study, StudySize, scaling
+import lazy_loader
 
-__all__ = ["Study", "StudySize", "claims_page", "draw", "scaling"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

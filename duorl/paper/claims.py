@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from duorl.statistics import bootstrap_interval
+from duorl.evaluation.statistics import bootstrap_interval
 
 Numbers = dict[str, Any]
 Interval = Sequence[float]

@@ -1,8 +1,7 @@
-"""The figures of the paper, drawn from the numbers of `duorl.paper.study` and `duorl.dense`."""
+"""The figures of the paper, drawn from the numbers of `duorl.paper.study` and `duorl.paper.dense`."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 
 from duorl.costs import ACTIONS
+from duorl.files import write_json, writing
 
 Numbers = dict[str, Any]
 _ACTION_COLORS = ListedColormap(["0.92", "tab:blue", "tab:orange"])
@@ -31,10 +31,11 @@ def draw(figures: Mapping[str, Numbers], folder: Path) -> None:
         folder: exists.
     """
     for name, numbers in figures.items():
-        (folder / f"figure-{name}.json").write_text(json.dumps(numbers, indent=1))
+        write_json(folder / f"figure-{name}.json", numbers)
         picture = _DRAWN_BY[name](numbers)
         picture.suptitle(f"Duo-LLM, figure {name}", fontsize=9, x=0.01, ha="left", color="0.4")
-        picture.savefig(folder / f"figure-{name}.png", dpi=110)
+        with writing(folder / f"figure-{name}.png") as beside:
+            picture.savefig(beside, dpi=110)
         plt.close(picture)
 
 

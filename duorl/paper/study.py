@@ -8,7 +8,7 @@ paper does not name its context. Patterns and routers come from the router split
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -16,56 +16,28 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from duorl.checks import require_positive
-from duorl.costs import ACTIONS, BIG, SKIP
-from duorl.difficulty import token_difficulty, token_names
-from duorl.evaluate import Measurement, measure
+from duorl.costs import ACTIONS, BIG
+from duorl.evaluation.difficulty import token_difficulty, token_names
+from duorl.evaluation.measure import Measurement, measure
+from duorl.evaluation.statistics import bootstrap_interval
 from duorl.models import DuoForCausalLM
 from duorl.oracle import RouteTable, exhaustive, fixed_patterns
 from duorl.oracle.search import MOST_ROUTES
+from duorl.paper.measures import early_exits, lateness, on_cpu, quarters, rank_correlation, top_overlap
+from duorl.paper.size import StudySize
 from duorl.routed_pass import remember
-from duorl.routers import PatternRouter, Router, SoftOptions, train_soft
-from duorl.statistics import bootstrap_interval
+from duorl.routers import PatternRouter, Router
 
 Numbers = dict[str, Any]
 Learner = Callable[[float], Router]
 """Trains a router of this project at a price; the study itself knows no reinforcement learning."""
+SoftLearner = Callable[[float, Sequence[str]], Router]
+"""Trains the paper's router to a budget, a mean compute, with some actions."""
 
 
-@dataclass(frozen=True)
-class StudySize:
-    """How much is measured and trained.
-
-    Args:
-        windows: windows of each text's evaluation split that are searched exhaustively.
-        pattern_windows: windows of the router split on which fixed patterns are chosen.
-        random_patterns: random patterns in Fig. 4a (the paper: 100).
-        big: numbers of big layers that the soft router is trained for, besides the paper's three; all unless given.
-        prices: nats per all-big pass at which this project's routers are trained.
-        resamples: bootstrap resamples of windows for the 95 % intervals.
-    """
-
-    windows: int = 32
-    pattern_windows: int = 32
-    random_patterns: int = 100
-    big: tuple[int, ...] | None = None
-    prices: tuple[float, ...] = (0.1, 0.3, 0.6)
-    resamples: int = 2000
-
-    @classmethod
-    def quick(cls) -> StudySize:
-        """Minutes in place of a quarter of an hour, and wide intervals."""
-        return cls(windows=8, pattern_windows=8, big=(1,), prices=(0.3,), resamples=500)
-
-    def __post_init__(self) -> None:
-        if self.windows < 2:
-            raise ValueError(f"windows must be at least 2, for intervals over them, not {self.windows}")
-        if not self.prices or min(self.prices) < 0:
-            raise ValueError(f"prices must be at least one, each at least 0, not {list(self.prices)}")
-        if self.big is not None and any(count < 1 for count in self.big):
-            raise ValueError(f"big must be numbers of layers from 1 on, not {list(self.big)}")
-        counts = ("windows", "pattern_windows", "random_patterns", "resamples")
-        require_positive(**{name: getattr(self, name) for name in counts})
+_BATCH = 16
+_SHOWN_TOKENS = 48
+_SMALL_PRICE = 0.01  # between routes of the same loss the cheaper one is shown
 
 
 class _Measured(NamedTuple):
@@ -85,7 +57,7 @@ class Study:
         training: (W, T+1) of the router split, all texts together: patterns are chosen and routers trained on it.
         texts: evaluation windows (W, T+1) by the text's name.
         learners: this project's routers by name.
-        soft: how the paper's learned router is trained; its budget is set by the study.
+        soft: trains the paper's learned router to a budget.
         size: see `StudySize`.
         seed: of everything random.
         progress: told what comes next.
@@ -99,7 +71,7 @@ class Study:
         texts: Mapping[str, Tensor],
         *,
         learners: Mapping[str, Learner],
-        soft: SoftOptions,
+        soft: SoftLearner,
         size: StudySize,
         seed: int,
         progress: Callable[[str], None] = lambda note: None,
@@ -111,7 +83,7 @@ class Study:
         self.depth = model.num_layers
 
     def run(self) -> dict[str, Numbers]:
-        """The numbers of all figures but the 8th (`duorl.dense`), by the figure's name: `2a`, ..., `7`."""
+        """The numbers of all figures but the 8th (`duorl.paper.dense`), by the figure's name: `2a`, ..., `7`."""
         figures: dict[str, Numbers] = {}
         for letter, big in zip("abc", self.budgets, strict=True):
             self.progress(f"heat maps, {big} of {self.depth} big")
@@ -138,7 +110,7 @@ class Study:
     @cached_property
     def tables(self) -> dict[str, RouteTable]:
         """All routes of all tokens over small and big, in the reference context."""
-        return {name: _on_cpu(exhaustive(self.model, windows)) for name, windows in self.texts.items()}
+        return {name: on_cpu(exhaustive(self.model, windows)) for name, windows in self.texts.items()}
 
     @cached_property
     def patterns(self) -> dict[int, list[int]]:
@@ -165,8 +137,8 @@ class Study:
                 "share_of_big": chosen.mean(0).T.tolist(),
                 "per_layer": self._with_interval(chosen.mean(1)),
                 "mean_share": self._with_interval(chosen.mean((1, 2))),
-                "lateness": self._with_interval(_lateness(chosen)),
-                "early_tokens": self._with_interval(_quarters(chosen)),
+                "lateness": self._with_interval(lateness(chosen)),
+                "early_tokens": self._with_interval(quarters(chosen)),
             }
         return {"router": router, "context": "reference", "big": big, "layers": self.depth, "texts": texts}
 
@@ -176,7 +148,7 @@ class Study:
         self.progress("heat maps, big or skip")
         actions, routes = ("skip", "big"), {}
         for name, windows in self.texts.items():
-            table = _on_cpu(exhaustive(self.model, windows, actions=actions))
+            table = on_cpu(exhaustive(self.model, windows, actions=actions))
             routes[name] = table.routes[table.best(allowed=table.with_big(big))].cpu()
         oracle = self._heat_maps("oracle, big or skip", big, routes)
         for name, found in routes.items():
@@ -266,7 +238,7 @@ class Study:
         for big in sorted({1, *self.budgets}):
             allowed = self.tables[name].with_big(big)
             allowed = allowed.to(self.model.device)
-            table = _on_cpu(exhaustive(self.model, self.texts[name], context="routed", allowed=allowed))
+            table = on_cpu(exhaustive(self.model, self.texts[name], context="routed", allowed=allowed))
             assert table.committed is not None
             oracle.append(self._chosen(table, table.committed, big))
         patterns = [route for _, route in sorted(self.patterns.items())]
@@ -322,8 +294,8 @@ class Study:
             )
             texts[name] = {
                 "tokens": [row._asdict() for row in rows if row.window == 0],
-                "rank_correlation": self._with_interval(_rank_correlation(small, hard)),
-                "overlap_of_top_tenths": self._with_interval(_top_overlap(small, hard)),
+                "rank_correlation": self._with_interval(rank_correlation(small, hard)),
+                "overlap_of_top_tenths": self._with_interval(top_overlap(small, hard)),
             }
         return {"context": "reference", "texts": texts}
 
@@ -347,7 +319,7 @@ class Study:
         actions = ACTIONS if len(ACTIONS) ** self.depth <= MOST_ROUTES else ("small", "big")
         for name, windows in self.texts.items():
             first = windows[:1, : _SHOWN_TOKENS + 1]
-            table = _on_cpu(exhaustive(self.model, first, actions=actions))
+            table = on_cpu(exhaustive(self.model, first, actions=actions))
             routers = {"soft": self._soft(self.budgets[1])}
             routers |= {kind: self._learned(kind, self.size.prices[0]) for kind in self.learners}
             routes = {"oracle": table.routes[table.best(_SMALL_PRICE)]}
@@ -365,12 +337,9 @@ class Study:
         key = (big, tuple(actions))
         if key not in self._trained:
             self.progress(f"train the soft router, {big} of {self.depth} big")
-            cheap = 0.0 if "skip" in actions else self.model.flops.ffns[0, 1] / self.model.flops.ffns[0, BIG]
-            budget = float(cheap + big / self.depth * (1 - cheap))
-            options = replace(self.soft, budget=budget)
-            self._trained[key] = train_soft(
-                self.model, self.training, price=0.0, actions=actions, options=options, seed=self.seed
-            )
+            least = 0.0 if "skip" in actions else self.model.flops.ffns[0, 1] / self.model.flops.ffns[0, BIG]
+            budget = float(least + big / self.depth * (1 - least))
+            self._trained[key] = self.soft(budget, actions)
         return self._trained[key]
 
     def _learned(self, kind: str, price: float) -> Router:
@@ -404,73 +373,3 @@ class Study:
             return {name: values.mean().item(), f"{name}_interval": low_high}
         columns = [self._with_interval(column, name) for column in values.T]
         return {key: [column[key] for column in columns] for key in columns[0]}
-
-
-def scaling(rows: Sequence[Numbers], texts: Mapping[str, str]) -> dict[str, Numbers]:
-    """Figures 8 a to c out of the rows of `duorl.dense`.
-
-    Args:
-        rows: see `duorl.dense.measure_all`.
-        texts: the rows' texts by the names that the figures give them; the first is 8a's, the second 8b's. A text that
-            no row is about is left out.
-    """
-
-    def points(text: str, model: str) -> list[Numbers]:
-        return [row for row in rows if row["text"] == text and row["model"].startswith(model)]
-
-    figures = {}
-    texts = {name: text for name, text in texts.items() if points(text, "duo")}
-    if not texts:
-        return {}
-    for letter, (name, text) in zip("ab", texts.items(), strict=False):
-        models = {"duo, random routing": points(text, "duo"), "dense": points(text, "dense")}
-        figures[f"8{letter}"] = {"texts": {name: models}}
-    both = {"both from scratch": "duo", "small beside frozen big": "frozen"}
-    figures["8c"] = {
-        "texts": {name: {label: points(text, m) for label, m in both.items()} for name, text in texts.items()}
-    }
-    return figures
-
-
-STUDIED = (*(f"{number}{letter}" for number in "23" for letter in "abcd"), "4a", "4b", "4c", "5", "6", "7")
-"""The figures that a study measures; the 8th is `duorl.dense`'s."""
-_BATCH = 16
-_SHOWN_TOKENS = 48
-_SMALL_PRICE = 0.01  # between routes of the same loss the cheaper one is shown
-
-
-def _on_cpu(table: RouteTable) -> RouteTable:
-    tensors: dict[str, Any] = {name: value.cpu() for name, value in vars(table).items() if isinstance(value, Tensor)}
-    return replace(table, **tensors)
-
-
-def _lateness(chosen: Tensor) -> Tensor:
-    """Mean layer of the big ones, counted from the middle; positive is late: chosen (W, T, L) to (W,)."""
-    layer = torch.arange(chosen.shape[2]) - (chosen.shape[2] - 1) / 2
-    return (chosen * layer).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)
-
-
-def _quarters(chosen: Tensor) -> Tensor:
-    """Share of big in the first quarter of the positions minus that in the last: chosen (W, T, L) to (W,)."""
-    quarter = max(1, chosen.shape[1] // 4)
-    return chosen[:, :quarter].mean((1, 2)) - chosen[:, -quarter:].mean((1, 2))
-
-
-def early_exits(routes: Tensor) -> Tensor:
-    """Which routes stop early: once a layer is skipped, all later ones are. Routes (..., L) to (...) bool."""
-    skipped = (routes == SKIP).long()
-    return (skipped.diff(dim=-1) >= 0).all(-1)
-
-
-def _rank_correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's correlation within each window, equal values ranked in the order they come: (W, T) to (W,)."""
-    ranks = [values.argsort(1).argsort(1).float() for values in (x, y)]
-    centred = [rank - rank.mean(1, keepdim=True) for rank in ranks]
-    return (centred[0] * centred[1]).sum(1) / (centred[0].norm(dim=1) * centred[1].norm(dim=1))
-
-
-def _top_overlap(x: Tensor, y: Tensor) -> Tensor:
-    """Share of each window's tenth with the largest x that is also in its tenth with the largest y, (W, T) to (W,)."""
-    count = max(1, x.shape[1] // 10)
-    tops = [torch.zeros_like(values).scatter(1, values.topk(count).indices, 1.0) for values in (x, y)]
-    return (tops[0] * tops[1]).sum(1) / count

@@ -1,33 +1,46 @@
-"""Router: what decides, and how it is saved."""
+"""Router: what decides, and how it is saved.
+
+class Mine(duorl.routers.Router):                                   # in mine.py
+    def forward(self, hidden, layer, compute):                      # (..., d), int, (...) -> (...) action codes
+        return torch.full(hidden.shape[:-1], 2 if layer < 3 else 1, device=hidden.device)
+
+Mine().save_pretrained("my-router")                                 # duorl evaluate --router my-router
+"""
 
 from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from duorl.models.modeling import DuoForCausalLM
+from duorl.extensions import find, import_path
+from duorl.files import writing
+from duorl.inputs import View
 
-_KINDS: dict[str, type[Router]] = {}
+if TYPE_CHECKING:
+    from duorl.models import DuoForCausalLM
 
 
 class Router(nn.Module):
     """Maps what a layer's FFN would read to actions. All that evaluation, generation and reports know.
 
+    A class of your own defines `forward`, or `decide` where it looks at more than hidden state, layer and compute. It
+    hands its constructor's arguments to this one, as keywords. It keeps nothing of a pass on itself, so that one router
+    serves many passes at once: what a pass has done so far is in its view. `duorl.testing.check_router` tries it.
+
     Args:
         config: the constructor's arguments, JSON values; a saved router is rebuilt from them.
     """
 
-    def __init__(self, **config):
+    def __init__(self, **config: Any):
         super().__init__()
         self.config = config
-
-    def __init_subclass__(cls, **kwargs):
-        super().__init_subclass__(**kwargs)
-        _KINDS[cls.__name__] = cls
 
     @property
     def takes_price(self) -> bool:
@@ -52,8 +65,16 @@ class Router(nn.Module):
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
         """Called before each pass over windows (B, T+1). Deployable routers do not look at the targets."""
 
+    def decide(self, view: View) -> Tensor:
+        """Decide one layer of a pass: (...) int64, 0 skip, 1 small, 2 big.
+
+        Args:
+            view: the pass; its hidden state has shape (..., d).
+        """
+        return self(view.hidden, view.layer, view.compute)
+
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
-        """Decide one layer.
+        """Decide one layer from what every pass knows.
 
         Args:
             hidden: (..., d), what the layer's FFN would read.
@@ -63,16 +84,52 @@ class Router(nn.Module):
         Returns:
             Shape (...), int64: 0 skip, 1 small, 2 big.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} must define forward(self, hidden, layer, compute)")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `router.json` and, where there are weights, `router.safetensors`."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        if state := {name: tensor.contiguous() for name, tensor in self.state_dict().items()}:
-            save_file(state, folder / "router.safetensors")
-        content = {"router": type(self).__name__, "config": self.config}
-        (folder / "router.json").write_text(json.dumps(content, indent=1))  # last: its presence means a whole router
+        """Write `router.json`, whose presence means a whole router, and, where there are weights, `router.safetensors`.
+
+        A kill leaves the router that the folder held before, the new one, or none: never parts of both.
+        """
+        weights, described_in = Path(folder) / "router.safetensors", Path(folder) / "router.json"
+        with writing(described_in) as beside:
+            beside.write_text(json.dumps(described(self), indent=1))
+            if state := {name: tensor.contiguous() for name, tensor in self.state_dict().items()}:
+                with writing(weights) as weights_beside:
+                    save_file(state, weights_beside)
+                    described_in.unlink(missing_ok=True)
+            else:
+                described_in.unlink(missing_ok=True)
+                weights.unlink(missing_ok=True)
+
+
+class LogitRouter(Router):
+    """A router with a number for every action; deployed, it takes the one with the highest.
+
+    Attributes:
+        codes: (A,) int64, the actions that it chooses from, ascending.
+    """
+
+    codes: Tensor
+
+    def logits(self, view: View) -> Tensor:
+        """One number per action, in the order of their codes: (..., A)."""
+        raise NotImplementedError(f"{type(self).__name__} must define logits(self, view)")
+
+    def decide(self, view: View) -> Tensor:
+        """(...), the action with the highest logit; see `Router.decide`."""
+        return self.codes[self.logits(view).argmax(-1)]
+
+    def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
+        """(...), the same where there is nothing more to see; see `Router.forward`."""
+        return self.decide(View(hidden, layer, compute))
+
+    def priced(self, view: View) -> View:
+        """The view at the price of `at`, where it has none of its own."""
+        price = self.config.get("price")
+        if view.price is not None or price is None:
+            return view
+        return replace(view, price=torch.tensor(price, device=view.hidden.device))
 
 
 def load(folder: str | Path) -> Router:
@@ -80,17 +137,36 @@ def load(folder: str | Path) -> Router:
 
     Raises:
         FileNotFoundError: the folder holds no router, or its weights are missing.
-        ValueError: it was saved by a class that is not imported.
+        ValueError: it was saved by a class that cannot be found.
     """
     folder = Path(folder)
     if not (folder / "router.json").is_file():
         raise FileNotFoundError(f"no router in {folder}: router.json is missing")
-    content = json.loads((folder / "router.json").read_text())
-    if content["router"] not in _KINDS:
-        raise ValueError(f"{folder}: unknown router {content['router']!r}, choose from {', '.join(sorted(_KINDS))}")
-    router = _KINDS[content["router"]](**content["config"])
+    router = rebuilt(json.loads((folder / "router.json").read_text()))
     if router.state_dict():
         if not (folder / "router.safetensors").is_file():
             raise FileNotFoundError(f"{folder} lacks router.safetensors")
         router.load_state_dict(load_file(folder / "router.safetensors"))
     return router.eval()
+
+
+def described(router: Router) -> dict[str, Any]:
+    """What a router is rebuilt from, its weights apart: JSON values. Our classes by name, others by import path."""
+    kind = type(router)
+    name = kind.__name__ if kind.__module__.startswith("duorl.routers.") else import_path(kind)
+    return {"router": name, "config": router.config}
+
+
+def rebuilt(description: dict[str, Any]) -> Router:
+    """The router of a description, with fresh weights.
+
+    Raises:
+        ValueError: its class cannot be found, or is no router.
+    """
+    from duorl import routers
+
+    name = description["router"]
+    kind = find(name) if "." in name else getattr(routers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, Router)):
+        raise ValueError(f"unknown router {name!r}")
+    return kind(**description["config"])

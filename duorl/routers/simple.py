@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from duorl.costs import action_ids
-from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle import exhaustive
 from duorl.routers.base import Router
+
+if TYPE_CHECKING:
+    from duorl.models.modeling import DuoForCausalLM
 
 
 class ConstantRouter(Router):
@@ -63,6 +65,48 @@ class PatternRouter(Router):
         return torch.full(hidden.shape[:-1], self.config["route"][layer], device=hidden.device)
 
 
+class ReplayRouter(Router):
+    """Given routes of given windows: what a search found, deployed. It knows no other text.
+
+    Args:
+        shape: B, T, L.
+
+    Attributes:
+        windows: (B, T+1), the tokens.
+        routes: (B, T, L), action codes.
+    """
+
+    windows: Tensor
+    routes: Tensor
+
+    def __init__(self, shape: Sequence[int]):
+        super().__init__(shape=list(shape))
+        count, length, layers = shape
+        self.register_buffer("windows", torch.zeros(count, length + 1, dtype=torch.int64))
+        self.register_buffer("routes", torch.zeros(count, length, layers, dtype=torch.int64))
+
+    @classmethod
+    def of(cls, windows: Tensor, routes: Tensor) -> ReplayRouter:
+        """Replays routes (B, T, L) of windows (B, T+1)."""
+        router = cls(routes.shape)
+        router.windows, router.routes = windows, routes.to(windows.device)
+        return router
+
+    def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
+        """All windows in one pass.
+
+        Raises:
+            ValueError: these are not its windows.
+        """
+        self.to(model.device)
+        if not torch.equal(self.windows, tokens):
+            raise ValueError("routes are replayed on the windows that they were found for, all in one batch")
+
+    def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
+        """(B, T), the actions that were found; see `Router.forward`."""
+        return self.routes[..., layer]
+
+
 class OracleRouter(Router):
     """Each token's best route of an exhaustive search in the reference context. A bound: it sees the label.
 
@@ -78,10 +122,12 @@ class OracleRouter(Router):
         self._tokens: Tensor | None = None
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
-        """Search the windows' routes, once for the same windows; `table` keeps what was found."""
+        """Search the windows' routes, once for the same windows."""
+        from duorl.oracle import exhaustive
+
         if self._tokens is None or not torch.equal(self._tokens, tokens):
-            self.table = exhaustive(model, tokens, context="reference", actions=self.config["actions"])
-            self.routes = self.table.routes[self.table.best(self.config["price"])]  # (B, T, L)
+            table = exhaustive(model, tokens, context="reference", actions=self.config["actions"])
+            self.routes = table.routes[table.best(self.config["price"])]  # (B, T, L)
             self._tokens = tokens
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:

@@ -1,0 +1,47 @@
+"""What agents do with an episode of all tokens in lockstep: sample routes, step by step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duorl.envs.lockstep import Lockstep, Outcome
+from duorl.routers import HeadRouter
+from duorl.routers.heads import LayerHeads
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One sampled route per token.
+
+    Attributes:
+        logits: (L, N, A), the policy's, -inf where a choice was ruled out.
+        log_chosen: (L, N), log-probabilities of the choices.
+        values: (L, N), a critic's estimates; None without one.
+        outcome: what it came to.
+    """
+
+    logits: Tensor
+    log_chosen: Tensor
+    values: Tensor | None
+    outcome: Outcome
+
+
+def sample(env: Lockstep, router: HeadRouter, generator: torch.Generator, critic: LayerHeads | None = None) -> Episode:
+    """Draw the next windows and let the policy choose for every token; logits and values carry gradients."""
+    logits, log_chosen, values = [], [], []
+    env.draw()
+    while not env.done:
+        state = env.hidden, env.layer, env.compute, env.features
+        outputs = router.heads(*state).masked_fill(~env.action_masks(), -torch.inf)
+        log_shares = torch.log_softmax(outputs, dim=-1)
+        choice = torch.multinomial(log_shares.detach().exp(), 1, generator=generator)
+        logits.append(outputs)
+        log_chosen.append(log_shares.gather(1, choice).squeeze(1))
+        if critic is not None:
+            values.append(critic(*state).squeeze(1))
+        env.step(choice.squeeze(1))
+    estimates = torch.stack(values) if values else None
+    return Episode(torch.stack(logits), torch.stack(log_chosen), estimates, env.outcome)

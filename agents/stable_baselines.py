@@ -1,0 +1,126 @@
+"""What agents share whose algorithm is Stable-Baselines3's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+
+from duorl.agents.base import Agent
+from duorl.envs.lockstep import Lockstep
+from duorl.envs.sb3 import RoutingVecEnv
+from duorl.learners.base import State
+
+_COUNTERS = ("num_timesteps", "_n_updates", "_n_calls", "_episode_num")
+
+
+class Randomness:
+    """NumPy's and torch's global generators, from which Stable-Baselines3 draws, as one learner's own.
+
+    Args:
+        seed: of both.
+        device: whose torch generator is drawn from.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
+        self._device = device
+        self._numpy = np.random.RandomState(seed).get_state(legacy=False)
+        self._torch = torch.Generator(device).manual_seed(seed).get_state()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Draws inside go on where those of the last time ended; outside, everything is as it was."""
+        outside = np.random.get_state()
+        on_cuda = self._device.type == "cuda"
+        with torch.random.fork_rng([self._device] if on_cuda else []):
+            np.random.set_state(self._numpy)
+            torch.cuda.set_rng_state(self._torch, self._device) if on_cuda else torch.set_rng_state(self._torch)
+            try:
+                yield
+            finally:
+                self._numpy = np.random.get_state(legacy=False)
+                self._torch = torch.cuda.get_rng_state(self._device) if on_cuda else torch.get_rng_state()
+                np.random.set_state(outside)
+
+    def state(self) -> State:
+        """Both generators' states."""
+        return {"numpy": self._numpy, "torch": self._torch}
+
+    def restore(self, state: State) -> None:
+        """Take over both."""
+        self._numpy, self._torch = state["numpy"], state["torch"]
+
+
+class Report(BaseCallback):
+    """Keeps the metrics of the last rollout, which an algorithm measures before it learns from it."""
+
+    def __init__(self, agent: StableBaselinesAgent):
+        super().__init__()
+        self.agent = agent
+        self.metrics: dict[str, float] = {}
+
+    def _on_step(self) -> bool:
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self.metrics = self.agent.measured()
+
+
+class StableBaselinesAgent(Agent):
+    """An update is one call of the algorithm's own `learn`, for one episode of all tokens: L steps of N environments.
+
+    Args:
+        env: tokens in lockstep.
+        options: see `HeadLearner`.
+
+    Attributes:
+        vec_env: the tokens as Stable-Baselines3 sees them.
+        algorithm: given to `start` by the subclass.
+    """
+
+    algorithm: BaseAlgorithm
+    stateful: tuple[str, ...] = ("optimizer", "randomness", "counters")
+
+    def __init__(self, env: Lockstep, **options):
+        super().__init__(env, **options)
+        self.vec_env = RoutingVecEnv(env, tensors=True)
+        self.randomness = Randomness(env.first_seed, env.model.device)
+        self._report = Report(self)
+
+    def start(self, algorithm: BaseAlgorithm) -> None:
+        """Take over a fresh algorithm."""
+        self.algorithm = algorithm
+        algorithm.set_logger(Logger(folder=None, output_formats=[]))
+        algorithm.lr_schedule = lambda _: self.rate
+
+    def span(self, total_decisions: int) -> int:
+        """Whole updates."""
+        return -(-total_decisions // self.decisions_per_update) * self.decisions_per_update
+
+    def update(self) -> dict[str, float]:
+        """One episode of all tokens, and what the algorithm learns from it; returns its metrics by tag."""
+        with self.randomness.in_use():
+            learn: Any = self.algorithm.learn
+            learn(self.decisions_per_update, callback=self._report, reset_num_timesteps=False, log_interval=None)
+        return self._report.metrics
+
+    def measured(self) -> dict[str, float]:
+        """Metrics of the rollout that has just been made, by tag."""
+        raise NotImplementedError
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What the algorithm counts."""
+        return {name: getattr(self.algorithm, name) for name in _COUNTERS if hasattr(self.algorithm, name)}
+
+    @counters.setter
+    def counters(self, values: dict[str, int]) -> None:
+        for name, value in values.items():
+            setattr(self.algorithm, name, value)
+        self.algorithm._last_obs = None  # the next update begins with the windows that were to come

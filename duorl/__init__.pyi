@@ -1,0 +1,45 @@
+from . import (
+    agents,
+    cli,
+    corpus,
+    costs,
+    envs,
+    evaluation,
+    learners,
+    models,
+    oracle,
+    paper,
+    reports,
+    rewards,
+    routers,
+    runs,
+    testing,
+)
+from .corpus import load_windows
+from .models import DuoConfig, DuoForCausalLM, convert, load, load_tokenizer
+from .routed_pass import RoutedPass
+
+__all__ = [
+    "DuoConfig",
+    "DuoForCausalLM",
+    "RoutedPass",
+    "agents",
+    "cli",
+    "convert",
+    "corpus",
+    "costs",
+    "envs",
+    "evaluation",
+    "learners",
+    "load",
+    "load_tokenizer",
+    "load_windows",
+    "models",
+    "oracle",
+    "paper",
+    "reports",
+    "rewards",
+    "routers",
+    "runs",
+    "testing",
+]

@@ -1,0 +1,81 @@
+"""The comparison at the end of a run: making it, and writing it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from torch import Tensor
+
+from duorl.cli.console import console, say
+from duorl.costs import ACTIONS
+from duorl.evaluation.choice import choose, flops_per_second, training_flops
+from duorl.evaluation.compare import Comparer, Comparison
+from duorl.files import write_json, write_text, writing
+from duorl.models import DuoForCausalLM
+from duorl.reports import page
+from duorl.reports.figures import frontier, markdown, table
+from duorl.routers import ConstantRouter, RandomRouter, Router
+
+
+def make_comparer(
+    options: Namespace,
+    model: DuoForCausalLM,
+    training: Tensor,
+    held_out: Tensor,
+    price: float,
+    *,
+    decisions: int | None = None,
+    routers: int = 8,
+) -> Comparer:
+    """What compares routers as a run's options say; it says first what it will search.
+
+    Args:
+        options: with `actions`, `reference` and `evaluation`.
+        model: a frozen duo model.
+        training: (W, T+1) of the router split.
+        held_out: (W, T+1) of the evaluation split.
+        price: nats per all-big pass.
+        decisions: layer decisions that all learners together learned from, where there was a training.
+        routers: how many will be measured.
+    """
+    flops = None if decisions is None else training_flops(model, decisions, held_out.shape[1] - 1)
+    given: dict[str, Any] = {"actions": options.actions, "options": options.evaluation, "flops": flops}
+    choice = choose(model, training, held_out, **given, routers=routers)
+    say(choice.text(flops_per_second(model, training)))
+    with console.status("search the best fixed pattern and the bound"):
+        return Comparer(model, training, held_out, price=price, reference=options.reference, routers=routers, **given)
+
+
+def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor) -> None:
+    """Find before a training what the evaluation after it would refuse.
+
+    Raises:
+        ValueError: a search that was asked for by name is impossible; says which and why.
+    """
+    choose(model, training, held_out, actions=options.actions, options=options.evaluation)
+
+
+def compare(comparer: Comparer, routers: Mapping[str, list[Router]], settings: dict[str, Any]) -> Comparison:
+    """The comparison of all routers, with the bound behind them; a line on the terminal says which is measured."""
+    with console.status("") as status:
+        return comparer.compare({**routers, **comparer.bounds}, settings, status.update)
+
+
+def unlearned(actions: list[str], seed: int) -> dict[str, list[Router]]:
+    """The routers that learn nothing, by the names that tables give them."""
+    constant: dict[str, list[Router]] = {f"all-{action}": [ConstantRouter(action)] for action in ACTIONS}
+    return {"random": [RandomRouter(actions, seed)], **constant}
+
+
+def write(comparison: Comparison, traces: dict[str, Any], folder: Path) -> None:
+    """Print a comparison's table and write its numbers, its figure and its report."""
+    console.print(table(comparison))
+    comparison.save(folder)
+    write_text(folder / "comparison.md", markdown(comparison))
+    with writing(folder / "figures" / "frontier.png") as beside:
+        frontier(comparison).savefig(beside, dpi=150)
+    write_json(folder / "traces.json", traces)
+    page.write(folder)

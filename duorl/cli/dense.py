@@ -1,0 +1,55 @@
+"""`duorl dense`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from jsonargparse import Namespace
+from rich.markdown import Markdown
+
+from duorl.cli.console import console, say, typed_command
+from duorl.cli.parser import read_config
+from duorl.cli.trainings import finish_all
+from duorl.files import write_json, write_text
+from duorl.models.pretrain import Pretraining
+from duorl.paper import dense
+from duorl.paper.dense import DenseOptions
+from duorl.runs.jobs import Job, executor
+from duorl.runs.pretraining import pretrain
+
+
+def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+    """What trains and measures the models in a folder.
+
+    Raises:
+        ValueError, OSError: the recipe or a text cannot be used.
+    """
+    settings = DenseOptions(**{name: getattr(options, name) for name in DenseOptions.__dataclass_fields__})
+    first = dense.plan(settings.recipe, settings.shares, Path())["duo"]
+    tokenizer = Pretraining(first).tokenizer  # the recipe and its text are found good
+    for text in settings.texts:
+        dense.evaluation_windows(text, tokenizer, settings)
+
+    def work(folder: Path) -> None:
+        jobs = plan(settings, folder)
+        finish_all(jobs, executor(settings.processes, torch.get_num_threads()), folder)
+        rows = dense.measure_all(settings, folder)
+        numbers = {"settings": {"command": typed_command(), **read_config(config)}, "rows": rows}
+        write_json(folder / "dense.json", numbers)
+        write_text(folder / "dense.md", dense.markdown(rows))
+        console.print(Markdown(dense.markdown(rows)))
+        say(f"wrote {folder}/: dense.json, dense.md, and a folder for each model")
+
+    return "dense", work
+
+
+def plan(settings: DenseOptions, folder: Path) -> list[Job]:
+    """A job for each model; the last starts from one of the others."""
+    trainings = dense.plan(settings.recipe, settings.shares, folder)
+    jobs = [Job(name, folder / name, pretrain, {"options": asdict(training)}) for name, training in trainings.items()]
+    last = jobs.pop()
+    source = Path(trainings[last.name].model or "").name
+    return [*jobs, Job(last.name, last.place, last.function, last.arguments, after=(source,))]

@@ -1,0 +1,73 @@
+"""`duorl oracle`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from jsonargparse import Namespace
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from duorl.checks import require_positive
+from duorl.cli.console import console, say, typed_command
+from duorl.cli.parser import read_config
+from duorl.corpus import load_windows
+from duorl.evaluation import RouteSearchOptions, RouteSearchPlan, flops_per_second, plan_route_search, search_routes
+from duorl.evaluation.difficulty import TokenRow, save_table
+from duorl.files import write_json, write_text, writing
+from duorl.models import DuoForCausalLM, load, load_tokenizer
+from duorl.reports import page
+from duorl.reports.figures import budget_table
+from duorl.rewards import LossImprovement
+
+
+def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+    """What searches the routes.
+
+    Raises:
+        ValueError, OSError: the input cannot be used, or the search is impossible.
+    """
+    require_positive(window=options.window, windows=options.windows)
+    LossImprovement(options.price)
+    model, tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
+    tokens = load_windows(options.corpus, tokenizer, split="evaluation", length=options.window)[: options.windows]
+    asked = RouteSearchOptions(
+        method=options.method,
+        context=options.context,
+        actions=tuple(options.actions),
+        price=options.price,
+        memory_limit=options.memory_limit,
+        seed=options.seed,
+    )
+    plan = plan_route_search(model, tokens, asked)
+    return "oracle", partial(_run, config, model, tokenizer, tokens, asked, plan)
+
+
+def _run(
+    config: str,
+    model: DuoForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    asked: RouteSearchOptions,
+    plan: RouteSearchPlan,
+    folder: Path,
+) -> None:
+    say(plan.text(flops_per_second(model, tokens)))
+    with console.status("search routes"):
+        found = search_routes(model, tokens, tokenizer, asked)
+    console.print(budget_table(found.rows, found.title) if found.rows else found.title)
+    say(found.summary)
+    write_json(folder / "oracle.json", {"settings": read_config(config), **found.numbers})
+    if found.difficulty:
+        _write_difficulty(found.difficulty, {"command": typed_command(), **read_config(config)}, folder)
+    say(f"wrote {folder}/: " + ", ".join(sorted(path.name for path in folder.glob("[!.]*.*"))))
+
+
+def _write_difficulty(rows: list[TokenRow], settings: dict, folder: Path) -> None:
+    for ending in ("csv", "parquet"):
+        with writing(folder / f"tokens.{ending}") as beside:
+            save_table(rows, beside)
+    text = page.text_page("Token difficulty", settings, [row._asdict() for row in rows])
+    write_text(folder / "difficulty.html", text)

@@ -1,0 +1,30 @@
+"""`duorl pretrain`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from jsonargparse import Namespace
+
+from duorl.cli.console import say
+from duorl.cli.trainings import finish_all
+from duorl.models.pretrain import Pretraining
+from duorl.models.recipe import PretrainOptions
+from duorl.runs.jobs import InProcess, Job, Tell
+from duorl.runs.pretraining import run
+
+
+def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+    """What trains the model in its folder; see `Pretraining` for the errors."""
+    fields = {name: getattr(options, name) for name in PretrainOptions.__dataclass_fields__}
+    prepared = Pretraining(PretrainOptions(**fields), resume=options.resume)
+
+    def work(folder: Path) -> None:
+        def function(tell: Tell) -> dict:
+            return run(prepared, tell)
+
+        finish_all([Job("pretrain", folder, function)], InProcess(), folder)
+        say(f"wrote {folder}/: load it with --model {folder}")
+
+    return "pretrain", work

@@ -1,0 +1,109 @@
+"""From what was typed to what is done: cheap checks first, then the work's own, then the work in its folder."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from importlib import import_module
+from pathlib import Path
+from typing import NoReturn
+
+from jsonargparse import Namespace
+
+from duorl.cli.commands import COMMANDS, fail
+from duorl.cli.console import quieten, resume_command
+from duorl.cli.parser import parse
+from duorl.corpus import check_sources
+from duorl.files import is_no_room
+from duorl.models.loading import model_folder
+from duorl.runs import folders, interrupts
+from duorl.runs.allocator import keep_freed_memory
+
+# What preparing a command may raise for its input; running it is outside, where an error is a bug and keeps its trace.
+_BAD_INPUT = (ValueError, OSError, KeyError, TypeError, AssertionError, ZeroDivisionError, RuntimeError)
+_DUO = ("train", "compare", "evaluate", "oracle", "paper")  # their --model is a duo's folder
+_TEXTS = ("corpus", "prose", "code")
+
+
+def run_command(name: str, words: list[str]) -> None:
+    """Parse, check, prepare and run a command.
+
+    Args:
+        name: of the command.
+        words: what was typed after it.
+
+    Raises:
+        SystemExit: 2 for input that cannot be used, 1 for a run that failed, 130 and 143 for one that was stopped.
+    """
+    keep_freed_memory()
+    with ExitStack() as stack:
+        folder: Path | None = None
+        try:
+            stack.enter_context(interrupts.listening())
+            try:
+                options, config = parse(name, words)
+                check_cheaply(name, options, config)
+                quieten()
+                called, work = import_module(COMMANDS[name].module).prepare(options, config)
+                if "overwrite" in COMMANDS[name].flags:
+                    folder = stack.enter_context(_claimed(called, options, config))
+            except _BAD_INPUT as error:
+                fail(f"{type(error).__name__}: {error}".removeprefix("ValueError: "))
+            _work(name, work, folder)
+        except interrupts.Interrupted as stop:
+            _say_stopped(name, folder)
+            raise SystemExit(stop.exit_code) from None
+
+
+def check_cheaply(name: str, options: Namespace, config: str) -> None:
+    """What can be found wrong before anything is loaded.
+
+    Raises:
+        ValueError, OSError: the folder, the model or a text cannot be used.
+    """
+    resume = options.get("resume", False)
+    if "overwrite" in COMMANDS[name].flags:
+        folders.check(options.out, resume=resume, overwrite=options.overwrite)
+    if resume:
+        folders.check_same_options(options.out, config)
+    if name in _DUO:
+        model_folder(options.model)
+    for texts in _TEXTS:
+        if options.get(texts) is not None:
+            check_sources(options[texts])
+
+
+def _claimed(called: str, options: Namespace, config: str):
+    resume = options.get("resume", False)
+    return folders.claim(options.out, called, config, resume=resume, overwrite=options.overwrite)
+
+
+def _work(name: str, work: Callable[[Path | None], None], folder: Path | None) -> None:
+    """The work; a run that cannot be resumed leaves a folder that may be begun anew."""
+    from duorl.cli.trainings import JobsFailed
+
+    resumable = "resume" in COMMANDS[name].flags
+    try:
+        work(folder)
+    except BaseException as error:
+        if folder is not None and not resumable:
+            folders.abandon(folder)
+        if isinstance(error, JobsFailed):
+            _fail_and_hint(str(error), folder)
+        if is_no_room(error):
+            _fail_and_hint(f"the disk is full: {error}", folder if resumable else None)
+        if isinstance(error, PermissionError):
+            _fail_and_hint(f"no permission: {error}", folder if resumable else None)
+        raise
+
+
+def _fail_and_hint(line: str, folder: Path | None) -> NoReturn:
+    fail(line if folder is None else f"{line}; go on with: {resume_command(folder)}", code=1)
+
+
+def _say_stopped(name: str, folder: Path | None) -> None:
+    if folder is None or "resume" not in COMMANDS[name].flags:
+        print("duorl: stopped; nothing is kept", file=sys.stderr)
+    else:
+        print(f"duorl: stopped; go on with: {resume_command(folder)}", file=sys.stderr)

@@ -1,0 +1,113 @@
+"""The best fixed pattern, one route for all tokens: what a router has to beat.
+
+It is chosen on router text in two rounds: patterns are ranked on few windows, and the best of them measured again on
+more. Which patterns are ranked is the method's: all A^L, or those that a search tries (`duorl.oracle.patterns`).
+
+    baseline = Baseline(model, training, method="greedy", actions=("small", "big"), price=0.3, options=options)
+    baseline.at_price(0.3), baseline.per_big(), baseline.within(0.5)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from duorl.costs import BIG
+from duorl.evaluation.options import EvaluationOptions
+from duorl.models.modeling import DuoForCausalLM
+from duorl.oracle import exhaustive
+from duorl.oracle.patterns import PatternMethod, pattern_losses, search_patterns
+from duorl.oracle.search import route_compute
+
+Route = tuple[int, ...]
+
+
+class Baseline:
+    """The fixed patterns of a model, ranked.
+
+    Args:
+        model: a duo model.
+        training: (W, T+1) of the router split.
+        method: which patterns are ranked.
+        actions: names of the allowed actions.
+        price: nats per all-big pass, around which a greedy search looks closer.
+        options: `fixed_windows`, `finalists`, `final_windows` and `batch` are used.
+
+    Attributes:
+        routes: (N, L), the patterns that were ranked.
+        losses: (N,), nats on the first `fixed_windows` windows.
+        compute: (N,), in [0, 1].
+
+    Raises:
+        ValueError: too many routes to enumerate, or too much memory for them.
+    """
+
+    def __init__(
+        self,
+        model: DuoForCausalLM,
+        training: Tensor,
+        *,
+        method: PatternMethod,
+        actions: Sequence[str],
+        price: float,
+        options: EvaluationOptions,
+    ):
+        self.model, self.options = model, options
+        ranked = training[: options.fixed_windows]
+        if method == "enumeration":
+            table = exhaustive(model, ranked, context="uniform", actions=actions)
+            self.routes, self.compute, self.losses = table.routes, table.compute, table.losses.mean((0, 1))
+        else:
+            tried = search_patterns(model, ranked, actions=actions, method=method, price=price)
+            self.routes = torch.tensor(list(tried), device=model.device)
+            self.losses = torch.tensor(list(tried.values()), device=model.device)
+            self.compute = route_compute(model, self.routes)
+        self._final = training[: options.final_windows]
+        self._final_losses: dict[Route, float] = {}
+
+    def at_price(self, price: float) -> list[int]:
+        """The pattern that costs least, loss + price * compute, of the best in the ranking: L action codes."""
+        return self._best(self._finalists(price), price)
+
+    def per_big(self) -> dict[int, list[int]]:
+        """The pattern with the least loss by number of big layers, for every number that was tried, rising."""
+        big = (self.routes == BIG).sum(1)
+        finalists = {count: self._finalists(0.0, big == count) for count in sorted(set(big.tolist()))}
+        self._play_finals([route for group in finalists.values() if len(group) > 1 for route in group])
+        return {count: self._best(group, 0.0) for count, group in finalists.items()}
+
+    def within(self, compute: float) -> list[int]:
+        """The pattern with the least loss that spends at most a target compute, in [0, 1].
+
+        Raises:
+            ValueError: no pattern that was tried spends so little.
+        """
+        allowed = self.compute <= compute + 1e-6  # compute is a sum of floats
+        if not allowed.any():
+            raise ValueError(f"no fixed pattern spends {compute:g} or less: the cheapest spends {self.compute.min():g}")
+        return self._best(self._finalists(0.0, allowed), 0.0)
+
+    def _finalists(self, price: float, allowed: Tensor | None = None) -> list[Route]:
+        cost = self.losses + price * self.compute
+        count = len(cost)
+        if allowed is not None:
+            cost, count = cost.masked_fill(~allowed, torch.inf), int(allowed.sum())
+        best = cost.argsort()[: min(self.options.finalists, count)]
+        return [tuple(route) for route in self.routes[best].tolist()]
+
+    def _best(self, finalists: list[Route], price: float) -> list[int]:
+        """The finalist with the lowest cost: many candidates on few windows alone would crown a lucky one."""
+        if len(finalists) == 1:
+            return list(finalists[0])
+        self._play_finals(finalists)
+        spent = route_compute(self.model, torch.tensor(finalists, device=self.model.device)).tolist()
+        costs = [self._final_losses[route] + price * c for route, c in zip(finalists, spent, strict=True)]
+        return list(finalists[costs.index(min(costs))])
+
+    def _play_finals(self, routes: list[Route]) -> None:
+        """Measure those that are not measured yet, together: what their beginnings share runs once."""
+        if new := [route for route in dict.fromkeys(routes) if route not in self._final_losses]:
+            losses = pattern_losses(self.model, self._final, torch.tensor(new), batch=self.options.batch)
+            self._final_losses |= zip(new, losses.tolist(), strict=True)

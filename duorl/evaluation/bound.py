@@ -1,0 +1,144 @@
+"""What stands above all routers: routes that were found by looking at the labels.
+
+`exhaustive` is the oracle, exact. `descent` is coordinate descent from the best fixed pattern: its routes exist, so its
+return is a lower bound of the oracle's, and a router may beat it. With `none` there is nothing to be held against.
+
+    bound = find_bound("descent", model, windows, price=0.3, actions=("small", "big"), start=baseline.at_price(0.3))
+    bound.name, bound.exact, bound.routes, bound.losses, bound.compute
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from duorl.costs import BIG, SMALL
+from duorl.evaluation.difficulty import TokenRow, difficulty_rows, token_difficulty
+from duorl.models.modeling import DuoForCausalLM
+from duorl.oracle import Found, RouteTable, descent, exhaustive
+from duorl.routed_pass import RoutedPass, remember
+from duorl.routers import ReplayRouter
+
+BoundMethod = Literal["exhaustive", "descent", "none"]
+ROWS = {"exhaustive": "oracle", "descent": "lower bound"}
+"""What a bound's row is called."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """The best routes that were found for some windows, in the reference context at a price.
+
+    Attributes:
+        name: of its row in tables.
+        exact: nothing is better; otherwise its return is a lower bound of the best.
+        windows: (B, T+1).
+        routes: (B, T, L), action codes.
+        losses: (B, T), nats.
+        compute: (B, T), in [0, 1].
+        frontier: rows with `big`, `loss`, `compute` per number of big layers; none where it has no frontier.
+        shown: a search of the first windows at price 0, or at all prices, for their tokens' difficulty.
+    """
+
+    name: str
+    exact: bool
+    windows: Tensor
+    routes: Tensor
+    losses: Tensor
+    compute: Tensor
+    frontier: list[dict[str, Any]]
+    shown: RouteTable | Found
+
+    @property
+    def kind(self) -> str:
+        """`exact` or `lower bound`."""
+        return "exact" if self.exact else "lower bound"
+
+    @property
+    def router(self) -> ReplayRouter:
+        """Deploys its routes, on its windows alone; the routed context is not what they were found for."""
+        return ReplayRouter.of(self.windows, self.routes)
+
+    def difficulty(self, model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
+        """The first windows' tokens; their difficulty is a lower bound where this is one."""
+        shown = self.windows[: len(self.shown.losses)].to(model.device)
+        if isinstance(self.shown, RouteTable):
+            return token_difficulty(self.shown, shown, tokenizer)
+        return found_difficulty(model, self.shown, shown, tokenizer)
+
+
+def found_difficulty(
+    model: DuoForCausalLM, found: Found, tokens: Tensor, tokenizer: PreTrainedTokenizerBase
+) -> list[TokenRow]:
+    """Difficulties, or lower bounds of them, by an approximate search of tokens (B, T+1) in the reference context."""
+    small, big = (_constant_losses(model, tokens, action) for action in (SMALL, BIG))
+    columns = {"best": found.losses, "compute": found.compute, "routes": found.routes}
+    return difficulty_rows(tokens, tokenizer, small=small, big=big, **columns)
+
+
+@torch.no_grad()
+def _constant_losses(model: DuoForCausalLM, tokens: Tensor, action: int) -> Tensor:
+    walk = RoutedPass(model, tokens, context="reference")
+    while not walk.done:
+        walk.take(action)
+    return walk.losses().cpu()
+
+
+def find_bound(
+    method: BoundMethod,
+    model: DuoForCausalLM,
+    windows: Tensor,
+    *,
+    price: float,
+    actions: Sequence[str],
+    start: Sequence[int],
+    shown: int = 2,
+) -> Bound | None:
+    """Search windows' routes.
+
+    Args:
+        method: see the module's docstring; `none` finds None.
+        model: a duo model.
+        windows: (B, T+1).
+        price: nats per all-big pass.
+        actions: names of the allowed actions.
+        start: the best fixed pattern, from which a descent starts.
+        shown: windows whose tokens' difficulty may be asked for.
+
+    Raises:
+        ValueError: too many routes, or too much memory for them.
+    """
+    if method == "none":
+        return None
+    if method == "exhaustive":
+        return _exhaustive(model, windows, price, actions, shown)
+    found = descent(model, windows, start=start, price=price, actions=actions)
+    free = descent(model, windows[:shown], start=start, actions=actions)
+    return Bound(ROWS[method], False, windows, found.routes, found.losses, found.compute, [], free)
+
+
+def _exhaustive(model: DuoForCausalLM, windows: Tensor, price: float, actions: Sequence[str], shown: int) -> Bound:
+    table = exhaustive(model, windows, context="reference", actions=actions)
+    best = table.best(price)
+    found = (table.routes[best].cpu(), table.loss(best).cpu(), table.compute[best].cpu())
+    frontier = [{key: row[key] for key in ("big", "loss", "compute")} for row in table.by_budget()]
+    few = replace(table, losses=table.losses[:shown].clone())  # lets the whole table go
+    return Bound(ROWS["exhaustive"], True, windows, *found, frontier, few)
+
+
+def can_search(model: DuoForCausalLM, tokens: Tensor) -> str | None:
+    """Why a model has no bound, or None: it must know the reference context.
+
+    Args:
+        model: a duo model.
+        tokens: (B, T+1), few.
+    """
+    try:
+        remember(model, tokens.to(model.device))
+    except ValueError as error:
+        return str(error)
+    return None

@@ -1,0 +1,303 @@
+"""The comparison of routers, with intervals, over measurements, a baseline and a bound.
+
+Losses, compute and returns are those of the *routed* context, which is deployment. Regret and agreement are
+measured in the *reference* context, where the oracle is exact, on fewer tokens. Every row says which is which.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from duorl.costs import ACTIONS, BIG
+from duorl.evaluation.baseline import Baseline
+from duorl.evaluation.bound import find_bound
+from duorl.evaluation.choice import choose
+from duorl.evaluation.difficulty import token_names
+from duorl.evaluation.flat import flatten
+from duorl.evaluation.measure import Measurement, measure, stacked
+from duorl.evaluation.options import EvaluationOptions
+from duorl.evaluation.statistics import bootstrap_interval, sign_flip_test
+from duorl.files import write_json, writing
+from duorl.models.modeling import DuoForCausalLM
+from duorl.oracle.patterns import pattern_losses
+from duorl.oracle.search import route_compute
+from duorl.routed_pass import Context, remember
+from duorl.routers import ConstantRouter, OracleRouter, PatternRouter, ReplayRouter, Router
+
+_SHOWN_WINDOWS = 2
+
+
+@dataclass
+class Comparison:
+    """Routers side by side.
+
+    Attributes:
+        settings: model, corpus, price, token counts, command: what a reader needs to repeat it.
+        rows: one per router; see docs/metrics.md for every key.
+        frontiers: loss against compute of the best fixed pattern and of the oracle, per number of big layers; a bound
+            that is not exact, or none, leaves the oracle's empty.
+    """
+
+    settings: dict[str, Any]
+    rows: list[dict[str, Any]]
+    frontiers: dict[str, list[dict[str, Any]]]
+
+    @classmethod
+    def load(cls, path: Path) -> Comparison:
+        """A saved `comparison.json`."""
+        return cls(**json.loads(path.read_text()))
+
+    def save(self, folder: Path) -> None:
+        """Write `comparison.json` and `comparison.csv` (one line per router, nested keys joined by a dot)."""
+        write_json(folder / "comparison.json", asdict(self))
+        flat = [dict(flatten(row)) for row in self.rows]
+        names = list(dict.fromkeys(name for row in flat for name in row))
+        with writing(folder / "comparison.csv") as beside, open(beside, "w", newline="") as file:
+            writer = csv.DictWriter(file, names)
+            writer.writeheader()
+            writer.writerows(flat)
+
+
+class Comparer:
+    """Measures routers on the same windows, paired with the best fixed pattern.
+
+    Args:
+        model: a frozen duo model.
+        training: (W, T+1) of the router split, on which the fixed patterns are chosen.
+        held_out: (W, T+1) of the evaluation split.
+        price: nats per all-big pass.
+        actions: the allowed actions' names.
+        reference: the action of the reference route, whose loss gains are measured against.
+        options: see `EvaluationOptions`.
+        flops: what the training cost, which the evaluation is not to exceed; see `choose`.
+        routers: how many will be measured, about.
+
+    Attributes:
+        choice: what is searched, by which methods; `choose` with the same arguments says it beforehand.
+        baseline: the fixed patterns.
+        fixed: the best one, with which differences are paired.
+        bound: what stands above all routers, on the first `choice.options.reference_windows` windows; or None.
+        knowable: a large network on a router's inputs. What it regrets only the label could have told; what others
+            regret beyond it they could have known. An estimate: a larger one, or more text, might know more.
+    """
+
+    def __init__(
+        self,
+        model: DuoForCausalLM,
+        training: Tensor,
+        held_out: Tensor,
+        *,
+        price: float,
+        actions: Sequence[str],
+        reference: str,
+        options: EvaluationOptions,
+        flops: float | None = None,
+        routers: int = 8,
+    ):
+        self.model, self.price, self.actions = model, price, tuple(actions)
+        self.choice = choose(model, training, held_out, actions=actions, options=options, flops=flops, routers=routers)
+        self.options = options = self.choice.options
+        self.windows = held_out[: options.windows]
+        self.searched = held_out[: options.reference_windows]
+        method = self.choice.baseline
+        self.baseline = Baseline(model, training, method=method, actions=actions, price=price, options=options)
+        start = self.baseline.at_price(price)
+        self.fixed = PatternRouter(start)
+        searched = self.searched.to(model.device)
+        self.bound = find_bound(
+            self.choice.bound, model, searched, price=price, actions=actions, start=start, shown=_SHOWN_WINDOWS
+        )
+        self._memory = remember(model, searched) if self.bound else None
+        # The reference route's losses, by context: gains are measured against them.
+        route = ConstantRouter(reference)
+        self._reference_loss = {"routed": measure(model, route, self.windows, batch=options.batch).loss}
+        if self.bound:
+            self._reference_loss["reference"] = self._measure_reference(route).loss
+        self.knowable: Router | None = None
+        self._knowable_returns: Tensor | None = None
+        self._traced: dict[str, dict[str, Any]] = {}
+        self._fixed = measure(model, self.fixed, self.windows, batch=options.batch)
+
+    @property
+    def bounds(self) -> dict[str, list[Router]]:
+        """The bound's row for `compare`, by its name; empty where there is no bound."""
+        return {self.bound.name: [self.bound.router]} if self.bound else {}
+
+    def best_patterns(self) -> list[PatternRouter]:
+        """The best pattern per number of big layers, chosen on router text in two rounds, as `fixed` is."""
+        return [PatternRouter(route) for route in self.baseline.per_big().values()]
+
+    def compare(
+        self,
+        routers: Mapping[str, Sequence[Router]],
+        settings: dict[str, Any],
+        progress: Callable[[str], None] = lambda note: None,
+    ) -> Comparison:
+        """A row per name, for a router or one per training seed, and the two frontiers.
+
+        Args:
+            routers: by name, one per training seed.
+            settings: see `Comparison`.
+            progress: told what comes next.
+        """
+        rows = []
+        for number, (name, seeds) in enumerate(routers.items(), 1):
+            progress(f"measure {name}, {number} of {len(routers)}")
+            rows.append(self.row(name, seeds))
+        progress("measure the frontiers")
+        return Comparison(settings, rows, {"fixed": self.fixed_frontier(), "oracle": self.oracle_frontier()})
+
+    def row(self, name: str, seeds: Sequence[Router]) -> dict[str, Any]:
+        """Measure a router, trained with one seed or several.
+
+        The bound, which is searched, sees fewer windows. See docs/metrics.md for the keys.
+        """
+        sees_label = isinstance(seeds[0], (OracleRouter, ReplayRouter))
+        windows = self.searched if sees_label else self.windows
+        batch = len(windows) if sees_label else self.options.batch
+        measured = stacked([measure(self.model, router, windows, batch=batch) for router in seeds])
+        self._traced[name] = self._trace(measured.routes[0])
+        return {
+            "router": name,
+            "context": "routed",
+            "sees_label": sees_label,
+            "seeds": len(seeds),
+            "tokens": measured.loss[0].numel(),
+            "bound": self.bound.kind if self.bound else None,
+            **self._deployed(measured),
+            **self._against_fixed(measured),
+            **self._reference(seeds),
+        }
+
+    def traces(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+        """What the report shows beside the numbers: routes of all compared routers, and the first windows' difficulty.
+
+        Returns:
+            `routers`: per router `share_of_big` (L, T), `per_layer` by action (L,), and the `routes` (L, T) of the
+            first window, whose tokens are `tokens`; `difficulty`: rows of `token_difficulty`, of the first windows.
+        """
+        shown = self.windows[:_SHOWN_WINDOWS]
+        both = {"small", "big"} <= set(self.actions)
+        rows = self.bound.difficulty(self.model, tokenizer) if self.bound and both else []
+        return {
+            "tokens": token_names(shown[0, 1:], tokenizer),
+            "difficulty": [row._asdict() for row in rows],
+            "routers": self._traced,
+        }
+
+    def _trace(self, routes: Tensor) -> dict[str, Any]:
+        """Routes (W, T, L) in short."""
+        per_layer = {name: (routes == code).float().mean((0, 1)).tolist() for code, name in enumerate(ACTIONS)}
+        big = (routes == BIG).float().mean(0).T.tolist()
+        return {"share_of_big": big, "per_layer": per_layer, "routes": routes[0].T.tolist()}
+
+    def _measure_reference(self, router: Router) -> Measurement:
+        assert self._memory is not None
+        size = len(self.searched)
+        return measure(self.model, router, self.searched, context="reference", batch=size, memories=[self._memory])
+
+    def _interval(self, values: Tensor, statistic: Callable[[np.ndarray], np.ndarray] | None = None):
+        return bootstrap_interval(values, resamples=self.options.resamples, statistic=statistic)
+
+    def _returns(self, measured: Measurement, context: Context) -> Tensor:
+        """(W,), or (S, W) for several seeds: mean return per window."""
+        gain = self._reference_loss[context][: measured.loss.shape[-2]] - measured.loss
+        return (gain - self.price * measured.compute).mean(-1)
+
+    def _deployed(self, measured: Measurement) -> dict[str, Any]:
+        loss, compute = measured.loss.mean(-1), measured.compute.mean(-1)
+        returns = self._returns(measured, "routed")
+        length = measured.loss.shape[-1]
+        flops = self.model.flops.token(compute, (length + 1) / 2)
+        shares = {name: (measured.routes == code).float().mean((-2, -1)) for code, name in enumerate(ACTIONS)}
+        seconds = measured.seconds.flatten()
+        return {
+            "loss": loss.mean().item(),
+            "loss_interval": self._interval(loss),
+            "perplexity": loss.mean().exp().item(),
+            "perplexity_interval": self._interval(loss, np.exp),
+            "compute": compute.mean().item(),
+            "compute_interval": self._interval(compute),
+            "flops_per_token": flops.mean().item(),
+            "flops_per_token_interval": self._interval(flops),
+            "return": returns.mean().item(),
+            "return_interval": self._interval(returns),
+            "actions": {name: share.mean().item() for name, share in shares.items()},
+            "actions_interval": {name: self._interval(share) for name, share in shares.items()},
+            "tokens_per_second": 1 / seconds.mean().item(),
+            "tokens_per_second_interval": self._interval(seconds, lambda mean: 1 / mean),
+        }
+
+    def _against_fixed(self, measured: Measurement) -> dict[str, Any]:
+        count = measured.loss.shape[-2]
+        returns = self._returns(measured, "routed") - self._returns(self._fixed, "routed")[:count]
+        losses = measured.loss.mean(-1) - self._fixed.loss[:count].mean(-1)
+        return {
+            "return_minus_fixed": returns.mean().item(),
+            "return_minus_fixed_interval": self._interval(returns),
+            "return_minus_fixed_p": sign_flip_test(returns),
+            "loss_minus_fixed": losses.mean().item(),
+            "loss_minus_fixed_interval": self._interval(losses),
+        }
+
+    def _reference(self, seeds: Sequence[Router]) -> dict[str, Any]:
+        """Against the bound, in the reference context; null where there is none."""
+        if self.bound is None:
+            names = ("regret", "regret_interval", "agreement", "agreement_interval", "reference")
+            return dict.fromkeys(names)
+        measured = stacked([self._measure_reference(router) for router in seeds])
+        gain = self._reference_loss["reference"] - self.bound.losses
+        returns = self._returns(measured, "reference")
+        regret = (gain - self.price * self.bound.compute).mean(-1) - returns
+        agreement = (measured.routes == self.bound.routes).float().mean((-2, -1))
+        return {
+            "regret": regret.mean().item(),
+            "regret_interval": self._interval(regret),
+            **self._avoidable(returns),
+            "agreement": agreement.mean().item(),
+            "agreement_interval": self._interval(agreement),
+            "reference": {
+                "context": "reference",
+                "tokens": measured.loss[0].numel(),
+                "loss": measured.loss.mean().item(),
+                "loss_interval": self._interval(measured.loss.mean(-1)),
+                "compute": measured.compute.mean().item(),
+            },
+        }
+
+    def _avoidable(self, returns: Tensor) -> dict[str, Any]:
+        """The part of the regret that a router could have avoided, by the estimate of `knowable`."""
+        if self.knowable is None:
+            return {}
+        if self._knowable_returns is None:
+            self._knowable_returns = self._returns(self._measure_reference(self.knowable), "reference")
+        avoidable = self._knowable_returns - returns
+        return {
+            "regret_avoidable": avoidable.mean().item(),
+            "regret_avoidable_interval": self._interval(avoidable),
+        }
+
+    def oracle_frontier(self) -> list[dict[str, Any]]:
+        """The oracle's loss in the reference context with exactly k big layers, per possible k, where it is exact."""
+        return [{"context": "reference", **row} for row in self.bound.frontier] if self.bound else []
+
+    def fixed_frontier(self) -> list[dict[str, Any]]:
+        """The best fixed pattern's loss in the routed context per number of big layers, chosen on router text."""
+        found = self.baseline.per_big()
+        routes = torch.tensor(list(found.values()), device=self.model.device)
+        losses = pattern_losses(self.model, self.windows, routes, batch=self.options.batch).tolist()
+        columns = zip(found.items(), losses, route_compute(self.model, routes).tolist(), strict=True)
+        return [
+            {"big": big, "context": "routed", "route": route, "loss": loss, "compute": compute}
+            for (big, route), loss, compute in columns
+        ]

@@ -1,0 +1,109 @@
+"""Token difficulty (Duo-LLM, Fig. 5 and 6): the loss that compute can still remove, reference loss - oracle loss.
+
+table = duorl.oracle.exhaustive(model, tokens)
+rows = token_difficulty(table, tokens, tokenizer)
+save_table(rows, Path("tokens.parquet"))
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from duorl.costs import BIG, SMALL
+from duorl.oracle import RouteTable
+
+_MARKS = ".sB"  # skip, small, big
+
+
+class TokenRow(NamedTuple):
+    """One predicted token.
+
+    Attributes:
+        window, position: where it stands; `position` counts from the window's first prediction.
+        token: its text.
+        all_small, all_big, oracle: its loss in nats, in the context of the search.
+        difficulty: all_small - oracle, nats.
+        compute: of the oracle's route, in [0, 1].
+        route: the oracle's route, a character per layer: `.` skip, `s` small, `B` big.
+    """
+
+    window: int
+    position: int
+    token: str
+    all_small: float
+    all_big: float
+    oracle: float
+    difficulty: float
+    compute: float
+    route: str
+
+
+def token_difficulty(
+    table: RouteTable, tokens: Tensor, tokenizer: PreTrainedTokenizerBase, *, price: float = 0.0
+) -> list[TokenRow]:
+    """Every token's losses and difficulty.
+
+    Args:
+        table: a search of these tokens with small and big among its actions.
+        tokens: (B, T+1).
+        tokenizer: names them.
+        price: nats per all-big pass that the oracle pays for compute.
+
+    Raises:
+        ValueError: the search did not have small and big.
+    """
+    best = table.best(price)
+    constant = [torch.full_like(table.routes[0], action) for action in (SMALL, BIG)]
+    small, big = (table.losses[..., table.index_of(route)] for route in constant)
+    routes, losses, compute = table.routes[best], table.loss(best), table.compute[best]
+    return difficulty_rows(tokens, tokenizer, small=small, big=big, best=losses, compute=compute, routes=routes)
+
+
+def difficulty_rows(
+    tokens: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    small: Tensor,
+    big: Tensor,
+    best: Tensor,
+    compute: Tensor,
+    routes: Tensor,
+) -> list[TokenRow]:
+    """The rows of tokens (B, T+1) whose routes were found by any search.
+
+    Args:
+        tokens: (B, T+1).
+        tokenizer: names them.
+        small: (B, T), nats, all-small.
+        big: (B, T), nats, all-big.
+        best: (B, T), nats, along the routes; where these are not the best, difficulties are lower bounds.
+        compute: (B, T), of the routes.
+        routes: (B, T, L), action codes.
+    """
+    numbers = torch.stack((small, big, best, small - best, compute), -1).flatten(0, 1).tolist()
+    length = tokens.shape[1] - 1
+    names = token_names(tokens[:, 1:].flatten(), tokenizer)
+    marks = ["".join(_MARKS[action] for action in route) for route in routes.flatten(0, 1).tolist()]
+    rows = []
+    for place, (name, values, route) in enumerate(zip(names, numbers, marks, strict=True)):
+        rows.append(TokenRow._make([place // length, place % length, name, *values, route]))
+    return rows
+
+
+def token_names(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The text of each token, (N,)."""
+    return [str(tokenizer.decode([token])) for token in tokens.tolist()]
+
+
+def save_table(rows: list[TokenRow], path: Path) -> None:
+    """Write the rows as .parquet or .csv, by the file's ending."""
+    from datasets import Dataset, disable_progress_bars
+
+    disable_progress_bars()
+    table = Dataset.from_list([row._asdict() for row in rows])
+    table.to_parquet(path) if path.suffix == ".parquet" else table.to_csv(path)

@@ -1,0 +1,90 @@
+"""Router -> losses, compute, routes and time on windows of text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from duorl.models.attention import Memory
+from duorl.models.modeling import DuoForCausalLM
+from duorl.routed_pass import Context, RoutedPass
+from duorl.routers import ConstantRouter, Router
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One router on W windows of T tokens.
+
+    Attributes:
+        loss: (W, T) nats.
+        compute: (W, T), in [0, 1].
+        routes: (W, T, L) int64, action codes.
+        seconds: (batches,), wall time per token of each batch; the router's decisions are in it, `begin` is not.
+    """
+
+    loss: Tensor
+    compute: Tensor
+    routes: Tensor
+    seconds: Tensor
+
+
+def stacked(seeds: Sequence[Measurement]) -> Measurement:
+    """Measurements of the same windows as one, with a first axis S."""
+    columns = zip(*(vars(measured).values() for measured in seeds), strict=True)
+    return Measurement(*(torch.stack(column) for column in columns))
+
+
+@torch.no_grad()
+def measure(
+    model: DuoForCausalLM,
+    router: Router,
+    windows: Tensor,
+    *,
+    context: Context = "routed",
+    batch: int = 16,
+    memories: Sequence[Memory] | None = None,
+) -> Measurement:
+    """Let a router decide for every token of some windows.
+
+    Args:
+        model: a duo model.
+        router: decides.
+        windows: (W, T+1).
+        context: `routed` is deployment.
+        batch: windows per pass.
+        memories: one per batch for the reference context, where several routers share them.
+    """
+    parts = []
+    for index, tokens in enumerate(windows.to(model.device).split(batch)):
+        router.begin(model, tokens)
+        started = time.perf_counter()
+        walk = RoutedPass(model, tokens, context=context, memory=memories[index] if memories else None)
+        actions = []
+        while not walk.done:
+            actions.append(router.decide(walk.view))
+            walk.step(actions[-1])
+        loss = walk.losses().cpu()  # waits for an accelerator, so the clock is right
+        seconds = torch.tensor([(time.perf_counter() - started) / loss.numel()])
+        parts.append((loss, walk.compute.cpu(), torch.stack(actions, dim=-1).cpu(), seconds))
+    return Measurement(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def evaluate(
+    model: DuoForCausalLM, router: Router, windows: Tensor, *, price: float, reference: str = "small"
+) -> dict[str, float]:
+    """A router's mean loss, gain, compute and return on some windows, in the routed context.
+
+    Args:
+        model: a duo model.
+        router: decides.
+        windows: (W, T+1).
+        price: nats per all-big pass.
+        reference: the action of the reference route, whose loss gains are measured against.
+    """
+    measured, baseline = measure(model, router, windows), measure(model, ConstantRouter(reference), windows)
+    gain, compute = (baseline.loss - measured.loss).mean().item(), measured.compute.mean().item()
+    return {"loss": measured.loss.mean().item(), "gain": gain, "compute": compute, "return": gain - price * compute}

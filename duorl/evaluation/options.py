@@ -1,0 +1,44 @@
+"""How routers are compared."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from duorl.checks import require_positive
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How routers are compared.
+
+    Args:
+        windows: windows of the evaluation split for losses in the routed context.
+        reference_windows: windows of it for regret and agreement in the reference context, whose routes are searched.
+        fixed_windows: windows of the router split on which fixed patterns are ranked.
+        finalists: the best of them, measured again on `final_windows` windows of it to find the best one.
+        final_windows: see `finalists`.
+        baseline: how the best fixed pattern is found: `enumeration` of all, the dynamic `program`, or the `greedy`
+            search; `auto` enumerates where that costs less than the training, and is greedy elsewhere.
+        bound: what routers are held against: the `exhaustive` oracle, coordinate `descent`, which is a lower bound of
+            it, or `none`; `auto` is the first of these that costs less than the training. Where one of both is `auto`,
+            its windows become fewer rather than that the evaluation takes longer than the training.
+        batch: windows per pass.
+        resamples: bootstrap resamples of windows for the 95 % intervals.
+    """
+
+    windows: int = 256
+    reference_windows: int = 16
+    fixed_windows: int = 32
+    finalists: int = 8
+    final_windows: int = 128
+    baseline: Literal["auto", "enumeration", "program", "greedy"] = "auto"
+    bound: Literal["auto", "exhaustive", "descent", "none"] = "auto"
+    batch: int = 16
+    resamples: int = 2000
+
+    def __post_init__(self) -> None:
+        counts = {name: value for name, value in vars(self).items() if name not in ("baseline", "bound")}
+        require_positive(**counts)
+        if self.reference_windows > self.windows:
+            raise ValueError(f"reference_windows {self.reference_windows} must be among the {self.windows} windows")

@@ -1,0 +1,49 @@
+"""What a user brings along, named by its import path: a reward, a router, a learner, an input of a router.
+
+find("my_package.module.MyReward")
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def find(path: str) -> Any:
+    """The object that an import path names; it may lie in the current folder.
+
+    Raises:
+        ValueError: there is no such module, it cannot be imported, or it has no such name; says which and why.
+    """
+    module_path, _, name = path.rpartition(".")
+    if not module_path:
+        raise ValueError(f"{path!r} is not an import path: write it as module.{path}")
+    make_reachable(path)
+    try:
+        module = importlib.import_module(module_path)
+    except Exception as error:  # importing runs a user's code, which may raise anything
+        raise ValueError(f"cannot import {module_path}: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        raise ValueError(f"{module_path} has no {name}")
+    return getattr(module, name)
+
+
+def make_reachable(path: str) -> None:
+    """Put the current folder on `sys.path` where an import path leads into it and nowhere else.
+
+    It goes last, so that a user's folder never stands in for an installed package of the same name.
+    """
+    here, top = Path.cwd(), path.partition(".")[0]
+    if not top.isidentifier() or top in sys.modules or importlib.util.find_spec(top) is not None:
+        return
+    if (here / f"{top}.py").is_file() or (here / top).is_dir():
+        sys.path.append(str(here))
+        importlib.invalidate_caches()
+
+
+def import_path(kind: type) -> str:
+    """Where a class is found again: `module.Name`."""
+    return f"{kind.__module__}.{kind.__qualname__}"

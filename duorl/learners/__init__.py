@@ -1,0 +1,5 @@
+"""Learners: what trains a router without reinforcement, and the interface that they share with agents."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,103 @@
+"""The ensemble's training: every member is taught its own bootstrap of the same labels (after MEMTL, 2023)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from duorl.checks import require_positive
+from duorl.learners.base import Learner, Task
+from duorl.learners.labels import searchable
+from duorl.learners.supervised import Labels, Target, check_target, shuffled, taught_loss
+from duorl.routers import EnsembleRouter
+
+
+class Ensemble(Learner):
+    """Searches some text once and teaches each member of an `EnsembleRouter` its own bootstrap of it.
+
+    `learn` makes `epochs` passes, whatever number of decisions it is asked for. An update is one pass of every member.
+
+    Args:
+        env: the task; its seed also starts the weights, the drawn routes, the bootstraps and the orders.
+        members: K.
+        windows, target, temperature, rungs, epochs, batch_size, learning_rate, width: see `Supervised`.
+
+    Raises:
+        ValueError: as for `Supervised`, or no members.
+    """
+
+    router: EnsembleRouter
+    stateful = ("optimizers", "generators")
+
+    def __init__(
+        self,
+        env: Task,
+        *,
+        members: int = 5,
+        windows: int = 64,
+        target: Target = "cost",
+        temperature: float = 1.0,
+        rungs: int = 5,
+        epochs: int = 5,
+        batch_size: int = 4096,
+        learning_rate: float = 3e-3,
+        width: int = 0,
+    ):
+        super().__init__(env)
+        require_positive(members=members, epochs=epochs, batch_size=batch_size)
+        check_target(target, temperature)
+        self.target, self.temperature, self.epochs, self.batch_size = target, temperature, epochs, batch_size
+        self.labels = Labels(env, windows=windows, temperature=0.0 if target == "action" else temperature, rungs=rungs)
+        self.router = EnsembleRouter(
+            env.layers,
+            env.model.hidden_size,
+            env.actions,
+            width,
+            env.first_seed,
+            env.prices,
+            members=members,
+            inputs=env.inputs,
+        ).to(env.model.device)
+        self.optimizers = [torch.optim.Adam(member.parameters(), lr=learning_rate) for member in self.router.members]
+        self.generators = [torch.Generator().manual_seed(env.first_seed + index) for index in range(members)]
+        self._pools = self._bootstraps()
+
+    @property
+    def decisions_per_update(self) -> int:
+        """Labelled decisions."""
+        return self.env.layers * self.labels.count
+
+    def span(self, total_decisions: int) -> int:
+        """All epochs."""
+        return self.epochs * self.decisions_per_update
+
+    def update(self) -> dict[str, float]:
+        """One pass of every member over its bootstrap; returns the metrics by tag."""
+        losses = []
+        decisions, size = self.labels.decisions(), self.batch_size // self.env.layers
+        for place, member in enumerate(self.router.members):
+            optimizer, pool = self.optimizers[place], self._pools[place]
+            for index in shuffled(self.labels.count, size, self.generators[place], pool):
+                loss = taught_loss(member, decisions, index, target=self.target, temperature=self.temperature)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                losses.append(loss.item())
+        return {"train/loss": sum(losses) / len(losses)}
+
+    def _bootstraps(self) -> list[Tensor]:
+        windows, length = self.labels.text[:, 1:].shape
+        searched = searchable(self.env.model, self.env.actions)
+        shape = len(self.labels.prices) if searched else 1, windows, length
+        generator = torch.Generator().manual_seed(self.env.first_seed)
+        return [bootstrap(*shape, generator) for _ in self.router.members]
+
+
+def bootstrap(prices: int, windows: int, length: int, generator: torch.Generator) -> Tensor:
+    """Windows drawn with replacement, each with all its tokens and prices: the tokens of a window depend on each other.
+
+    Returns:
+        Shape (prices * windows * length,), indices of the routes of `Decisions`.
+    """
+    routes = torch.arange(prices * windows * length).view(prices, windows, length)
+    return routes[:, torch.randint(windows, (windows,), generator=generator)].flatten()

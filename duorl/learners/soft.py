@@ -1,0 +1,171 @@
+"""The soft router of Duo-LLM (arXiv 2410.10846, stage 3): a mixture of the modules, hardened over training.
+
+P = softmax(tau * h) with h the head's logits and tau a rising inverse temperature; a layer's output is the
+mixture of its modules' outputs; loss = cross-entropy + alpha * (mean compute - budget)^2. The paper states the
+budget as the share of big. Measured as compute it is the same for small / big up to a factor, and means
+something with skip as well. With a price in place of the budget, one router may be trained for a range of prices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from duorl.checks import require_positive
+from duorl.learners.base import HeadLearner, Task
+from duorl.prices import draw_prices
+from duorl.routed_pass import RoutedPass
+
+if TYPE_CHECKING:
+    from duorl.models import DuoForCausalLM
+    from duorl.routers import HeadRouter
+
+Schedule = Literal["geometric", "linear", "constant"]
+
+
+class Soft(HeadLearner):
+    """Trains heads through the mixture of the networks. The paper does not give alpha, schedule or learning rate.
+
+    Args:
+        env: the task; its seed also starts the weights and draws the windows, `windows_per_batch` per update.
+        budget: mean compute to aim at, in [0, 1]; with none, compute is charged at the task's price instead.
+        alpha: weight of the budget's squared error, in nats.
+        updates: number of updates that `learn` makes; none for as many as the decisions that it is asked for.
+        first_sharpness: inverse temperature at the start.
+        last_sharpness: at the end.
+        schedule: how it gets there; `constant` has the last from the start.
+        straight_through: every token takes its likeliest action alone, as when deployed, and only the gradient is that
+            of the mixture.
+        learning_rate: of Adam; falls linearly to 0.
+        width: hidden units of a head; 0 for the paper's linear map.
+        init: folder of a saved router to start from.
+
+    Raises:
+        ValueError: a count below 1, a sharpness that is not above 0, an unknown schedule, or both a budget and a range
+            of prices.
+    """
+
+    stateful = ("optimizer", "generator")
+
+    def __init__(
+        self,
+        env: Task,
+        *,
+        budget: float | None = None,
+        alpha: float = 10.0,
+        updates: int | None = 120,
+        first_sharpness: float = 1.0,
+        last_sharpness: float = 20.0,
+        schedule: Schedule = "geometric",
+        straight_through: bool = False,
+        learning_rate: float = 1e-2,
+        width: int = 0,
+        init: str | None = None,
+    ):
+        super().__init__(env, learning_rate=learning_rate, width=width, init=init)
+        if updates is not None:
+            require_positive(updates=updates)
+        if min(first_sharpness, last_sharpness) <= 0:
+            raise ValueError("first_sharpness and last_sharpness must be above 0")
+        if schedule not in get_args(Schedule):
+            raise ValueError(f"unknown schedule {schedule!r}: choose from {', '.join(get_args(Schedule))}")
+        if env.prices is not None and budget is not None:
+            raise ValueError("a budget leaves nothing to a range of prices: give one of the two")
+        self.budget, self.alpha, self.updates = budget, alpha, updates
+        self.first_sharpness, self.last_sharpness, self.schedule = first_sharpness, last_sharpness, schedule
+        self.straight_through = straight_through
+        self.generator = torch.Generator().manual_seed(env.first_seed)
+
+    @property
+    def decisions_per_update(self) -> int:
+        """Layer decisions of the windows in an update."""
+        return self.env.layers * self.env.windows_per_batch * (self.env.windows.shape[1] - 1)
+
+    def span(self, total_decisions: int) -> int:
+        """All updates."""
+        return total_decisions if self.updates is None else self.updates * self.decisions_per_update
+
+    def update(self) -> dict[str, float]:
+        """One gradient step on windows drawn at random; returns its metrics by tag."""
+        env = self.env
+        picked = torch.randint(len(env.windows), (env.windows_per_batch,), generator=self.generator)
+        price: Tensor | float = env.charged
+        if env.prices is not None:
+            price = draw_prices(env.prices, len(picked), self.generator)[:, None].to(env.model.device)
+        tau = sharpness(self.progress, self.first_sharpness, self.last_sharpness, self.schedule)
+        losses, compute = soft_pass(
+            env.model,
+            self.router,
+            env.windows[picked],
+            tau,
+            price if isinstance(price, Tensor) else None,
+            straight_through=self.straight_through,
+        )
+        self.descend(soft_loss(losses, compute, price=price, budget=self.budget, alpha=self.alpha))
+        gain = env.reference_losses(picked) - losses.detach()
+        return {
+            "rollout/return": (gain - price * compute.detach()).mean().item(),
+            "rollout/gain": gain.mean().item(),
+            "rollout/compute": compute.mean().item(),
+            "rollout/loss": losses.mean().item(),
+        }
+
+
+def sharpness(progress: float, first: float, last: float, schedule: Schedule = "geometric") -> float:
+    """The inverse temperature at `progress` in [0, 1]."""
+    if schedule == "constant":
+        return last
+    return first + (last - first) * progress if schedule == "linear" else first * (last / first) ** progress
+
+
+def soft_loss(
+    losses: Tensor, compute: Tensor, *, price: float | Tensor, budget: float | None = None, alpha: float = 10.0
+) -> Tensor:
+    """Cross-entropy plus alpha * (mean compute - budget)^2 (Duo-LLM, stage 3), or plus price * mean compute.
+
+    Args:
+        losses: nats per token.
+        compute: mixture's compute per token, the shape of `losses`.
+        price: nats per all-big pass, one for all, or broadcastable to `losses`; not charged where there is a budget.
+        budget: mean compute to aim at.
+        alpha: see `Soft`.
+    """
+    if budget is None:
+        return losses.mean() + (price * compute).mean()
+    return losses.mean() + alpha * (compute.mean() - budget) ** 2
+
+
+def soft_pass(
+    model: DuoForCausalLM,
+    router: HeadRouter,
+    tokens: Tensor,
+    tau: float,
+    price: Tensor | None = None,
+    *,
+    straight_through: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Losses in nats and compute, both (B, T) and differentiable, of the mixture P = softmax(tau * h).
+
+    Args:
+        model: a frozen duo model.
+        router: its logits are h.
+        tokens: (B, T+1).
+        tau: inverse temperature.
+        price: (B, 1), of every window, where the router takes it as an input.
+        straight_through: see `Soft`.
+    """
+    walk = RoutedPass(model, tokens, price=price)
+    while not walk.done:
+        shares = (tau * router.logits(walk.view)).softmax(-1)
+        weights = hardened(shares) if straight_through else shares
+        walk.mix(weights, router.codes.tolist(), hard=straight_through)
+    return walk.losses(), walk.compute
+
+
+def hardened(shares: Tensor) -> Tensor:
+    """The likeliest action alone, with the gradient of the shares (..., A): the straight-through estimator."""
+    hard = one_hot(shares.argmax(-1), shares.shape[-1]).to(shares.dtype)
+    return hard + shares - shares.detach()

@@ -1,0 +1,200 @@
+"""The supervised router: taught the values of actions (`duorl.learners.labels`), no reinforcement learning."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from duorl.checks import require_positive
+from duorl.inputs import Inputs, View
+from duorl.learners.base import HeadLearner, Task
+from duorl.learners.labels import Decisions, label, searchable, searched
+from duorl.oracle import RouteTable
+from duorl.prices import ladder
+from duorl.routers import HeadRouter
+
+Target = Literal["action", "soft", "value", "cost"]
+
+
+class Labels:
+    """The decisions that a learner is taught, made when they are first asked for, and again when the price changes.
+
+    Args:
+        env: the task.
+        windows: windows of its text that are labelled, the first ones.
+        temperature: of the values and of the walked routes, in nats.
+        rungs: prices of a range that are labelled, evenly spaced on a log scale.
+    """
+
+    def __init__(self, env: Task, *, windows: int, temperature: float, rungs: int):
+        require_positive(windows=windows, rungs=rungs)
+        self.env, self.temperature, self.rungs = env, temperature, rungs
+        self.text = env.windows[:windows]
+        self._table: RouteTable | None = None
+        self._made: tuple[float, Decisions] | None = None
+
+    @property
+    def prices(self) -> list[float]:
+        """Those that are labelled, P of them."""
+        return [self.env.charged] if self.env.prices is None else ladder(self.env.prices, self.rungs)
+
+    @property
+    def count(self) -> int:
+        """N, labelled routes."""
+        tokens = self.text[:, 1:].numel()
+        return tokens * (len(self.prices) if searchable(self.env.model, self.env.actions) else 1)
+
+    def decisions(self) -> Decisions:
+        """All of them, at the present price."""
+        if self._made is None or self._made[0] != self.env.charged:
+            if self._table is None:
+                self._table = searched(self.env.model, self.text.to(self.env.model.device), self.env.actions)
+            generator = torch.Generator().manual_seed(self.env.first_seed)
+            found = label(
+                self.env.model,
+                self.text,
+                prices=self.prices,
+                actions=self.env.actions,
+                temperature=self.temperature,
+                generator=generator,
+                inputs=Inputs(self.env.inputs),
+                table=self._table,
+            )
+            self._made = self.env.charged, found
+        return self._made[1]
+
+
+class Supervised(HeadLearner):
+    """Teaches heads what each action is worth, by passes over labelled text.
+
+    `learn` makes `epochs` passes, whatever number of decisions it is asked for. An update is one pass.
+
+    Args:
+        env: the task; its seed also starts the weights, the drawn routes and the order of the decisions.
+        windows: windows of its text that are labelled.
+        target: what is learned: `action`, the best action; `soft`, the distribution over actions that the temperature
+            makes of their values; `value`, the values' differences, by squared error; `cost`, to lose little value in
+            the mean (cost-sensitive classification).
+        temperature: of the values and of the walked routes, in nats; `action` is the limit 0.
+        rungs: prices of a range that are labelled, evenly spaced on a log scale.
+        epochs: passes over the labelled decisions.
+        batch_size: decisions per gradient step.
+        learning_rate: of Adam, constant.
+        width: hidden units of a head; 0 for a linear map.
+        init: folder of a saved router to start from.
+
+    Raises:
+        ValueError: a count below 1, an unknown target, or a temperature that is not above 0.
+    """
+
+    stateful = ("optimizer", "generator")
+
+    def __init__(
+        self,
+        env: Task,
+        *,
+        windows: int = 64,
+        target: Target = "cost",
+        temperature: float = 1.0,
+        rungs: int = 5,
+        epochs: int = 5,
+        batch_size: int = 4096,
+        learning_rate: float = 3e-3,
+        width: int = 0,
+        init: str | None = None,
+    ):
+        super().__init__(env, learning_rate=learning_rate, width=width, init=init)
+        require_positive(epochs=epochs, batch_size=batch_size)
+        check_target(target, temperature)
+        self.target, self.temperature, self.epochs, self.batch_size = target, temperature, epochs, batch_size
+        self.labels = Labels(env, windows=windows, temperature=0.0 if target == "action" else temperature, rungs=rungs)
+        self.generator = torch.Generator().manual_seed(env.first_seed)
+
+    @property
+    def decisions_per_update(self) -> int:
+        """Labelled decisions."""
+        return self.env.layers * self.labels.count
+
+    def span(self, total_decisions: int) -> int:
+        """All epochs."""
+        return self.epochs * self.decisions_per_update
+
+    @property
+    def rate(self) -> float:
+        """The learning rate, which stays."""
+        return self.learning_rate
+
+    def update(self) -> dict[str, float]:
+        """One pass over the labelled decisions; returns its metrics by tag."""
+        losses = []
+        for index in shuffled(self.labels.count, self.batch_size // self.env.layers, self.generator):
+            decisions = self.labels.decisions()
+            loss = taught_loss(self.router, decisions, index, target=self.target, temperature=self.temperature)
+            self.descend(loss)
+            losses.append(loss.item())
+        return {"train/loss": sum(losses) / len(losses)}
+
+
+def check_target(target: str, temperature: float) -> None:
+    """Refuse what cannot be taught.
+
+    Raises:
+        ValueError: names it.
+    """
+    if target not in get_args(Target):
+        raise ValueError(f"unknown target {target!r}: choose from {', '.join(get_args(Target))}")
+    if not temperature > 0:
+        raise ValueError(f"temperature must be above 0 nats, not {temperature}")
+
+
+def shuffled(count: int, size: int, generator: torch.Generator, pool: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Indices of routes in a random order, in batches, at least one route in each.
+
+    Args:
+        count: routes there are.
+        size: of a batch.
+        generator: of the order.
+        pool: the routes to learn from, with repeats for a bootstrap; all unless given.
+    """
+    pool = torch.arange(count) if pool is None else pool
+    return pool[torch.randperm(len(pool), generator=generator)].split(max(1, size))
+
+
+def taught_loss(
+    router: HeadRouter, decisions: Decisions, index: Tensor, *, target: Target, temperature: float
+) -> Tensor:
+    """The mean over the decisions of some routes of what a target asks for, a scalar."""
+    logits = []
+    for layer in range(len(decisions.hidden)):
+        listed = None if decisions.inputs is None else decisions.inputs[layer, index]
+        hidden, compute = decisions.hidden[layer, index], decisions.compute[layer, index]
+        view = View(hidden, layer, compute, price=decisions.price[index])
+        logits.append(router.heads(hidden, layer, compute, router.inputs.joined(view, listed)))
+    return target_loss(torch.stack(logits), decisions.values[:, index], target=target, temperature=temperature)
+
+
+def target_loss(logits: Tensor, values: Tensor, *, target: Target, temperature: float) -> Tensor:
+    """The mean over decisions of what a target asks for.
+
+    Args:
+        logits: (..., A), the heads' outputs.
+        values: (..., A), nats.
+        target: see `Supervised`.
+        temperature: nats, of `soft`.
+    """
+    logits, values = logits.flatten(0, -2), values.flatten(0, -2)
+    if target == "action":
+        return cross_entropy(logits, values.argmax(-1))
+    if target == "soft":
+        return cross_entropy(logits, (values / temperature).softmax(-1))
+    values = _centred(values)  # only differences between actions decide
+    if target == "value":
+        return (_centred(logits) - values).square().sum(-1).mean()
+    return -(logits.softmax(-1) * values).sum(-1).mean()
+
+
+def _centred(numbers: Tensor) -> Tensor:
+    return numbers - numbers.mean(-1, keepdim=True)

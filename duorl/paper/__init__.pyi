@@ -1,0 +1,7 @@
+from .claims import claims_page
+from .measures import scaling
+from .pictures import draw
+from .size import StudySize
+from .study import Study
+
+__all__ = ["Study", "StudySize", "claims_page", "draw", "scaling"]

@@ -1,0 +1,43 @@
+"""How much of the study is measured and trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from duorl.checks import require_positive
+
+
+@dataclass(frozen=True)
+class StudySize:
+    """How much is measured and trained.
+
+    Args:
+        windows: windows of each text's evaluation split that are searched exhaustively.
+        pattern_windows: windows of the router split on which fixed patterns are chosen.
+        random_patterns: random patterns in Fig. 4a (the paper: 100).
+        big: numbers of big layers that the soft router is trained for, besides the paper's three; all unless given.
+        prices: nats per all-big pass at which this project's routers are trained.
+        resamples: bootstrap resamples of windows for the 95 % intervals.
+    """
+
+    windows: int = 32
+    pattern_windows: int = 32
+    random_patterns: int = 100
+    big: tuple[int, ...] | None = None
+    prices: tuple[float, ...] = (0.1, 0.3, 0.6)
+    resamples: int = 2000
+
+    @classmethod
+    def quick(cls) -> StudySize:
+        """Minutes in place of a quarter of an hour, and wide intervals."""
+        return cls(windows=8, pattern_windows=8, big=(1,), prices=(0.3,), resamples=500)
+
+    def __post_init__(self) -> None:
+        if self.windows < 2:
+            raise ValueError(f"windows must be at least 2, for intervals over them, not {self.windows}")
+        if not self.prices or min(self.prices) < 0:
+            raise ValueError(f"prices must be at least one, each at least 0, not {list(self.prices)}")
+        if self.big is not None and any(count < 1 for count in self.big):
+            raise ValueError(f"big must be numbers of layers from 1 on, not {list(self.big)}")
+        counts = ("windows", "pattern_windows", "random_patterns", "resamples")
+        require_positive(**{name: getattr(self, name) for name in counts})

@@ -1,0 +1,3 @@
+from . import figures, page
+
+__all__ = ["figures", "page"]

@@ -1,0 +1,133 @@
+"""What the report's pages are made of: plotly charts, coloured text, and the page around them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+import yaml
+from matplotlib import colormaps
+from plotly.graph_objects import Figure
+from plotly.offline import get_plotlyjs
+
+from duorl.costs import ACTIONS
+
+Numbers = dict[str, Any]
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 1100px; margin: 2em auto; padding: 0 1em; }
+h1 { font-size: 1.6em; } h2 { font-size: 1.2em; margin-top: 2.2em; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; font-size: 13px; } td, th { padding: 3px 9px; text-align: right; }
+th { border-bottom: 1px solid #999; } td:first-child, th:first-child, td.text { text-align: left; }
+tr:nth-child(even) { background: #f7f7f7; } .interval { color: #888; font-size: 11px; white-space: nowrap; }
+.wide { overflow-x: auto; } pre { background: #f5f5f5; padding: 10px; overflow-x: auto; font-size: 12px; }
+.coloured { font: 13px/1.55 ui-monospace, monospace; white-space: pre-wrap; border: 1px solid #eee; padding: 8px; }
+.agrees { color: #177a2e; } .disagrees { color: #b3261e; } .open { color: #8a6d00; } p.note { color: #555; }
+"""
+_ACTION_SCALE = [
+    [0, "#e6e6e6"],
+    [0.33, "#e6e6e6"],
+    [0.33, "#1f77b4"],
+    [0.67, "#1f77b4"],
+    [0.67, "#ff7f0e"],
+    [1, "#ff7f0e"],
+]
+
+
+def chart(figure: Figure) -> str:
+    """A plotly figure as a piece of a page that holds plotly's script."""
+    return figure.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False})
+
+
+def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], x: str) -> Figure:
+    """Layer x position matrices with values in [0, 1], one shown at a time."""
+    figure = Figure()
+    for place, matrix in enumerate(maps.values()):
+        figure.add_heatmap(z=matrix, zmin=0, zmax=1, colorscale="Viridis", visible=place == 0)
+    choice(figure, list(maps), 1)
+    return axes(figure, x, "layer")
+
+
+def route_maps(routes: Mapping[str, Sequence[Sequence[int]]], tokens: Sequence[str]) -> Figure:
+    """Action codes by layer and token, (L, T), one router shown at a time; the token is in the hover text."""
+    figure = Figure()
+    for place, matrix in enumerate(routes.values()):
+        hover = [[f"{escape(repr(t))}: {ACTIONS[a]}" for t, a in zip(tokens, row, strict=True)] for row in matrix]
+        figure.add_heatmap(
+            z=matrix,
+            zmin=0,
+            zmax=2,
+            text=hover,
+            hoverinfo="text",
+            colorscale=_ACTION_SCALE,
+            colorbar={"tickvals": [0.33, 1, 1.67], "ticktext": list(ACTIONS)},
+            visible=place == 0,
+        )
+    choice(figure, list(routes), 1)
+    return axes(figure, "token", "layer")
+
+
+def choice(figure: Figure, names: Sequence[str], traces_each: int) -> None:
+    """A menu that shows one name's traces at a time."""
+    buttons = [
+        {
+            "label": name,
+            "method": "update",
+            "args": [{"visible": [i // traces_each == place for i in range(len(figure.data))]}],
+        }
+        for place, name in enumerate(names)
+    ]
+    figure.update_layout(updatemenus=[{"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.2}])
+
+
+def axes(figure: Figure, x: str, y: str) -> Figure:
+    """The pages' common look, and the names of the axes."""
+    figure.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 50, "b": 50}, height=420)
+    return figure.update_xaxes(title=x).update_yaxes(title=y)
+
+
+def coloured_text(rows: Sequence[Numbers], key: str) -> str:
+    """Tokens on a colour from white to dark red for `key` in nats, 6 and more; the numbers are in the tooltips."""
+    scale, spans = colormaps["OrRd"], []
+    for row in rows:
+        red, green, blue = (round(255 * part) for part in scale(min(max(row[key], 0) / 6, 1))[:3])
+        ink = "#fff" if row[key] > 4 else "#222"
+        tip = f"all-small {row['all_small']:.2f}, difficulty {row['difficulty']:.2f}"
+        style = f"background:rgb({red},{green},{blue});color:{ink}"
+        spans.append(f"<span style='{style}' title='{tip}'>{escape(row['token'])}</span>")
+    return f"<div class='coloured'>{''.join(spans)}</div>"
+
+
+def both_colourings(rows: Sequence[Numbers]) -> str:
+    """The same text twice: by the loss under all-small, and by difficulty (Duo-LLM, Fig. 6)."""
+    return (
+        f"<h3>(a) coloured by the loss under all-small</h3>{coloured_text(rows, 'all_small')}"
+        f"<h3>(b) coloured by difficulty, what compute can still remove</h3>{coloured_text(rows, 'difficulty')}"
+    )
+
+
+def document(title: str, settings: Numbers, parts: Sequence[str], *, charts: bool = True) -> str:
+    """A whole page: how to repeat the run, its parts, its configuration; with plotly's script where it has charts."""
+    script = f"<script>{get_plotlyjs()}</script>" if charts else ""
+    config = escape(
+        yaml.safe_dump({key: value for key, value in settings.items() if key != "command"}, sort_keys=False)
+    )
+    return (
+        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
+        f"<link rel='icon' href='data:,'><style>{_STYLE}</style>{script}</head><body><h1>{escape(title)}</h1>"
+        f"<p>Repeat it with</p><pre id='command'>{escape(settings['command'])}</pre>{''.join(parts)}"
+        f"<h2>Configuration</h2><pre>{config}</pre></body></html>"
+    )
+
+
+def column(points: Sequence[Numbers], key: str) -> list[float]:
+    """One number of every point."""
+    return [point[key] for point in points]
+
+
+def error_bars(values: Sequence[float], low: Sequence[float], high: Sequence[float]) -> Numbers:
+    """Plotly's error bars from intervals."""
+    above = [top - value for top, value in zip(high, values, strict=True)]
+    below = [value - bottom for bottom, value in zip(low, values, strict=True)]
+    return {"symmetric": False, "array": above, "arrayminus": below}

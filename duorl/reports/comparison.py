@@ -1,0 +1,173 @@
+"""The page of a comparison of routers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from plotly.graph_objects import Figure
+
+from duorl.costs import ACTIONS
+from duorl.evaluation import Comparison
+from duorl.paper.pictures import around
+from duorl.reports.charts import (
+    Numbers,
+    axes,
+    both_colourings,
+    chart,
+    choice,
+    column,
+    document,
+    error_bars,
+    heat_maps,
+    route_maps,
+)
+from duorl.reports.figures import BOUNDS, bound_of
+
+_ACTION_COLORS = dict(zip(ACTIONS, ("#cccccc", "#1f77b4", "#ff7f0e"), strict=True))
+
+
+def comparison_page(folder: Path) -> str:
+    """The page of the comparison in a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: comparison.json is missing, or not JSON.
+    """
+    comparison = Comparison.load(folder / "comparison.json")
+    settings, note = comparison.settings, BOUNDS[bound_of(comparison)]
+    parts = [
+        "<h2>Loss against compute</h2>",
+        chart(_frontier(comparison)),
+        f"<p class='note'>Bars: 95 % interval of the paired difference to best fixed. {note}</p>",
+        "<h2>All routers</h2>",
+        _comparison_table(comparison),
+    ]
+    if (folder / "budgets.json").is_file():
+        for text, found in json.loads((folder / "budgets.json").read_text())["texts"].items():
+            parts += _budgets(text, found)
+    if (folder / "traces.json").is_file():
+        parts += _traces(json.loads((folder / "traces.json").read_text()))
+    return document("Comparison of routers", settings, parts)
+
+
+def _frontier(comparison: Comparison) -> Figure:
+    figure = Figure()
+    for kind, dash in (("fixed", "solid"), ("oracle", "dot")):
+        if not (points := comparison.frontiers[kind]):
+            continue
+        label = f"{kind} per number of big layers ({points[0]['context']})"
+        hover = [f"{point['big']} big" for point in points]
+        line = {"dash": dash, "color": "#999"}
+        figure.add_scatter(x=column(points, "compute"), y=column(points, "loss"), name=label, text=hover, line=line)
+    for row in comparison.rows:
+        low, high = around(row, "loss", "loss_minus_fixed")
+        figure.add_scatter(
+            x=[row["compute"]],
+            y=[row["loss"]],
+            error_y=error_bars([row["loss"]], [low], [high]),
+            name=row["router"],
+            mode="markers",
+            marker={"size": 10},
+            visible=True if row["loss"] < comparison.frontiers["fixed"][0]["loss"] + 0.5 else "legendonly",
+        )
+    return axes(figure, "compute (FFN FLOPs / all-big)", "loss (nats per token)")
+
+
+_COLUMNS = {
+    "loss": "loss",
+    "perplexity": "perplexity",
+    "compute": "compute",
+    "flops_per_token": "FLOPs per token",
+    "return": "return",
+    "return_minus_fixed": "return minus best fixed",
+    "loss_minus_fixed": "loss minus best fixed",
+    "regret": "regret",
+    "agreement": "agreement",
+    "tokens_per_second": "tokens / s",
+}
+
+
+def _comparison_table(comparison: Comparison) -> str:
+    rows = []
+    for row in comparison.rows:
+        cells = "".join(
+            "<td></td>" if row[key] is None else _cell(row[key], row[f"{key}_interval"], key) for key in _COLUMNS
+        )
+        rows.append(f"<tr><td>{escape(row['router'])}{'*' if row['sees_label'] else ''}</td>{cells}</tr>")
+    head = "".join(f"<th>{title}</th>" for title in ("router", *_COLUMNS.values()))
+    note = (
+        "Routed context; regret and agreement in the reference context. Below each number its 95 % bootstrap interval "
+        f"over windows. * sees the label: a bound, not a rival. {BOUNDS[bound_of(comparison)]}"
+    )
+    body = f"<table id='routers'><tr>{head}</tr>{''.join(rows)}</table>"
+    return f"<div class='wide'>{body}</div><p class='note'>{note}</p>"
+
+
+def _cell(value: float, interval: Sequence[float], key: str, digits: int = 3) -> str:
+    spread = f"<span class='interval'>{' to '.join(_short(end, digits) for end in interval)}</span>"
+    return f"<td data-key='{key}' data-value='{value!r}'>{_short(value, digits)}<br>{spread}</td>"
+
+
+def _short(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}f}"
+
+
+def _budgets(text: str, found: Numbers) -> list[str]:
+    """Routers at equal compute: their frontiers, and their losses at the targets with the difference to each rival."""
+    figure = Figure()
+    for router in found["routers"]:
+        steps = router["frontier"]
+        below = [step["loss"] - step["interval"][0] for step in steps]
+        above = [step["interval"][1] - step["loss"] for step in steps]
+        bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 0.5}
+        figure.add_scatter(x=column(steps, "compute"), y=column(steps, "loss"), error_y=bars, name=router["router"])
+    note = "Means over seeds; bars and intervals: 95 %, over seeds and windows. Differences are paired by window."
+    return [
+        f"<h2>At equal compute: {escape(text)}</h2>",
+        chart(axes(figure, "compute (FFN FLOPs / all-big)", "loss (nats per token)")),
+        _budget_table(found["rows"]),
+        f"<p class='note'>{note}</p>",
+    ]
+
+
+def _budget_table(rows: Sequence[Numbers]) -> str:
+    names = list(dict.fromkeys(row["router"] for row in rows))
+    titles = ("router", "compute", "loss", *(f"minus {name}" for name in names))
+    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    lines = []
+    for row in rows:
+        cells = [f"<td>{escape(row['router'])}</td><td>{row['target']:g}</td>"]
+        cells += ["<td></td>" if row["loss"] is None else _cell(row["loss"], row["loss_interval"], "loss", 4)]
+        for name in names:
+            against = row["minus"].get(name)
+            cells += [_cell(against["difference"], against["interval"], name, 4) if against else "<td></td>"]
+        lines.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<div class='wide'><table class='budgets'><tr>{head}</tr>{''.join(lines)}</table></div>"
+
+
+def _traces(traces: Numbers) -> list[str]:
+    routers = traces["routers"]
+    maps = {name: found["share_of_big"] for name, found in routers.items()}
+    routes = {name: found["routes"] for name, found in routers.items()}
+    difficulty = ["<h2>Token difficulty</h2>", both_colourings(traces["difficulty"])] if traces["difficulty"] else []
+    return [
+        "<h2>Action shares per layer</h2>",
+        chart(_shares({name: found["per_layer"] for name, found in routers.items()})),
+        "<h2>Share of big by layer and position</h2>",
+        chart(heat_maps(maps, "position in the window")),
+        "<h2>Routes of one sequence</h2>",
+        chart(route_maps(routes, traces["tokens"])),
+        *difficulty,
+    ]
+
+
+def _shares(routers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    figure = Figure()
+    for place, per_layer in enumerate(routers.values()):
+        for action, shares in per_layer.items():
+            figure.add_bar(y=shares, name=action, marker_color=_ACTION_COLORS[action], visible=place == 0)
+    choice(figure, list(routers), len(ACTIONS))
+    figure.update_layout(barmode="stack")
+    return axes(figure, "layer", "share of the tokens")

@@ -1,0 +1,239 @@
+"""Tables and pictures of a comparison: loss against compute, and where the big networks are used."""
+
+from __future__ import annotations
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from duorl.costs import ACTIONS, BIG
+from duorl.evaluation import Comparison
+
+
+def frontier(comparison: Comparison) -> Figure:
+    """Loss against compute: every router with its 95 % interval, the fixed frontier, the oracle's where it is known."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for name, label, style, color in (
+        ("fixed", "best fixed pattern per budget (routed)", "o-", "0.55"),
+        ("oracle", f"oracle per budget (reference, {_searched(comparison):,} of the tokens)", "s--", "0.75"),
+    ):
+        if points := comparison.frontiers[name]:
+            xs, ys = [point["compute"] for point in points], [point["loss"] for point in points]
+            axes.plot(xs, ys, style, color=color, label=label, markersize=4, zorder=1)
+    limit = max(point["loss"] for point in comparison.frontiers["fixed"]) + 0.15
+    off = [row["router"] for row in comparison.rows if row["loss"] > limit]  # all-skip would flatten the rest
+    rivals = [row for row in comparison.rows if row["loss"] <= limit and not row["sees_label"]]
+    for row in rivals:
+        low, high = row["loss_minus_fixed_interval"]
+        spread = [[max(0.0, row["loss_minus_fixed"] - low)], [max(0.0, high - row["loss_minus_fixed"])]]
+        axes.errorbar(row["compute"], row["loss"], yerr=spread, fmt="D", label=row["router"], capsize=3)
+    axes.set_xlabel("compute (FFN FLOPs / all-big)")
+    axes.set_ylabel("loss (nats per token)")
+    titles = ["Held-out loss; bars: 95 % interval of the paired difference to best fixed", BOUNDS[bound_of(comparison)]]
+    axes.set_title("\n".join(filter(None, titles)), fontsize=9)
+    axes.legend(fontsize=8, title=f"above the picture: {', '.join(off)}" if off else None, title_fontsize=8)
+    axes.grid(alpha=0.2)
+    return figure
+
+
+BOUNDS = {
+    "exact": "",
+    "lower bound": "No oracle: the bound is coordinate descent, a lower bound of the oracle's return.",
+    None: "No oracle, and no bound in its place.",
+}
+"""What pictures and pages say where there is no oracle."""
+
+
+def bound_of(comparison: Comparison) -> str | None:
+    """What regrets are measured against: `exact`, a `lower bound`, or nothing. Older files knew only the first."""
+    return comparison.rows[0].get("bound", "exact") if comparison.rows else None
+
+
+def _searched(comparison: Comparison) -> int:
+    """Tokens that were searched."""
+    return min((row["reference"]["tokens"] for row in comparison.rows if row["reference"]), default=0)
+
+
+def heat_map(routes: Tensor, title: str) -> Figure:
+    """Share of big per layer and position (Duo-LLM, Fig. 2 and 3): routes (W, T, L)."""
+    share = (routes == BIG).float().mean(0).T.cpu()  # (L, T)
+    figure, axes = plt.subplots(figsize=(8, 2.5), layout="constrained")
+    image = axes.imshow(share, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
+    axes.set_xlabel("position in the window")
+    axes.set_ylabel("layer")
+    axes.set_title(title, fontsize=9)
+    figure.colorbar(image, ax=axes, label="share of big")
+    return figure
+
+
+_COLUMNS = ["router", "loss", "compute", "actions %", "return", "minus best fixed", "regret", "agree"]
+_SEES = " * sees the label: a bound, not a rival, on the searched tokens only."
+_TERMINAL, _LEAST_NAME = 80, 12  # columns: of the terminal, and of a router's name
+
+
+def table(comparison: Comparison) -> Table:
+    """The comparison for a terminal of 80 columns or more; the caption says in which context each column was measured.
+
+    Names are cut where there is no room for them, numbers never.
+    """
+    shown = Table(title=_title(comparison), caption=_caption(comparison), box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    titles, rows = _titles(comparison), [_cells(row) for row in comparison.rows]
+    widths = _widths(titles, rows)
+    if sum(widths[1:]) + len(widths) - 1 + _LEAST_NAME > _TERMINAL:  # an interval then goes below its number
+        rows = [[cell.replace(" (", "\n(") for cell in row] for row in rows]
+        widths = _widths(titles, rows)
+    shown.add_column(titles[0], min_width=_LEAST_NAME)
+    for name, width in zip(titles[1:], widths[1:], strict=True):
+        shown.add_column(name, justify="right", width=width)
+    for name, *numbers in rows:
+        shown.add_row(Text(name, no_wrap=True, overflow="ellipsis"), *(Text(cell, no_wrap=True) for cell in numbers))
+    return shown
+
+
+def _widths(titles: list[str], rows: list[list[str]]) -> list[int]:
+    """Of the columns: their longest line; titles are broken between words."""
+    columns = zip(*([title.replace(" ", "\n") for title in titles], *rows), strict=True)
+    return [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
+
+
+def _title(comparison: Comparison) -> str:
+    return f"price {comparison.settings['price']:g} nats per all-big pass"
+
+
+def _caption(comparison: Comparison) -> str:
+    routed = max(row["tokens"] for row in comparison.rows)
+    searched = f"; regret and agreement in the reference context, {_searched(comparison):,} of them"
+    against = {
+        "exact": f"{searched}. ",
+        "lower bound": f"{searched}, against coordinate descent, a lower bound of the oracle's return: regrets are at "
+        "least so large. ",
+        None: ". No bound was searched, so there is no regret and no agreement. ",
+    }[bound_of(comparison)]
+    return (
+        f"Actions: skip/small/big. Routed context, {routed:,} held-out tokens{against}"
+        "In brackets the 95 % interval over windows of the paired difference to best fixed."
+        + (_SEES if any(row["sees_label"] for row in comparison.rows) else "")
+    )
+
+
+def _titles(comparison: Comparison) -> list[str]:
+    at_least = bound_of(comparison) == "lower bound"
+    return [f"{name} (at least)" if at_least and name == "regret" else name for name in _COLUMNS]
+
+
+def markdown(comparison: Comparison) -> str:
+    """The same table for a page of Markdown."""
+    titles = _titles(comparison)
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *map(_cells, comparison.rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def _cells(row: dict) -> list[str]:
+    low, high = row["return_minus_fixed_interval"]
+    difference = f"{row['return_minus_fixed']:+.3f} ({low:+.3f}, {high:+.3f})"
+    return [
+        row["router"] + ("*" if row["sees_label"] else ""),
+        f"{row['loss']:.3f}",
+        f"{row['compute']:.2f}",
+        "/".join(f"{100 * row['actions'][action]:.0f}" for action in ACTIONS),
+        f"{row['return']:+.3f}",
+        difference if row["router"] != "best fixed" else "",
+        "" if row["regret"] is None else f"{row['regret']:.3f}",
+        "" if row["agreement"] is None else f"{100 * row['agreement']:.0f} %",
+    ]
+
+
+def budget_table(rows: list[dict[str, float]], title: str) -> Table:
+    """An oracle's losses per number of big layers, beside the best fixed route's (`RouteTable.by_budget`)."""
+    shown = Table(title=title)
+    for name in ("big layers", "oracle's loss", "compute", "best fixed route's loss", "its compute"):
+        shown.add_column(name, justify="right")
+    for row in rows:
+        numbers = (row["loss"], row["compute"], row["fixed_loss"], row["fixed_compute"])
+        shown.add_row(str(row["big"]), *(f"{number:.4f}" for number in numbers))
+    return shown
+
+
+def budget_frontiers(found: dict, text: str) -> Figure:
+    """Routers over all budgets: the frontiers with their bands, and how far they lie below the best fixed pattern.
+
+    Args:
+        found: one text of `budgets.json`.
+        text: its name.
+    """
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for index, router in enumerate(found["routers"]):
+        color = "0.55" if router["router"] == _FIXED else f"C{index - 1}"
+        steps = router["frontier"]
+        xs, ys = [step["compute"] for step in steps], [step["loss"] for step in steps]
+        left.plot(xs, ys, ".-", color=color, label=router["router"], linewidth=1)
+        left.fill_between(xs, *zip(*(step["interval"] for step in steps), strict=True), color=color, alpha=0.08)
+        points = _below_fixed(found["rows"], router["router"])
+        if points:
+            targets, differences, bars = zip(*points, strict=True)
+            shifted = [target + 0.006 * (index - len(found["routers"]) / 2) for target in targets]
+            spread = list(zip(*bars, strict=True))
+            right.errorbar(shifted, differences, yerr=spread, fmt="D", color=color, capsize=3, markersize=4)
+    left.axhline(found["all_big"], color="0.8", linestyle="--", label="all-big")
+    right.axhline(0, color="0.55")
+    for axes, title in (
+        (left, f"{text}: held-out loss, mean over seeds; bands: 95 %, seeds and windows"),
+        (right, "loss minus the best fixed pattern's at equal compute, paired"),
+    ):
+        axes.set_xlabel("compute (FFN FLOPs / all-big)")
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.2)
+    left.set_ylabel("nats per token")
+    left.legend(fontsize=8)
+    return figure
+
+
+_FIXED = "best fixed"
+
+
+def _below_fixed(rows: list[dict], router: str) -> list[tuple[float, float, tuple[float, float]]]:
+    """Per target that the router reaches: the target, the difference, and the bars below and above it."""
+    points = []
+    for row in rows:
+        if row["router"] == router and (against := row["minus"].get(_FIXED)):
+            low, high = against["interval"]
+            points.append(
+                (row["target"], against["difference"], (against["difference"] - low, high - against["difference"]))
+            )
+    return points
+
+
+def budgets_markdown(numbers: dict) -> str:
+    """The tables of `budgets.json`: per text, every router's loss at every target, and its difference to best fixed."""
+    return "\n".join(_budget_table(text, found) for text, found in numbers["texts"].items())
+
+
+def _budget_table(text: str, found: dict) -> str:
+    targets = sorted({row["target"] for row in found["rows"]})
+    cells = {(row["router"], row["target"]): _budget_cell(row) for row in found["rows"]}
+    head = ["router", "seeds", *(f"at {100 * target:g} %" for target in targets), "all-big's loss at", "hypervolume"]
+    lines = [f"**{text}**, {found['tokens']:,} tokens, all-big {found['all_big']:.3f}", ""]
+    lines += [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for router in found["routers"]:
+        name, level = router["router"], router["level_at"]
+        losses = [cells[name, target] for target in targets]
+        end = ["never" if level is None else f"{100 * level:.0f} %", f"{router['hypervolume']:.4f}"]
+        lines.append(f"| {' | '.join([name, str(router['seeds']), *losses, *end])} |")
+    return "\n".join(lines) + "\n"
+
+
+def _budget_cell(row: dict) -> str:
+    if row["loss"] is None:
+        return f"spends {row['spends'][0]:.2f} to {row['spends'][1]:.2f}"
+    against = row["minus"].get(_FIXED)
+    if against is None:
+        return f"{row['loss']:.4f}"
+    low, high = against["interval"]
+    return f"{row['loss']:.4f}, {against['difference']:+.4f} ({low:+.4f}, {high:+.4f})"

@@ -1,0 +1,21 @@
+from .base import LogitRouter, Router, load
+from .budget import BudgetRouter
+from .ensemble import EnsembleRouter
+from .heads import HeadRouter
+from .knn import KNNRouter
+from .simple import ConstantRouter, OracleRouter, PatternRouter, RandomRouter, ReplayRouter
+
+__all__ = [
+    "BudgetRouter",
+    "ConstantRouter",
+    "EnsembleRouter",
+    "HeadRouter",
+    "KNNRouter",
+    "LogitRouter",
+    "OracleRouter",
+    "PatternRouter",
+    "RandomRouter",
+    "ReplayRouter",
+    "Router",
+    "load",
+]

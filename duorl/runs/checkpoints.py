@@ -1,0 +1,112 @@
+"""Checkpoints: a learner's state as one safetensors file, exact and without pickle.
+
+    save(path, {"weights": tensor, "step": 7, "random": generator.bit_generator.state})
+    state = load(path)
+
+Tensors lie in the file as such; around them stands the structure, as JSON in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialized
+
+from duorl.files import writing
+
+_KEY = "state"
+
+
+def save(path: str | Path, state: Any) -> None:
+    """Write a state, whole or not at all.
+
+    Args:
+        path: of the file.
+        state: dictionaries (keys: strings, numbers, tuples), lists, tuples, numbers, booleans, None and strings, with
+            torch tensors and NumPy arrays in them. What is a subclass of these comes back as the class itself.
+
+    Raises:
+        TypeError: something else is in it; says where.
+        OSError: it cannot be written.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    structure = json.dumps(_encoded(state, "state", tensors), allow_nan=False)
+    with writing(path) as beside:
+        beside.write_bytes(serialized(tensors, {_KEY: structure}))
+
+
+def load(path: str | Path) -> Any:
+    """The state that was saved; its tensors are on the processor.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is broken, or no checkpoint; names it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return _decoded(json.loads(file.metadata()[_KEY]), tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is broken or no checkpoint: delete it to start anew ({error})") from error
+
+
+def _encoded(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
+    """JSON for a value: itself, a list, or a dictionary with one key, its kind. Tensors are set aside by name."""
+    if value is None or type(value) in (bool, int, str):
+        return value
+    if isinstance(value, torch.Tensor):
+        return {"tensor": _put(value.detach().cpu().contiguous().clone(), tensors)}
+    if isinstance(value, (np.ndarray, np.generic)):
+        return {"array": _encoded_array(np.asarray(value), where, tensors), "scalar": isinstance(value, np.generic)}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"float": repr(float(value))}
+    if isinstance(value, dict):
+        pairs = [(_encoded(key, where, tensors), _encoded(value[key], f"{where}[{key!r}]", tensors)) for key in value]
+        return {"dict": pairs}
+    if isinstance(value, (list, tuple)):
+        items = [_encoded(item, f"{where}[{index}]", tensors) for index, item in enumerate(value)]
+        return items if isinstance(value, list) else {"tuple": items}
+    if isinstance(value, (int, str)):
+        return int(value) if isinstance(value, int) else str(value)
+    raise TypeError(f"{where} is a {type(value).__name__}, which a checkpoint cannot hold")
+
+
+def _encoded_array(array: np.ndarray, where: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """Its bytes as a tensor, for torch lacks some of NumPy's types."""
+    if array.dtype.hasobject:
+        raise TypeError(f"{where} is an array of objects, which a checkpoint cannot hold")
+    content = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())
+    return {"bytes": _put(content, tensors), "type": array.dtype.str, "shape": list(array.shape)}
+
+
+def _put(tensor: torch.Tensor, tensors: dict[str, torch.Tensor]) -> str:
+    name = str(len(tensors))
+    tensors[name] = tensor
+    return name
+
+
+def _decoded(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item, tensors) for item in value]
+    if not isinstance(value, dict):
+        return value
+    kind, content = next(iter(value.items()))
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "array":
+        kept = tensors[content["bytes"]].numpy().tobytes()
+        array = np.frombuffer(kept, np.dtype(content["type"])).reshape(content["shape"]).copy()
+        return array[()] if value["scalar"] else array
+    if kind == "float":
+        return float(content)
+    if kind == "dict":
+        return {_decoded(key, tensors): _decoded(item, tensors) for key, item in content}
+    return tuple(_decoded(item, tensors) for item in content)

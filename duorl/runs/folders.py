@@ -1,0 +1,166 @@
+"""A run's folder: who may write in it, and what the run there was made with.
+
+    with claim("runs/mine", "train", config, resume=False, overwrite=False) as folder:
+        ...
+
+A folder of ours holds `.duorl`. The process that works in it holds a lock on that file, which the kernel takes back
+when the process ends, however it ends. A folder that holds nothing but `.duorl` was left on the way to its
+`config.yaml`, and is begun anew.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from duorl.files import PART, write_text
+
+MARK, CONFIG = ".duorl", "config.yaml"
+_FREE = {"resume", "overwrite", "out", "config", "save_every", "processes"}  # do not change what a run computes
+
+
+def check(out: str | None, *, resume: bool = False, overwrite: bool = False) -> None:
+    """Refuse an output folder that a run cannot have; writes nothing.
+
+    Args:
+        out: the folder; None for a free one.
+        resume: go on with the run in it.
+        overwrite: replace the run in it.
+
+    Raises:
+        FileExistsError: it holds something, and neither `overwrite` nor `resume` is set or what it holds is no run; or
+            another process works in it.
+        FileNotFoundError: there is nothing to resume.
+        PermissionError: it cannot be written.
+    """
+    folder = Path(out) if out is not None else None
+    if resume and overwrite:
+        raise ValueError("--resume goes on with what --overwrite would delete: give one of them")
+    if resume and (folder is None or not folder.is_dir()):
+        raise FileNotFoundError(f"nothing to resume: --out {folder} holds no run")
+    _check_writable(folder or Path("runs"))
+    if folder is None or not folder.exists():
+        return
+    if not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: give another --out")
+    if (folder / MARK).is_file():
+        os.close(_lock(folder))  # first: whoever works there must not be told to overwrite it
+    _check_content(folder, resume, overwrite)
+
+
+def _check_content(folder: Path, resume: bool, overwrite: bool) -> None:
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(PART)}
+    if names <= {MARK}:
+        return
+    if not (resume or overwrite):
+        raise FileExistsError(f"{folder} already holds files: give --overwrite to replace a run, or another --out")
+    if MARK not in names:
+        raise FileExistsError(f"{folder} holds files but no run (no {MARK}): give another --out")
+    if resume and CONFIG not in names:
+        raise FileNotFoundError(f"nothing to resume: {folder} has no {CONFIG}; give --overwrite to begin anew there")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise FileExistsError(f"{folder} is where you stand: give another --out")
+
+
+def _check_writable(folder: Path) -> None:
+    there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(f"no permission to write in {there}: give another --out")
+
+
+def check_same_options(out: str, config: str) -> None:
+    """Refuse to resume a run with options other than its own: routers of different kinds would stand in one table.
+
+    Raises:
+        ValueError: names the first option that differs.
+    """
+    path = Path(out) / CONFIG
+    if not path.is_file():
+        return
+    now, then = (dict(flatten(yaml.safe_load(text))) for text in (config, path.read_text()))
+    for name in sorted(now.keys() | then.keys()):
+        if name not in _FREE and now.get(name) != then.get(name):
+            raise ValueError(f"{out} was made with {name} {then.get(name)}, not {now.get(name)}: cannot resume it")
+
+
+@contextmanager
+def claim(out: str | None, name: str, config: str, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
+    """The run's folder, made or emptied as asked, with its configuration in it, for this process alone.
+
+    Args:
+        out: the folder; None for the first free `runs/NAME-N`.
+        name: of a folder that is made up.
+        config: the resolved options as YAML.
+        resume: go on with the run in it, which keeps its configuration.
+        overwrite: replace the run in it.
+
+    Raises:
+        FileExistsError: another process works in it; otherwise as `check`.
+    """
+    folder = _free(name) if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    if out is not None and not (folder / MARK).is_file():
+        _check_content(folder, resume, overwrite)  # before the lock leaves its mark there
+    lock = _lock(folder)
+    try:
+        _check_content(folder, resume, overwrite)  # another process may have been here before the lock was ours
+        if not (resume and (folder / CONFIG).is_file()):
+            _empty(folder)
+            write_text(folder / CONFIG, config)
+        yield folder
+    finally:
+        os.close(lock)
+
+
+def abandon(folder: Path) -> None:
+    """Empty the folder of a run that came to nothing, so that another may begin there."""
+    _empty(folder)
+
+
+def _free(name: str) -> Path:
+    for number in count(1):
+        folder = Path("runs") / f"{name}-{number}"
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError("unreachable")
+
+
+def _lock(folder: Path) -> int:
+    descriptor = os.open(folder / MARK, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise FileExistsError(f"another process works in {folder}: wait for it, or give another --out") from None
+    return descriptor
+
+
+def _empty(folder: Path) -> None:
+    (folder / CONFIG).unlink(missing_ok=True)  # first: what is half deleted cannot be resumed
+    for path in folder.iterdir():
+        if path.name == MARK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dictionaries by dotted name; lists are leaves."""
+    if not isinstance(tree, Mapping) or not tree:
+        yield prefix.removesuffix("."), tree
+        return
+    for key, value in tree.items():
+        yield from flatten(value, f"{prefix}{key}.")

@@ -1,0 +1,185 @@
+"""Jobs in processes side by side: the machine's cores are divided among them, for more threads slow all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from duorl.runs import interrupts
+from duorl.runs.jobs import Executor, Function, JobError, Tell, described
+
+_SPAWN = multiprocessing.get_context("spawn")
+_EVERY = 0.1  # seconds between two words of a job on its progress
+
+
+class SideBySide(Executor):
+    """Processes that take one job after another; one that dies takes down its job alone.
+
+    Args:
+        slots: processes at a time.
+        threads: of torch in each.
+    """
+
+    def __init__(self, slots: int, threads: int):
+        self.slots, self.threads = slots, threads
+        self._all: set[_Worker] = set()
+        self._idle: list[_Worker] = []
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    def execute(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
+        """Run it in a process that has nothing to do, or a new one; see `Executor.execute`."""
+        worker = self._take()
+        try:
+            result = worker.do(function, arguments, tell)
+        except JobError as error:
+            self._give_back(worker)
+            if self._stopping:
+                raise interrupts.Interrupted(signal.SIGTERM) from None
+            raise error
+        except BaseException:
+            worker.end()
+            raise
+        self._give_back(worker)
+        return result
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """SIGTERM, once, or SIGKILL, to all processes."""
+        with self._lock:
+            for worker in self._all:
+                if at_once:
+                    worker.process.kill()
+                elif not self._stopping:
+                    worker.process.terminate()
+            self._stopping = True
+
+    def close(self) -> None:
+        """End the processes that have nothing to do."""
+        with self._lock:
+            while self._idle:
+                self._idle.pop().end()
+
+    def _take(self) -> _Worker:
+        with self._lock:
+            if self._stopping:
+                raise interrupts.Interrupted(signal.SIGTERM)
+            if self._idle:
+                return self._idle.pop()
+            worker = _Worker(self.threads)
+            self._all.add(worker)
+            return worker
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._lock:
+            if worker.process.is_alive():
+                self._idle.append(worker)
+            else:
+                worker.end()
+                self._all.discard(worker)
+
+
+class _Worker:
+    """A process, and the line to it."""
+
+    def __init__(self, threads: int):
+        self.connection, theirs = _SPAWN.Pipe()
+        self.process: SpawnProcess = _SPAWN.Process(target=_serve, args=(theirs, threads))
+        # Both signals are held back until it can deal with them.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
+        try:
+            self.process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+    def do(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
+        """Have it run a function; errors as for `Executor.execute`."""
+        try:
+            self.connection.send((function, arguments))
+            while True:
+                kind, content = self.connection.recv()
+                if kind == "result":
+                    return content
+                if kind == "error":
+                    raise JobError(*content)
+                if kind == "interrupted":
+                    raise interrupts.Interrupted(content)
+                tell(**content)
+        except (EOFError, OSError):
+            self.process.join()
+            raise JobError(f"its process died ({_death(self.process.exitcode)})") from None
+
+    def end(self) -> None:
+        """Have it end: nothing more will come."""
+        self.connection.close()
+        self.process.join()
+
+
+def _death(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"exit code {code}"
+    name = signal.Signals(-code).name
+    return f"{name}, out of memory perhaps" if name == "SIGKILL" else name
+
+
+def _serve(connection: Connection, threads: int) -> None:
+    """What runs in the process: one job after another."""
+    _follow_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes; the command passes it on as SIGTERM
+    try:
+        with interrupts.listening(ignore=signal.SIGINT):
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)
+            _prepare(threads)
+            while True:
+                function, arguments = connection.recv()
+                with interrupts.deferred():
+                    connection.send(_answer(connection, function, arguments))
+    except interrupts.Interrupted as stop:
+        with contextlib.suppress(OSError):
+            connection.send(("interrupted", stop.signum))
+    except (EOFError, OSError):
+        return
+
+
+def _prepare(threads: int) -> None:
+    import torch
+
+    from duorl.runs.allocator import keep_freed_memory
+
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+
+
+def _answer(connection: Connection, function: Function, arguments: dict[str, Any]) -> tuple[str, Any]:
+    last = 0.0
+
+    def tell(**said: Any) -> None:
+        nonlocal last
+        if "line" in said or time.monotonic() - last >= _EVERY:
+            last = time.monotonic()
+            connection.send(("progress", said))
+
+    try:
+        return "result", function(**arguments, tell=tell)
+    except Exception as error:  # a job runs users' code, which may raise anything
+        found = described(error)
+        return "error", (found.line, found.details)
+
+
+def _follow_parent() -> None:
+    """End when the parent does, even when it is killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()

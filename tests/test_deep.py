@@ -1,0 +1,144 @@
+"""A model that is too deep to enumerate, 24 layers, through the whole command line."""
+
+import io
+import json
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import duorl
+from duorl import routers
+from duorl.cli import comparing, main
+
+pytestmark = pytest.mark.slow
+LAYERS = 24
+TINY = """
+model: deep
+corpus: [{corpus}]
+total_decisions: 3000
+validations: 1
+env: {{windows_per_batch: 1, group_size: 2, window: 16}}
+evaluation:
+  {{windows: 4, reference_windows: 2, fixed_windows: 2, finalists: 2, final_windows: 2, batch: 4, resamples: 20}}
+rivals:
+  supervised: {{class_path: Supervised, init_args: {{windows: 1, epochs: 1}}}}
+  soft: {{class_path: Soft, init_args: {{updates: 2}}}}
+"""
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def place(tmp_path_factory, small_corpus):
+    """A folder with the model and its configuration, in which all commands run: with one thread, for all is tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("place")
+        patch.chdir(folder)
+        Path("tiny.yaml").write_text(TINY.format(corpus=small_corpus))
+        torch.manual_seed(0)
+        original = LlamaForCausalLM(
+            LlamaConfig(vocab_size=2048, num_hidden_layers=LAYERS, max_position_embeddings=64, **SIZES)
+        )
+        for parameter in original.parameters():
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        duorl.convert(original.eval(), small_ratio=4).save_pretrained("deep")
+        duorl.load_tokenizer().save_pretrained("deep")
+        yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def said_before(monkeypatch):
+    """Run a command; what it printed before it searched the first fixed pattern."""
+
+    def run(*words: str) -> str:
+        printed, before = io.StringIO(), []
+
+        def search(*arguments, **options):
+            before.append(printed.getvalue())
+            return comparer(*arguments, **options)
+
+        comparer = comparing.Comparer
+        with monkeypatch.context() as patch, redirect_stdout(printed):
+            patch.setattr(comparing, "Comparer", search)
+            main([*words])
+        return before[0]
+
+    return run
+
+
+def read(run: str) -> tuple[dict, dict]:
+    """A run's rows by router, and its frontiers."""
+    saved = json.loads(Path(run, "comparison.json").read_text())
+    return {row["router"]: row for row in saved["rows"]}, saved["frontiers"]
+
+
+def assert_bounded_below(run: str, before: str) -> dict:
+    """The bound is a lower one and nowhere called an oracle; the methods were said before they started."""
+    rows, frontiers = read(run)
+    assert "best fixed pattern: greedy, up to" in before and f"of {2**LAYERS:,} patterns" in before
+    assert "bound: coordinate descent, a lower bound of the oracle, about" in before
+    assert "too many to enumerate" in before
+    assert {row["bound"] for row in rows.values()} == {"lower bound"}
+    assert rows["lower bound"]["sees_label"] and "oracle" not in rows
+    assert rows["lower bound"]["regret"] == pytest.approx(0, abs=1e-5)
+    assert frontiers["oracle"] == [] and [point["big"] for point in frontiers["fixed"]] == list(range(LAYERS + 1))
+    assert "regret (at least)" in Path(run, "comparison.md").read_text()
+    return rows
+
+
+def test_train_and_evaluate(said_before):
+    before = said_before("train", "--config", "tiny.yaml", "--out", "train")
+    rows = assert_bounded_below("train", before)
+    assert {"supervised", "soft", "PPO", "best fixed", "random"} <= set(rows)
+    assert routers.load("train/router").config["layers"] == LAYERS
+    options = yaml.safe_load(Path("tiny.yaml").read_text())
+    settings = [f"--evaluation.{name}={value}" for name, value in options["evaluation"].items()]
+    where = ["--model=deep", f"--corpus={options['corpus'][0]}", "--window=16"]
+    before = said_before("evaluate", "--router", "train/router", *where, *settings, "--out", "evaluate")
+    again = assert_bounded_below("evaluate", before)
+    assert again["train/router"]["loss"] == pytest.approx(rows["PPO"]["loss"])
+    assert again["train/router"]["compute"] == pytest.approx(rows["PPO"]["compute"])
+
+
+def test_compare_with_two_seeds(said_before):
+    few = ["--rivals", "[]", "--seeds", "2", "--processes", "1", "--total_decisions", "1500"]
+    agents = '{"REINFORCE": "REINFORCE", "Soft": {"class_path": "Soft", "init_args": {"updates": 2}}}'
+    before = said_before("compare", "--config", "tiny.yaml", "--agents", agents, *few, "--out", "compare")
+    rows = assert_bounded_below("compare", before)
+    assert rows["REINFORCE"]["seeds"] == rows["Soft"]["seeds"] == 2
+    for seed in (0, 1):
+        assert routers.load(f"compare/routers/REINFORCE/seed-{seed}").config["layers"] == LAYERS
+
+
+def test_a_target_compute(said_before):
+    options = ["--target_compute", "0.6", "--rivals", "[]", "--out", "target"]
+    before = said_before("train", "--config", "tiny.yaml", *options)
+    rows = assert_bounded_below("target", before)
+    assert rows["PPO"]["compute"] == pytest.approx(0.6, abs=0.1)
+
+
+def test_a_hard_budget_is_kept(said_before):
+    options = ["--agent", "MaskablePPO", "--env.big_layers", "12", "--total_decisions", "1500"]
+    rivals = ["--rivals", "{soft: {class_path: Soft, init_args: {updates: 2}}}"]
+    before = said_before("train", "--config", "tiny.yaml", *options, *rivals, "--out", "hard")
+    rows = assert_bounded_below("hard", before)
+    for name in ("MaskablePPO", "soft"):
+        assert rows[name]["actions"]["big"] == 12 / LAYERS
+        assert rows[name]["actions_interval"]["big"] == [12 / LAYERS] * 2
+
+
+def test_oracle(capsys):
+    config = yaml.safe_load(Path("tiny.yaml").read_text())
+    where = ["--model", "deep", "--corpus", config["corpus"][0], "--windows", "1", "--window", "16"]
+    main(["oracle", *where, "--price", "0.1", "--out", "oracle"])
+    printed = capsys.readouterr().out
+    assert "search: descent, a lower bound of the oracle, about" in printed
+    found = json.loads(Path("oracle/oracle.json").read_text())
+    assert (found["method"], found["bound"]) == ("descent", "lower bound")
+    assert "descent is a lower bound of the oracle's return" in printed

@@ -1,0 +1,80 @@
+"""The house: imports run one way, functions and files stay short, and nothing is unpickled."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# From the bottom up; those of one line do not know each other, but a package's own modules do.
+ORDER = [
+    {"corpus", "costs", "prices", "checks", "files", "extensions"},
+    {"inputs"},
+    {"models"},
+    {"routed_pass"},
+    {"rewards"},
+    {"oracle"},
+    {"routers"},
+    {"envs"},  # knows no learner
+    {"learners"},  # knows no environment
+    {"agents"},
+    {"evaluation"},  # knows neither environments nor agents
+    {"runs"},
+    {"paper"},
+    {"reports"},
+    {"testing"},
+    {"cli"},
+]
+RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
+BESIDE = {("learners", "envs"), ("evaluation", "envs"), ("evaluation", "agents"), ("runs", "envs"), ("runs", "agents")}
+BESIDE |= {(part, place) for part in ("paper", "reports") for place in ("envs", "agents")}
+SOURCES = sorted(
+    path for folder in ("duorl", "envs", "agents", "examples", "benchmarks") for path in (ROOT / folder).rglob("*.py")
+)
+
+
+def part_of(path: Path) -> str | None:
+    """The line of ORDER that a file belongs to; None outside of the package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] in ("envs", "agents"):
+        return parts[0]
+    return parts[1] if parts[0] == "duorl" and len(parts) > 1 and parts[1] != "__init__" else None
+
+
+def imported(tree: ast.AST) -> set[str]:
+    """Parts of the package that a module imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            within = [f"duorl.{alias.name}" for alias in node.names] if node.module == "duorl" else [node.module]
+            names |= set(within)
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("duorl.")}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_a_module_knows_only_what_stands_below_it(path):
+    tree, part = ast.parse(path.read_text()), part_of(path)
+    if part is None:
+        return
+    for other in imported(tree) - {part}:
+        assert other in RANK, f"{other} has no place in the order"
+        assert RANK[other] < RANK[part] and (part, other) not in BESIDE, f"{part} imports {other}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_and_functions_are_short(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 400
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_nothing_unpickles_or_imports_bare_names(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.split(".")[0] for name in names} & {"pickle", "cloudpickle", "dill", "agents", "envs"}

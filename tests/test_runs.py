@@ -1,0 +1,365 @@
+"""Runs: checkpoints, folders, interrupts, jobs, the journal."""
+
+import itertools
+import math
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from duorl import files
+from duorl.runs import checkpoints, folders, interrupts, jobs, processes
+from duorl.runs.journal import Journal
+
+TORCH_TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
+TENSORS = st.tuples(SHAPES, st.sampled_from(TORCH_TYPES), st.integers(0, 99)).map(
+    lambda drawn: (torch.randn(drawn[0], generator=torch.Generator().manual_seed(drawn[2])) * 3).to(drawn[1])
+)
+ARRAYS = st.tuples(SHAPES, st.sampled_from(["f8", "u8", "i4", "?", "f2", "c16", "U3", ">i4"])).map(
+    lambda drawn: np.arange(math.prod(drawn[0])).reshape(drawn[0]).astype(drawn[1])
+)
+LEAVES = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.integers(2**63, 2**130)
+    | st.floats()
+    | st.text()
+    | TENSORS
+    | ARRAYS
+    | ARRAYS.map(lambda array: array.flatten()[0] if array.size else np.float32(0.1))
+)
+KEYS = st.text() | st.integers() | st.tuples(st.integers(), st.text())
+STATES = st.recursive(
+    LEAVES, lambda inner: st.lists(inner) | st.lists(inner).map(tuple) | st.dictionaries(KEYS, inner), max_leaves=12
+)
+
+
+def same(one, other) -> bool:
+    """Equal to the bit, kinds included."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, torch.Tensor):
+        return one.dtype == other.dtype and one.shape == other.shape and torch.equal(one, other)
+    if isinstance(one, (np.ndarray, np.generic)):
+        return one.dtype == other.dtype and one.shape == other.shape and one.tobytes() == other.tobytes()
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(one[key], other[key]) for key in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(same, one, other))
+    return repr(one) == repr(other)
+
+
+@given(STATES)
+@settings(deadline=None, max_examples=60)
+def test_a_checkpoint_gives_back_what_was_saved(tmp_path_factory, state):
+    path = tmp_path_factory.mktemp("state") / "x.safetensors"
+    checkpoints.save(path, state)
+    assert same(checkpoints.load(path), state)
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_checkpoint_holds_optimizers_and_random_states(tmp_path):
+    weight = torch.nn.Parameter(torch.randn(3))
+    optimizer = torch.optim.Adam([weight], lr=0.1)
+    weight.sum().backward()
+    optimizer.step()
+    generator, bits = torch.Generator().manual_seed(1), np.random.default_rng(2)
+    shared = torch.arange(6)
+    state = {
+        "optimizer": optimizer.state_dict(),
+        "torch": generator.get_state(),
+        "numpy": bits.bit_generator.state,
+        "views": [shared, shared[::2], shared],
+    }
+    checkpoints.save(tmp_path / "x", state)
+    loaded = checkpoints.load(tmp_path / "x")
+    assert same(loaded["optimizer"], optimizer.state_dict()) and same(loaded["views"], state["views"])
+    bits.bit_generator.state = loaded["numpy"]
+    assert bits.random() == np.random.default_rng(2).random()
+
+
+@pytest.mark.parametrize("keep", [0, 7, 40, -1])
+def test_a_broken_checkpoint_is_named(tmp_path, keep):
+    path = tmp_path / "broken.safetensors"
+    checkpoints.save(path, {"a": torch.arange(5), "b": 1.5})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(ValueError, match=r"broken\.safetensors is broken"):
+        checkpoints.load(path)
+
+
+def test_a_checkpoint_refuses_what_it_cannot_hold(tmp_path):
+    with pytest.raises(TypeError, match=r"state\['a'\]\[1\] is a set"):
+        checkpoints.save(tmp_path / "x", {"a": [1, {2}]})
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_file_is_whole_or_not_there(tmp_path):
+    files.write_text(tmp_path / "a" / "x.json", "old")
+    with pytest.raises(KeyboardInterrupt), files.writing(tmp_path / "a" / "x.json") as beside:
+        beside.write_text("ne")
+        raise KeyboardInterrupt
+    assert {path.name: path.read_text() for path in (tmp_path / "a").iterdir()} == {"x.json": "old"}
+
+
+# --- folders
+
+
+def claimed(out, **flags):
+    with folders.claim(out, "mine", "seed: 0\n", **flags) as folder:
+        return folder
+
+
+def test_free_folders_are_taken_one_by_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        taken = pool.starmap(_claim_here, [(str(tmp_path),)] * 6)
+    assert len(set(taken)) == 6 == len(list(Path("runs").iterdir()))
+
+
+def _claim_here(place):
+    os.chdir(place)
+    return str(claimed(None))
+
+
+def test_a_folder_has_one_process_at_a_time(tmp_path):
+    out = str(tmp_path / "run")
+    with folders.claim(out, "mine", "seed: 0\n"):
+        for flags in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(FileExistsError, match=r"another process works in|already holds files"):
+                claimed(out, **flags)
+        with pytest.raises(FileExistsError, match="another process works in"):
+            folders.check(out, resume=True)
+    folders.check(out, resume=True)
+    with pytest.raises(FileExistsError, match="already holds files"):
+        claimed(out)
+    (tmp_path / "run" / "kept").touch()
+    claimed(out, resume=True)
+    assert (tmp_path / "run" / "kept").exists()
+    claimed(out, overwrite=True)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".duorl", "config.yaml"]
+
+
+@pytest.mark.parametrize("left", [[], [".duorl"], [".duorl", ".part-1-config.yaml"]])
+@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_folder_left_half_made_is_begun_anew(tmp_path, left, flags):
+    for name in left:
+        (tmp_path / "run" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "run" / name).touch()
+    (tmp_path / "run").mkdir(exist_ok=True)
+    folders.check(str(tmp_path / "run"), **flags)
+    folder = claimed(str(tmp_path / "run"), **flags)
+    assert sorted(path.name for path in folder.iterdir()) == [".duorl", "config.yaml"]
+
+
+def test_a_folder_left_half_deleted_is_only_overwritten(tmp_path):
+    """What it holds may be of a run with other options, or, beside a mark that strayed there, not ours at all."""
+    folder = tmp_path / "run"
+    (folder / "routers").mkdir(parents=True)
+    (folder / ".duorl").touch()
+    with pytest.raises(FileExistsError, match="already holds files"):
+        claimed(str(folder))
+    with pytest.raises(FileNotFoundError, match=r"has no config\.yaml"):
+        claimed(str(folder), resume=True)
+    assert (folder / "routers").is_dir()
+    claimed(str(folder), overwrite=True)
+    assert sorted(path.name for path in folder.iterdir()) == [".duorl", "config.yaml"]
+
+
+def test_a_run_that_came_to_nothing_leaves_room_for_another(tmp_path):
+    with folders.claim(str(tmp_path / "run"), "evaluate", "a: 1") as folder:
+        folders.abandon(folder)
+    claimed(str(tmp_path / "run"))
+
+
+def test_folders_of_others_are_refused(tmp_path, monkeypatch):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.yaml").touch()
+    for flags, message in (({}, "already holds files"), ({"overwrite": True}, "no run"), ({"resume": True}, "no run")):
+        with pytest.raises(FileExistsError, match=message):
+            folders.check(str(tmp_path / "other"), **flags)
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["config.yaml"]
+    with pytest.raises(FileNotFoundError, match="nothing to resume"):
+        folders.check(str(tmp_path / "gone"), resume=True)
+    monkeypatch.chdir(claimed(str(tmp_path / "here")))
+    with pytest.raises(FileExistsError, match="where you stand"):
+        folders.check(str(tmp_path / "here"), overwrite=True)
+
+
+def test_a_run_is_resumed_with_its_own_options(tmp_path):
+    folder = claimed(str(tmp_path / "run"))
+    folders.check_same_options(str(folder), "seed: 0\nout: elsewhere\nprocesses: 7\n")
+    with pytest.raises(ValueError, match="made with seed 0, not 1"):
+        folders.check_same_options(str(folder), "seed: 1\n")
+
+
+# --- interrupts
+
+
+@pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_raises_at_once_or_at_the_next_safe_point(signum, code):
+    with interrupts.listening():
+        with pytest.raises(interrupts.Interrupted) as stopped:
+            os.kill(os.getpid(), signum)
+            time.sleep(1)
+        assert stopped.value.exit_code == code
+    with interrupts.listening():
+        passed = []
+        with pytest.raises(interrupts.Interrupted), interrupts.deferred():
+            interrupts.check()
+            os.kill(os.getpid(), signum)
+            passed.append(interrupts.pending())
+            interrupts.check()
+            passed.append("never")
+        assert passed == [True]
+        with pytest.raises(interrupts.Interrupted), interrupts.deferred():
+            os.kill(os.getpid(), signum)  # the second
+            passed.append("never")
+        assert passed == [True]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+# --- jobs
+
+
+def answer(number, tell):
+    tell(completed=number, total=2)
+    return {"answer": number}
+
+
+def fail(tell):
+    raise ValueError("no\nway")
+
+
+def die(tell):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_signal(place, tell):
+    with interrupts.deferred():
+        Path(place).touch()
+        while not interrupts.pending():
+            time.sleep(0.01)
+        Path(place).write_text("saved")
+    return {}
+
+
+def sleep(place, tell):
+    Path(place).write_text(str(os.getpid()))
+    time.sleep(60)
+    return {}
+
+
+def make_jobs(folder):
+    return [
+        jobs.Job("first", folder / "first", answer, {"number": 1}),
+        jobs.Job("bad", folder / "bad", fail),
+        jobs.Job("after bad", folder / "after-bad", answer, {"number": 2}, after=("bad",)),
+        jobs.Job("last", folder / "last", answer, {"number": 2}, after=("first",)),
+    ]
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_failed_job_is_told_and_the_others_finish(tmp_path, slots):
+    planned = make_jobs(tmp_path)
+    if slots == 2:
+        planned.append(jobs.Job("dead", tmp_path / "dead", die))
+    said = []
+    left = jobs.run(planned, jobs.executor(slots, 2), tmp_path, lambda job, words: said.append((job.name, words)))
+    assert [job.name for job in left] == ["bad", "after bad", "dead"][: slots + 1]
+    assert [job.result for job in planned if job.finished] == [{"answer": 1}, {"answer": 2}]
+    errors = {name: words["error"] for name, words in said if "error" in words}
+    assert errors["bad"] == "ValueError: no way" and "after bad" not in errors
+    assert "in fail" in (tmp_path / "errors" / "bad.txt").read_text()
+    if slots == 2:
+        assert "SIGKILL" in errors["dead"]
+    again = []
+    jobs.run(planned, jobs.executor(1, 1), tmp_path, lambda job, words: again.append(job.name)) if slots == 1 else None
+    assert "first" not in again
+
+
+def _command(folder):
+    """A command whose job waits for a signal, and says how it ended."""
+    planned = [jobs.Job(name, Path(folder, name), wait_for_signal, {"place": f"{folder}/{name}.txt"}) for name in "ab"]
+    try:
+        with interrupts.listening():
+            jobs.run(planned, processes.SideBySide(2, 1), Path(folder), lambda job, words: None)
+    except interrupts.Interrupted as stop:
+        os._exit(stop.exit_code)
+
+
+def _orphans(folder):
+    planned = [jobs.Job("s", Path(folder, "s"), sleep, {"place": f"{folder}/pid"})] * 1
+    jobs.run(planned, processes.SideBySide(2, 1), Path(folder), lambda job, words: None)
+
+
+def until(condition, seconds=60.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_command_has_its_jobs_save(tmp_path, signum):
+    command = multiprocessing.get_context("spawn").Process(target=_command, args=(str(tmp_path),))
+    command.start()
+    until(lambda: (tmp_path / "a.txt").exists() and (tmp_path / "b.txt").exists())
+    os.kill(command.pid, signum)
+    command.join(30)
+    assert command.exitcode == 128 + signum
+    assert [(tmp_path / f"{name}.txt").read_text() for name in "ab"] == ["saved", "saved"]
+
+
+def test_jobs_end_with_a_command_that_is_killed(tmp_path):
+    command = multiprocessing.get_context("spawn").Process(target=_orphans, args=(str(tmp_path),))
+    command.start()
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    worker = int((tmp_path / "pid").read_text())
+    command.kill()
+    command.join()
+    until(lambda: not _alive(worker), 10)
+
+
+def _alive(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+# --- journal
+
+
+def curve(folder):
+    return [(point.step, point.value) for point in EventAccumulator(str(folder)).Reload().Scalars("train/loss")]
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_journal_that_goes_on_shows_one_curve(tmp_path, torn, monkeypatch):
+    # Files are read in the order of their names, which begin with the second: in life, another process is later.
+    monkeypatch.setattr(time, "time", map(float, itertools.count(1_800_000_000)).__next__)
+
+    def write(folder, steps, decisions=0):
+        journal = Journal(folder, decisions)
+        for step in steps:
+            journal.scalars(step, {"train/loss": step / 7})
+        journal.hparams(max(steps), {"seed": 1}, {"train/loss": 0.0})
+        journal.close()
+
+    write(tmp_path / "whole", range(10, 100, 10))
+    write(tmp_path / "stopped", range(10, 80, 10))
+    if torn:
+        (file,) = (tmp_path / "stopped").iterdir()
+        file.write_bytes(file.read_bytes()[:-150])
+    write(tmp_path / "stopped", range(60, 100, 10), decisions=50)
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
