@@ -14,7 +14,7 @@ import duorl
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
 from duorl.learners import Soft
-from duorl.models.pretrain import PretrainOptions
+from duorl.models.pretrain import Pretraining, PretrainOptions
 from duorl.oracle import exhaustive
 from duorl.paper import Study, StudySize, claims_page, dense, draw, scaling
 from duorl.paper.claims import _verdict, claims
@@ -215,7 +215,8 @@ def test_dense_models_have_the_duos_flops(tmp_path):
 def test_the_dense_study_trains_measures_and_leaves_the_frozen_part_alone(tmp_path, small_corpus):
     recipe = replace(RECIPE, corpus=small_corpus)
     options = dense.DenseOptions(recipe, shares=(0.0, 1.0), texts=(small_corpus,), windows=4)
-    dense.train(dense.plan(recipe, options.shares, tmp_path), processes=2)
+    for job in dense.plan(recipe, options.shares, tmp_path).values():
+        Pretraining(job).train()
     rows = dense.measure_all(options, tmp_path)
     assert [(row["model"], row["big_share"]) for row in rows] == [
         ("dense-4", 0.0), ("dense-64", 1.0), ("duo", 0.0), ("duo", 1.0), ("frozen", 0.0), ("frozen", 1.0),
