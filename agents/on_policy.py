@@ -23,7 +23,7 @@ from duorl.agents.stable_baselines import StableBaselinesAgent
 from duorl.envs.lockstep import Lockstep
 from duorl.envs.sb3 import head_inputs
 from duorl.routers import HeadRouter
-from duorl.routers.heads import LayerHeads
+from duorl.routers.heads import LayerHeads, apply_heads
 
 
 class _HeadPolicy(BasePolicy):
@@ -50,10 +50,7 @@ class _HeadPolicy(BasePolicy):
 
     def get_distribution(self, obs, action_masks=None) -> Any:
         """The distribution over choices, without those that are ruled out."""
-        distribution = self.action_dist.proba_distribution(action_logits=self.router.heads(*head_inputs(obs)))
-        if isinstance(distribution, MaskableCategoricalDistribution):
-            distribution.apply_masking(action_masks)
-        return distribution
+        return self._distribution(self.router.heads(*head_inputs(obs)), action_masks)
 
     def predict_values(self, obs) -> Tensor:
         """The critic's estimates, (N, 1)."""
@@ -61,14 +58,24 @@ class _HeadPolicy(BasePolicy):
 
     def forward(self, obs, deterministic: bool = False, action_masks=None) -> tuple[Tensor, Tensor, Tensor]:
         """Choices (N,), values (N, 1), log-probabilities (N,)."""
-        distribution = self.get_distribution(obs, action_masks)
+        distribution, values = self._both(obs, action_masks)
         choices = distribution.get_actions(deterministic=deterministic)
-        return choices, self.predict_values(obs), distribution.log_prob(choices)
+        return choices, values, distribution.log_prob(choices)
 
     def evaluate_actions(self, obs, actions: Tensor, action_masks=None) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values (N, 1), log-probabilities (N,) and entropies (N,) of past choices."""
-        distribution = self.get_distribution(obs, action_masks)
-        return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy()
+        distribution, values = self._both(obs, action_masks)
+        return values, distribution.log_prob(actions), distribution.entropy()
+
+    def _both(self, obs, action_masks) -> tuple[Any, Tensor]:
+        logits, values = apply_heads([self.router.heads, self.critic], *head_inputs(obs))
+        return self._distribution(logits, action_masks), values
+
+    def _distribution(self, logits: Tensor, action_masks) -> Any:
+        distribution = self.action_dist.proba_distribution(action_logits=logits)
+        if isinstance(distribution, MaskableCategoricalDistribution):
+            distribution.apply_masking(action_masks)
+        return distribution
 
 
 class RoutingPolicy(_HeadPolicy, ActorCriticPolicy):

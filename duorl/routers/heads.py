@@ -65,20 +65,38 @@ class LayerHeads(nn.Module):
         Returns:
             Shape (..., O).
         """
-        parts = [layer_norm(hidden, hidden.shape[-1:]), compute[..., None]]
-        x = torch.cat(parts if features is None else [*parts, features], dim=-1).to(self.weights[0].dtype)
-        if isinstance(layer, int):
-            return self._head(x, layer)
-        order = layer.argsort()
-        counts = layer.bincount(minlength=len(self.weights[0])).tolist()
-        groups = x[order].split(counts)
-        outputs = torch.cat([self._head(group, index) for index, group in enumerate(groups) if len(group)])
-        return torch.empty_like(outputs).index_copy(0, order, outputs)
+        return apply_heads([self], hidden, layer, compute, features)[0]
 
-    def _head(self, x: Tensor, layer: int) -> Tensor:
+    def head(self, x: Tensor, layer: int) -> Tensor:
+        """One layer's head on its inputs: (..., d + 1 + C) to (..., O)."""
         for depth, (weight, bias) in enumerate(zip(self.weights, self.biases, strict=True)):
             x = (torch.relu(x) if depth else x) @ weight[layer] + bias[layer]
         return x
+
+
+def apply_heads(
+    heads: Sequence[LayerHeads], hidden: Tensor, layer: int | Tensor, compute: Tensor, features: Tensor | None = None
+) -> list[Tensor]:
+    """Several heads on the same inputs, an actor's and a critic's, which are normalised and grouped by layer once.
+
+    Args:
+        heads: of equally many layers.
+        hidden, layer, compute, features: see `LayerHeads.forward`.
+
+    Returns:
+        One (..., O) for each of the heads.
+    """
+    parts = [layer_norm(hidden, hidden.shape[-1:]), compute[..., None]]
+    x = torch.cat(parts if features is None else [*parts, features], dim=-1).to(heads[0].weights[0].dtype)
+    if isinstance(layer, int):
+        return [each.head(x, layer) for each in heads]
+    order = layer.argsort()
+    groups = x.index_select(0, order).split(layer.bincount(minlength=len(heads[0].weights[0])).tolist())
+    found = []
+    for each in heads:
+        outputs = torch.cat([each.head(group, index) for index, group in enumerate(groups) if len(group)])
+        found.append(torch.empty_like(outputs).index_copy(0, order, outputs))
+    return found
 
 
 class HeadRouter(LogitRouter):
