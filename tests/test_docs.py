@@ -50,7 +50,7 @@ def test_commands_are_accepted(page, tmp_path, monkeypatch):
     for command in commands(page):
         words = shlex.split(command)
         words = ["train", *words[2:]] if words[0] == "python" else words[1:]
-        parse(words[0], words[1:])
+        assert parse(words[0], words[1:])[1]
 
 
 def test_the_readme_names_every_command():
