@@ -9,16 +9,15 @@ from typing import Any, Literal
 from duorl.checks import require_positive
 from duorl.cli.learners import LearnerFactory
 from duorl.evaluation.options import EvaluationOptions
+from duorl.models.calls import Skip
+from duorl.oracle.table import SearchContext
 from duorl.prices import check_prices
 from duorl.rewards import LossImprovement, Reward
+from duorl.routed_pass import Context
 
 # What the command line charges unless told: dear enough that a fixed pattern leaves something to win on duo-tiny
 # (docs/experiments.md, "How the defaults were chosen").
 DEFAULT_PRICE = 0.3
-
-Context = Literal["routed", "reference"]
-SearchContext = Literal["reference", "uniform", "routed"]
-Skip = Literal["ffn", "block"]
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from duorl.checks import require_positive
-from duorl.learners.base import Learner, Task
+from duorl.learners.base import Task
 from duorl.learners.labels import searchable
-from duorl.learners.supervised import Labels, Target, check_target, shuffled, taught_loss
+from duorl.learners.supervised import Target, Taught, shuffled, taught_loss
 from duorl.routers import EnsembleRouter
 
 
-class Ensemble(Learner):
+class Ensemble(Taught):
     """Searches some text once and teaches each member of an `EnsembleRouter` its own bootstrap of it.
 
     `learn` makes `epochs` passes, whatever number of decisions it is asked for. An update is one pass of every member.
@@ -44,10 +44,9 @@ class Ensemble(Learner):
         width: int = 0,
     ):
         super().__init__(env)
-        require_positive(members=members, epochs=epochs, batch_size=batch_size)
-        check_target(target, temperature)
-        self.target, self.temperature, self.epochs, self.batch_size = target, temperature, epochs, batch_size
-        self.labels = Labels(env, windows=windows, temperature=0.0 if target == "action" else temperature, rungs=rungs)
+        require_positive(members=members)
+        taught = {"windows": windows, "rungs": rungs, "epochs": epochs, "batch_size": batch_size}
+        self.prepare(target=target, temperature=temperature, **taught)
         self.router = EnsembleRouter(
             env.layers,
             env.model.hidden_size,
@@ -61,15 +60,6 @@ class Ensemble(Learner):
         self.optimizers = [torch.optim.Adam(member.parameters(), lr=learning_rate) for member in self.router.members]
         self.generators = [torch.Generator().manual_seed(env.first_seed + index) for index in range(members)]
         self._pools = self._bootstraps()
-
-    @property
-    def decisions_per_update(self) -> int:
-        """Labelled decisions."""
-        return self.env.layers * self.labels.count
-
-    def span(self, total_decisions: int) -> int:
-        """All epochs."""
-        return self.epochs * self.decisions_per_update
 
     def update(self) -> dict[str, float]:
         """One pass of every member over its bootstrap; returns the metrics by tag."""

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.learners.base import Learner, State, Task
-from duorl.learners.labels import action_values, label, searched, walked
+from duorl.learners.labels import action_values, searched, walked, walked_randomly
 from duorl.oracle import RouteTable
 from duorl.prices import ladder
 from duorl.routed_pass import remember
@@ -79,9 +78,8 @@ class KNN(Learner):
         model, actions = self.env.model, self.env.actions
         table = searched(model, tokens, actions)
         if table is None:
-            ask = partial(label, model, tokens, actions=actions, temperature=1.0)
-            found = [ask(prices=[price], generator=generator.clone_state()) for price in self.prices]
-            return found[0].hidden, [decisions.values.argmax(-1) for decisions in found]
+            hidden, _, _, losses, spent = walked_randomly(model, tokens, actions, generator)
+            return hidden, [(losses + price * spent).argmin(-1) for price in self.prices]
         routes = routes_of_some_price(table, self.prices, generator)
         hidden, *_ = walked(model, tokens, remember(model, tokens), table.routes[routes])
         values = (action_values(table, price, routes, 0.0) for price in self.prices)

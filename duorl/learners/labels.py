@@ -122,17 +122,35 @@ def _deviated(
     generator: torch.Generator,
     inputs: Inputs | None,
 ) -> Decisions:
+    count = tokens[:, 1:].numel()
+    hidden, compute, extra, losses, spent = walked_randomly(model, tokens, actions, generator, inputs)
+    drawn = torch.tensor(prices)[torch.randint(len(prices), (count,), generator=generator)]
+    price = drawn.to(tokens.device)
+    return Decisions(hidden, compute, extra, price, -(losses + price[None, :, None] * spent))
+
+
+@torch.no_grad()
+def walked_randomly(
+    model: DuoForCausalLM,
+    tokens: Tensor,
+    actions: Sequence[str],
+    generator: torch.Generator,
+    inputs: Inputs | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """Walk a random route of every token, and try every deviation from it, which no price changes.
+
+    Returns:
+        As `walked`, and the deviations' losses in nats and compute, both (L, N, A).
+    """
     codes, shape = action_ids(actions), tokens[:, 1:].shape
     routes = codes[torch.randint(len(codes), (*shape, model.num_layers), generator=generator)].to(tokens.device)
-    drawn = torch.tensor(prices)[torch.randint(len(prices), (shape[0] * shape[1],), generator=generator)]
-    price = drawn.to(tokens.device)
     parts = []
     for window, own in zip(tokens.split(1), routes.split(1), strict=True):
         memory = remember(model, window)
         losses, spent = deviations(RoutedPass(model, window, context="reference", memory=memory), own, codes.tolist())
         parts.append((*walked(model, window, memory, own, inputs), losses.flatten(1, 2), spent.flatten(1, 2)))
     hidden, compute, extra, losses, spent = _joined(parts)
-    return Decisions(hidden, compute, extra, price, -(losses + price[None, :, None] * spent))
+    return hidden, compute, extra, losses, spent
 
 
 def deviations(walk: RoutedPass, routes: Tensor, actions: Sequence[int]) -> tuple[Tensor, Tensor]:

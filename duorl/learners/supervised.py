@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from duorl.checks import require_positive
 from duorl.inputs import Inputs, View
-from duorl.learners.base import HeadLearner, Task
+from duorl.learners.base import HeadLearner, Learner, Task
 from duorl.learners.labels import Decisions, label, searchable, searched
 from duorl.oracle import RouteTable
 from duorl.prices import ladder
@@ -67,7 +67,37 @@ class Labels:
         return self._made[1]
 
 
-class Supervised(HeadLearner):
+class Taught(Learner):
+    """What learners share that are taught labels: `learn` makes `epochs` passes, whatever it is asked for.
+
+    Attributes:
+        labels: what is taught.
+    """
+
+    labels: Labels
+    epochs: int
+
+    def prepare(
+        self, *, windows: int, target: Target, temperature: float, rungs: int, epochs: int, batch_size: int
+    ) -> None:
+        """Take the options over; see `Supervised`."""
+        require_positive(epochs=epochs, batch_size=batch_size)
+        check_target(target, temperature)
+        self.target, self.temperature, self.epochs, self.batch_size = target, temperature, epochs, batch_size
+        walked_at = 0.0 if target == "action" else temperature
+        self.labels = Labels(self.env, windows=windows, temperature=walked_at, rungs=rungs)
+
+    @property
+    def decisions_per_update(self) -> int:
+        """Labelled decisions."""
+        return self.env.layers * self.labels.count
+
+    def span(self, total_decisions: int) -> int:
+        """All epochs."""
+        return self.epochs * self.decisions_per_update
+
+
+class Supervised(Taught, HeadLearner):
     """Teaches heads what each action is worth, by passes over labelled text.
 
     `learn` makes `epochs` passes, whatever number of decisions it is asked for. An update is one pass.
@@ -107,20 +137,9 @@ class Supervised(HeadLearner):
         init: str | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
-        require_positive(epochs=epochs, batch_size=batch_size)
-        check_target(target, temperature)
-        self.target, self.temperature, self.epochs, self.batch_size = target, temperature, epochs, batch_size
-        self.labels = Labels(env, windows=windows, temperature=0.0 if target == "action" else temperature, rungs=rungs)
+        taught = {"windows": windows, "rungs": rungs, "epochs": epochs, "batch_size": batch_size}
+        self.prepare(target=target, temperature=temperature, **taught)
         self.generator = torch.Generator().manual_seed(env.first_seed)
-
-    @property
-    def decisions_per_update(self) -> int:
-        """Labelled decisions."""
-        return self.env.layers * self.labels.count
-
-    def span(self, total_decisions: int) -> int:
-        """All epochs."""
-        return self.epochs * self.decisions_per_update
 
     @property
     def rate(self) -> float:
