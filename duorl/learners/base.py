@@ -27,6 +27,7 @@ from torch import Tensor
 
 from duorl.models.frozen import require_frozen
 from duorl.routers import HeadRouter, PatternRouter, Router, load
+from duorl.routers.fit import identity
 from duorl.routers.heads import LayerHeads
 
 if TYPE_CHECKING:
@@ -152,6 +153,7 @@ class Learner(ABC):
             self.decisions += self.decisions_per_update
             if monitor:
                 monitor(self.decisions, metrics, self.router)
+        self.router.trained_for = identity(self.env.model)
         return self.router.eval().requires_grad_(False)
 
     def charge(self, price: float) -> None:
@@ -245,7 +247,7 @@ class HeadLearner(Learner):
     def __init__(self, env: Task, *, learning_rate: float, width: int = 0, init: str | None = None):
         super().__init__(env)
         fresh = self.fresh(width, env.first_seed)
-        self.router = (fresh if init is None else _saved(init, fresh)).to(env.model.device)
+        self.router = (fresh if init is None else _saved(init, fresh, env.model)).to(env.model.device)
         self.learning_rate = learning_rate
         self.optimizer = torch.optim.Adam(self.router.parameters(), lr=learning_rate)
 
@@ -290,9 +292,10 @@ class HeadLearner(Learner):
         self.optimizer.step()
 
 
-def _saved(folder: str, fresh: HeadRouter) -> HeadRouter:
+def _saved(folder: str, fresh: HeadRouter, model: DuoForCausalLM) -> HeadRouter:
     """The router in a folder, where it can take the fresh one's place."""
     router = load(folder)
+    router.require_fit(model)
     if isinstance(router, PatternRouter):
         return fresh.leaning(router.config["route"])
     same = ("layers", "hidden_size", "actions", "prices", "inputs")
