@@ -18,6 +18,7 @@ from duorl.envs.order import WindowOrder
 from duorl.envs.outcome import Outcome, later_sum
 from duorl.inputs import Inputs, View
 from duorl.models.frozen import require_frozen
+from duorl.models.loading import check_windows
 from duorl.prices import draw_prices
 from duorl.rewards import LossImprovement, Reward, Step, as_reward, checked, named_parts, price_of, with_price
 from duorl.routed_pass import Context, RoutedPass, remember
@@ -308,6 +309,7 @@ class Lockstep(RoutingDynamics):
 
     def __init__(self, model: DuoForCausalLM, windows: Tensor, *, windows_per_batch: int = 4, seed: int = 0, **options):
         super().__init__(model, **options)
+        check_windows(model, windows)
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch
         self.first_seed = seed

@@ -15,16 +15,16 @@ from jsonargparse import Namespace
 from duorl.checks import require_positive
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.learners import LearnerFactory
+from duorl.cli.material import Material
 from duorl.cli.parser import read_config
 from duorl.cli.trainings import JobsFailed
 from duorl.cli.workbench import make_lockstep
-from duorl.corpus import load_windows, source_names
+from duorl.corpus import source_names
 from duorl.envs import Lockstep
 from duorl.evaluation import check_searches
 from duorl.files import write_json, write_text
 from duorl.learners import Soft
 from duorl.learners.base import Learner
-from duorl.models import load, load_tokenizer
 from duorl.models.loading import model_folder
 from duorl.paper import Study, StudySize, dense, scaling
 from duorl.paper.claims import claims_page
@@ -82,10 +82,10 @@ class Paper:
         named = [", ".join(names) for names in self.sources.values()]
         kept = dense.find(options.dense, model_folder(options.model), named)
         self.dense = [] if options.quick else kept
-        self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
-        read = partial(load_windows, tokenizer=self.tokenizer, length=options.env.window)
-        self.training = read([name for names in self.sources.values() for name in names], split="router")
-        self.texts = {name: read(names, split="evaluation") for name, names in self.sources.items()}
+        material = Material.of(options.model, options.skip, options.env.window)
+        self.model, self.tokenizer = material.model, material.tokenizer
+        self.training = material.read([name for names in self.sources.values() for name in names], split="router")
+        self.texts = {name: material.read(names, split="evaluation") for name, names in self.sources.items()}
         for name, windows in self.texts.items():
             if len(windows) < 2:
                 raise ValueError(f"{name}: a study needs at least 2 windows of evaluation text: give more")

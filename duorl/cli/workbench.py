@@ -14,9 +14,9 @@ from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.cli.learners import LearnerFactory, named
+from duorl.cli.material import Material
 from duorl.cli.options import EnvironmentOptions
 from duorl.cli.parser import read_config
-from duorl.corpus import load_windows
 from duorl.costs import action_ids
 from duorl.envs import Lockstep
 from duorl.evaluation.bound import ROWS
@@ -25,7 +25,7 @@ from duorl.evaluation.measure import evaluate, measure
 from duorl.learners import Supervised
 from duorl.learners.base import Learner
 from duorl.learners.target import TargetCompute, check_target, price_for
-from duorl.models import DuoForCausalLM, load, load_tokenizer
+from duorl.models import DuoForCausalLM
 from duorl.reports.figures import heat_map
 from duorl.rewards import LossImprovement, Reward, as_reward, price_of, with_price
 from duorl.routers import BudgetRouter, Router
@@ -71,8 +71,8 @@ class Workbench:
             with_price(self.reward)
             if options.env.big_layers is not None:
                 raise ValueError("env.big_layers fixes what a router spends: give it or target_compute, not both")
-        self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
-        self.read = partial(load_windows, tokenizer=self.tokenizer, length=options.env.window)
+        material = Material.of(options.model, options.skip, options.env.window)
+        self.model, self.tokenizer, self.read = material.model, material.tokenizer, material.read
         self.training, self.validation = _hold_back(self.read(options.corpus, split="router"))
         self._try_reward()
         for name in self._factories:

@@ -34,7 +34,11 @@ class DuoConfig(PreTrainedConfig):
             backbone = {"model_type": "llama"}
         if isinstance(backbone, dict):
             fields = dict(backbone)
+            if not isinstance(fields.get("model_type"), str):
+                raise ValueError("the configuration's backbone names no transformers family as model_type")
             backbone = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if not isinstance(small_size, int) or small_size < 1:
+            raise ValueError(f"small_size must be a number of at least 1, not {small_size!r}")
         self.backbone = backbone
         self.small_size = small_size
         self.skip = known_skip(skip)
