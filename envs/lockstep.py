@@ -20,7 +20,17 @@ from duorl.inputs import Inputs, View
 from duorl.models.frozen import require_frozen
 from duorl.models.loading import check_windows
 from duorl.prices import draw_prices
-from duorl.rewards import LossImprovement, Reward, Step, as_reward, checked, named_parts, price_of, with_price
+from duorl.rewards import (
+    LossImprovement,
+    Reward,
+    Step,
+    as_reward,
+    checked,
+    checked_contextual,
+    named_parts,
+    price_of,
+    with_price,
+)
 from duorl.routed_pass import Context, RoutedPass, remember
 
 if TYPE_CHECKING:
@@ -272,7 +282,7 @@ class RoutingDynamics:
         """(N,): what later tokens owe to this one. In the reference context tokens do not read each other's routes."""
         if self.context == "reference" or not self.token_discount:
             return torch.zeros_like(step.compute)
-        earned = self.reward.contextual(step).view_as(self._walk.compute)
+        earned = checked_contextual(self.reward, step).view_as(self._walk.compute)
         return later_sum(earned, self.token_discount).flatten()
 
     @property

@@ -34,7 +34,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Print one line and exit."""
-        line = " ".join(str(message).split()).replace('Parser key "', 'option "')
+        line = " ".join(_condensed(str(message)).split()).replace('Parser key "', 'option "')
         unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", line)
         if unknown:
             names = sorted({name.lstrip("-") for name in self._option_string_actions})
@@ -43,6 +43,16 @@ class _Parser(ArgumentParser):
         if re.search(r'option "(agent|agents|rivals)"', line):
             line += f" (choose from {', '.join(LEARNERS)}, or give an import path)"
         fail(line)
+
+
+def _condensed(message: str) -> str:
+    """The parser's words on an option with several types: what each type says of it, once, and what was given."""
+    before, _, rest = message.partition("Does not validate against any of the Union subtypes")
+    _, _, errors = rest.partition("Errors:")
+    said, _, given = errors.partition("Given value type:")
+    _, _, value = given.partition("Given value:")
+    reasons = list(dict.fromkeys(reason.strip() for reason in re.split(r"\n\s*- ", said) if reason.strip()))
+    return f"{before}{' or '.join(map(_condensed, reasons))} (given:{value})" if reasons else message
 
 
 def build_parser(name: str, without: Collection[str] = ()) -> _Parser:
@@ -110,7 +120,7 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
 
     Raises:
         SystemExit: it cannot be parsed; one line on standard error, exit code 2.
-        ValueError, TypeError, ...: a class refuses its arguments.
+        ValueError: a class that is named cannot be had, or refuses its arguments.
     """
     make_known(words)
     parser = build_parser(name)
@@ -120,7 +130,20 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
         parser = build_parser(name, without=replaced)
         parsed = parser.parse_args(list(words))
     text = parser.dump(parsed, skip_unset=False)
-    return parser.instantiate(parsed), text
+    return _instantiated(parser, parsed), text
+
+
+def _instantiated(parser: _Parser, parsed: Namespace) -> Namespace:
+    try:
+        return parser.instantiate(parsed)
+    except (Exception, SystemExit) as error:  # a user's class may raise anything
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = str(cause) if isinstance(cause, ValueError | OSError) else f"{type(cause).__name__}: {cause}"
+        named = re.search(r"class_path='([\w.]+)'", str(error))
+        where = f"{named[1]}: " if named and named[1] not in said else ""
+        raise ValueError(f"{where}{_condensed(said)}") from error
 
 
 def _replaced(parsed: Namespace, defaults: Namespace) -> list[str]:

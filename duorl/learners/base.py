@@ -289,6 +289,10 @@ class HeadLearner(Learner):
             group["lr"] = self.rate
         self.optimizer.zero_grad()
         loss.backward()
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                name = type(self).__name__
+                raise ValueError(f"{name}: a gradient is not finite after {self.decisions} decisions: check the reward")
         self.optimizer.step()
 
 

@@ -112,7 +112,13 @@ class Router(nn.Module):
         """Write `router.json`, whose presence means a whole router, and, where there are weights, `router.safetensors`.
 
         A kill leaves the router that the folder held before, the new one, or none: never parts of both.
+
+        Raises:
+            ValueError: a weight is not finite.
         """
+        for name, tensor in self.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{type(self).__name__} is not saved: its {name} holds numbers that are not finite")
         weights, described_in = Path(folder) / "router.safetensors", Path(folder) / "router.json"
         with writing(described_in) as beside:
             known = {} if self.trained_for is None else {"model": self.trained_for}
