@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,7 +15,7 @@ from duorl.checks import require_positive
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.learners import LearnerFactory
 from duorl.cli.material import Material
-from duorl.cli.parser import read_config
+from duorl.cli.parser import read_config, typed
 from duorl.cli.trainings import JobsFailed
 from duorl.cli.workbench import make_lockstep
 from duorl.corpus import source_names
@@ -66,8 +65,7 @@ class Paper:
             )
         self.size = StudySize.quick() if options.quick else options.size
         self.soft = {**options.soft, "updates": _QUICK_UPDATES} if options.quick else options.soft
-        if unknown := set(self.soft) - set(inspect.signature(Soft).parameters) | {"env", "budget"} & set(self.soft):
-            raise ValueError(f"soft: {min(unknown)!r} is not an option of Soft that a study leaves open")
+        self.soft = typed(Soft, self.soft, "soft", skip=("env", "budget"))
         self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
         self._read()
         for factory in options.agents.values():

@@ -6,7 +6,7 @@ import difflib
 import inspect
 import re
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
 from typing import Any, NoReturn
 
@@ -144,6 +144,33 @@ def _instantiated(parser: _Parser, parsed: Namespace) -> Namespace:
         named = re.search(r"class_path='([\w.]+)'", str(error))
         where = f"{named[1]}: " if named and named[1] not in said else ""
         raise ValueError(f"{where}{_condensed(said)}") from error
+
+
+def typed(kind: Callable[..., Any], values: Any, where: str, skip: Collection[str] = ()) -> dict[str, Any]:
+    """Options that are given as a dictionary within an option, with the types that a class asks for.
+
+    Args:
+        kind: the class.
+        values: the dictionary.
+        where: its name.
+        skip: arguments of the class that are not options.
+
+    Raises:
+        ValueError: it is no dictionary, or holds an unknown option or a value of another type; names it.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be options by name, not {values!r}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip=set(skip))
+    if unknown := [name for name in values if name not in inspect.signature(kind).parameters or name in skip]:
+        raise ValueError(f"{where}: {unknown[0]!r} is not an option there")
+    try:
+        parsed = parser.parse_object(values)
+        built = parser.instantiate(parsed)
+    except Exception as error:  # the parser's own, or the class's
+        said = _condensed(str(error)).replace('Parser key "', 'option "')
+        raise ValueError(f"{where}: {said}") from error
+    return {name: built[name] for name in values}
 
 
 def _replaced(parsed: Namespace, defaults: Namespace) -> list[str]:

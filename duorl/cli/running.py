@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from jsonargparse import Namespace
 
+from duorl.checks import require_seed
 from duorl.cli.commands import COMMANDS, fail
 from duorl.cli.console import quieten, resume_command
 from duorl.cli.parser import parse, read_config
@@ -62,6 +63,8 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
         ValueError, OSError: the folder, the model or a text cannot be used.
     """
     _require_finite(config)
+    if "seed" in options:
+        require_seed(options.seed)
     resume = options.get("resume", False)
     if "overwrite" in COMMANDS[name].flags:
         folders.check(options.out, resume=resume, overwrite=options.overwrite)

@@ -16,7 +16,7 @@ from duorl.checks import require_positive
 from duorl.cli.learners import LearnerFactory, named
 from duorl.cli.material import Material
 from duorl.cli.options import EnvironmentOptions
-from duorl.cli.parser import read_config
+from duorl.cli.parser import read_config, typed
 from duorl.costs import action_ids
 from duorl.envs import Lockstep
 from duorl.evaluation.bound import ROWS
@@ -100,9 +100,12 @@ class Workbench:
                 raise ValueError(f"a learner cannot be called {name!r}: the comparison or the folder needs that name")
         if unknown := set(options.own_env) - set(self._factories):
             raise ValueError(f"own_env names {min(unknown)!r}, which is not among the learners")
-        for name, own in options.own_env.items():
+        self._own_env = {}
+        for name, given in options.own_env.items():
+            own = typed(EnvironmentOptions, given, f"own_env of {name}")
             if shared := _SHARED & set(own):
                 raise ValueError(f"own_env of {name}: {min(shared)} is the whole run's, set it in env")
+            self._own_env[name] = own
 
     @cached_property
     def held_out(self) -> Tensor:
@@ -123,7 +126,7 @@ class Workbench:
     def learner(self, name: str, seed: int) -> Learner:
         """A fresh learner, by its name in the run; errors as for its class and its environment."""
         options = self.options
-        own = replace(EnvironmentOptions(**vars(options.env)), **options.own_env.get(name, {}))
+        own = replace(EnvironmentOptions(**vars(options.env)), **self._own_env.get(name, {}))
         more = {"actions": options.actions, "reference": options.reference}
         lockstep = make_lockstep(own, self.model, self.training, self.reward, seed=seed, **more)
         return self._factories[name](lockstep)
