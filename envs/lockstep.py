@@ -5,6 +5,7 @@ All episodes have L steps, so any number of tokens go through the model in locks
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -322,9 +323,20 @@ class Lockstep(RoutingDynamics):
         check_windows(model, windows)
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch
+        self._require_memory()
         self.first_seed = seed
         self._known_losses = torch.full((len(windows), windows.shape[1] - 1), torch.nan)
         self.seed(seed)
+
+    def _require_memory(self) -> None:
+        """Refuse more tokens at once than the machine's memory holds states of a single layer for."""
+        size = self.num_tokens * self.model.hidden_size * self.model.dtype.itemsize
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > memory:
+            raise ValueError(
+                f"{self.num_tokens:,} tokens at once do not fit into memory: lower group_size ({self.group_size}) or "
+                f"windows_per_batch ({self.windows_per_batch})"
+            )
 
     def seed(self, seed: int) -> None:
         """Start the order of the windows anew."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -74,9 +74,11 @@ def _try_import(name: str) -> None:
         import_named(module)
 
 
-def _texts(words: Sequence[str]) -> Iterable[str]:
-    for word in words:
-        yield word
-        path = Path(word.partition("=")[2] if word.startswith("--") else word)
-        if path.suffix in _YAML and path.is_file():
-            yield path.read_text(encoding="utf8", errors="replace")
+def yaml_files(words: Sequence[str]) -> list[Path]:
+    """The files of options that are named on a command line."""
+    paths = (Path(word.partition("=")[2] if word.startswith("--") else word) for word in words)
+    return [path for path in paths if path.suffix in _YAML and path.is_file()]
+
+
+def _texts(words: Sequence[str]) -> list[str]:
+    return [*words, *(path.read_text(encoding="utf8", errors="replace") for path in yaml_files(words))]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import re
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_instance
 
 from duorl.cli.commands import COMMANDS, fail
-from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named
+from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
 
 _COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "knowable")
 _TRAIN_ONLY = ("target_compute",)
@@ -122,6 +124,8 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
         SystemExit: it cannot be parsed; one line on standard error, exit code 2.
         ValueError: a class that is named cannot be had, or refuses its arguments.
     """
+    for path in yaml_files(words):
+        _check_yaml(path)
     make_known(words)
     parser = build_parser(name)
     parsed = parser.parse_args(list(words))
@@ -131,6 +135,34 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
         parsed = parser.parse_args(list(words))
     text = parser.dump(parsed, skip_unset=False)
     return _instantiated(parser, parsed), text
+
+
+def _check_yaml(path: Path) -> None:
+    """Refuse a file of options that is not UTF-8, or names one option twice: the parser would take the last.
+
+    Raises:
+        ValueError: says where.
+    """
+    try:
+        root = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.CSafeLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in parts if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise ValueError(f"{path} names {twice[0]} twice, line {node.start_mark.line + 1} and on: give it once")
+            parts = [value for _, value in parts]
+        waiting += parts
 
 
 def _instantiated(parser: _Parser, parsed: Namespace) -> Namespace:
@@ -170,6 +202,10 @@ def typed(kind: Callable[..., Any], values: Any, where: str, skip: Collection[st
     except Exception as error:  # the parser's own, or the class's
         said = _condensed(str(error)).replace('Parser key "', 'option "')
         raise ValueError(f"{where}: {said}") from error
+    hints = get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(hints[name]):
+            raise ValueError(f"{where}: {name} cannot be null")
     return {name: built[name] for name in values}
 
 

@@ -7,8 +7,6 @@ from typing import Literal
 
 from duorl.checks import require_positive
 
-_MOST_RESAMPLES = 100_000
-
 
 @dataclass(frozen=True)
 class EvaluationOptions:
@@ -42,7 +40,5 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         counts = {name: value for name, value in vars(self).items() if name not in ("baseline", "bound")}
         require_positive(**counts)
-        if self.resamples > _MOST_RESAMPLES:
-            raise ValueError(f"resamples must be at most {_MOST_RESAMPLES:,}, not {self.resamples:,}")
         if self.reference_windows > self.windows:
             raise ValueError(f"reference_windows {self.reference_windows} must be among the {self.windows} windows")

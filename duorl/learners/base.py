@@ -17,6 +17,7 @@ A learner of your own defines `update`, and names in `stateful` what its trainin
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -246,6 +247,8 @@ class HeadLearner(Learner):
 
     def __init__(self, env: Task, *, learning_rate: float, width: int = 0, init: str | None = None):
         super().__init__(env)
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0, not {learning_rate}")
         fresh = self.fresh(width, env.first_seed)
         self.router = (fresh if init is None else _saved(init, fresh, env.model)).to(env.model.device)
         self.learning_rate = learning_rate
@@ -299,11 +302,11 @@ class HeadLearner(Learner):
 def _saved(folder: str, fresh: HeadRouter, model: DuoForCausalLM) -> HeadRouter:
     """The router in a folder, where it can take the fresh one's place."""
     router = load(folder)
-    router.require_fit(model)
     if isinstance(router, PatternRouter):
         return fresh.leaning(router.config["route"])
     same = ("layers", "hidden_size", "actions", "prices", "inputs")
     if not isinstance(router, HeadRouter) or any(router.config[key] != fresh.config[key] for key in same):
         expected = ", ".join(f"{key} {fresh.config[key]}" for key in same)
         raise ValueError(f"init {folder} holds a {type(router).__name__} that does not fit: this run needs {expected}")
+    router.require_fit(model)
     return router

@@ -17,6 +17,7 @@ _OURS = {
     "gradient_checkpointing": "its second pass would run without the routes",
     "activation_checkpointing": "its second pass would run without the routes",
     "load_best_model_at_end": "the last weights are saved",
+    "use_liger_kernel": "its kernels replace the networks that are routed",
     "push_to_hub": "the folder is yours to publish",
 }
 _AT_LEAST = {
@@ -39,7 +40,7 @@ def training_arguments(given: dict[str, Any], **defaults: Any) -> TrainingArgume
         ValueError: an option is unknown, is stage 1's own, or has a value that cannot be; names it.
     """
     kinds = get_type_hints(TrainingArguments)
-    known = {field.name for field in fields(TrainingArguments)}
+    known = {field.name: field for field in fields(TrainingArguments)}
     for name, value in given.items():
         if name not in known:
             raise ValueError(f"training: transformers.TrainingArguments has no option {name!r}")
@@ -47,6 +48,8 @@ def training_arguments(given: dict[str, Any], **defaults: Any) -> TrainingArgume
             raise ValueError(f"training.{name} is not for stage 1 to take: {_OURS[name]}")
         if not _is_of(value, kinds[name]):
             raise ValueError(f"training.{name} must be {_words(kinds[name])}, not {value!r}")
+        if (choices := known[name].metadata.get("choices")) and value not in choices:
+            raise ValueError(f"training.{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
         _require_range(name, value)
     given = {name: value for name, value in given.items() if name not in _OURS}
     try:
