@@ -268,8 +268,8 @@ def spoiled_tensors(path):
     names = st.sampled_from(sorted(load_file(path)))
     changes = {
         "gone": lambda tensors, name: tensors.pop(name),
-        "nan": lambda tensors, name: tensors[name].view(-1)[:1].mul_(math.nan),
-        "infinite": lambda tensors, name: tensors[name].view(-1)[-1:].add_(1).div_(0),
+        "nan": lambda tensors, name: tensors.update({name: tensors[name] * math.nan}),
+        "infinite": lambda tensors, name: tensors.update({name: tensors[name] + math.inf}),
         "longer": lambda tensors, name: tensors.update({name: torch.cat([tensors[name], tensors[name][:1]])}),
         "shorter": lambda tensors, name: tensors.update({name: tensors[name][1:].clone()}),
         "whole": lambda tensors, name: tensors.update({name: tensors[name].to(torch.int64)}),

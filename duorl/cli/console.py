@@ -34,9 +34,10 @@ def resume_command(folder: Path) -> str:
 
 
 def quieten() -> None:
-    """Without transformers' own bars."""
+    """Without transformers' own bars and warnings: what is wrong with the input is said in one line."""
     import transformers
 
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 
