@@ -63,9 +63,12 @@ def here(tmp_path_factory):
         patch.setattr(corpus, "_BLOCK_CHARACTERS", 256)  # a short text has all splits
         patch.setattr(running, "_claimed", passed)
         words = WORDS.split()
-        lines = [" ".join(words[(5 * i + j * j) % len(words)] for j in range(12)) for i in range(300)]
+        lines = [" ".join([str(i), *(words[(5 * i + j * j) % len(words)] for j in range(12))]) for i in range(300)]
         Path("text.txt").write_text("\n".join(lines))
         make_model(lines)
+        PatternRouter([1, 2]).save_pretrained("pattern")
+        Path("good.yaml").write_text(yaml.safe_dump(TRAIN))
+        assert not refused("train", "--config", "good.yaml") and not refused(*evaluation())
         yield lines
 
 
@@ -99,6 +102,10 @@ def refused(*words) -> bool:
     assert line.startswith("duorl: error: ") and len(line) < 1000, line
     assert {path for path in Path().iterdir() if path.name != "__pycache__"} == before
     return True
+
+
+def evaluation(router="pattern", model="model", text="text.txt") -> list[str]:
+    return ["evaluate", "--router", router, "--model", model, "--corpus", text, "--window", "8"]
 
 
 class Written:
@@ -219,17 +226,15 @@ def parquet_bytes(columns) -> bytes:
 
 
 def test_spoiled_corpora(here):
-    PatternRouter([1, 2]).save_pretrained("pattern")
-
     def trial(example):
         name, content = example
         Path(name).write_bytes(content)
         try:
-            return refused("evaluate", "--router", "pattern", "--model", "model", "--window", "8", "--corpus", name)
+            return refused(*evaluation(text=name))
         finally:
             Path(name).unlink()
 
-    run(corpora(here), 90, trial, least=50)
+    run(corpora(here), 60, trial, least=40)
 
 
 # Models
@@ -298,10 +303,9 @@ def spoil(folder, name, content):
 def test_spoiled_models(here):
     def trial(example):
         spoil("model", *example)
-        return refused("evaluate", "--router", "pattern", "--model", "copy", "--window", "8", "--corpus", "text.txt")
+        return refused(*evaluation(model="copy"))
 
-    PatternRouter([1, 2]).save_pretrained("pattern")
-    run(models(), 90, trial, least=50)
+    run(models(), 60, trial, least=40)
 
 
 # Routers
@@ -337,9 +341,9 @@ def routers():
 def test_spoiled_routers(here):
     def trial(example):
         spoil(*example)
-        return refused("evaluate", "--router", "copy", "--model", "model", "--window", "8", "--corpus", "text.txt")
+        return refused(*evaluation("copy"))
 
-    run(routers(), 90, trial, least=50)
+    run(routers(), 60, trial, least=40)
 
 
 # Configurations
@@ -371,7 +375,7 @@ def test_spoiled_configurations(here):
         finally:
             Path("config.yaml").unlink()
 
-    run(strategy, 90, trial, least=50)
+    run(strategy, 60, trial, least=40)
 
 
 # Rewards
@@ -436,4 +440,4 @@ def test_spoiled_rewards(here):
             Path(f"{name}.py").unlink()
             sys.modules.pop(name, None)
 
-    run(rewards(), 90, trial, least=50)
+    run(rewards(), 60, trial, least=40)
