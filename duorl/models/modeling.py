@@ -135,8 +135,9 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         """What one forward pass changes."""
         if routes is None and router is None:
             return None
-        if hasattr(router, "require_fit"):
-            router.require_fit(self)
+        require_fit = getattr(router, "require_fit", None)
+        if require_fit is not None:
+            require_fit(self)
         decide = _decision(routes, router)
         return RoutedCall(decide, self.action_compute, drops_blocks=self.config.skip == "block")
 
