@@ -117,7 +117,7 @@ class RoutedPass:
         self.hidden: Tensor
         self.layer_input: Tensor
         entering = self._embed(copies)
-        self.compute = entering.new_zeros(entering.shape[:2])
+        self.compute = self.action_compute.new_zeros(entering.shape[:2])  # float32, whatever the model's precision
         self._attend(entering)
 
     @property
@@ -160,7 +160,7 @@ class RoutedPass:
         ffn = self.stack.ffns[self.layer]
         chosen = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)] if hard else None
         outputs = [_output(ffn, self.hidden, action, chosen) for action in actions]
-        output = (torch.stack(outputs, dim=-1) @ weights[..., None]).squeeze(-1)
+        output = (torch.stack(outputs, dim=-1) @ weights[..., None].to(self.hidden.dtype)).squeeze(-1)
         skipped = sum(weights[..., i] for i, action in enumerate(actions) if action == SKIP)
         taken = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)]
         self._advance(self._joined(output, skipped), weights @ self.action_compute[self.layer, list(actions)], taken)

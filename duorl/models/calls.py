@@ -156,7 +156,7 @@ class RoutedCall(Call):
     def ffn(self, ffn: DuoFFN, hidden: Tensor) -> Tensor:
         """Each token's own network."""
         layer = len(self.taken)
-        before = hidden.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
+        before = self.action_compute.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
         with calling(None):  # a router may run models itself
             actions = self.decide(View(hidden, layer, before, self.previous, self.taken))
         self.compute = before + self.action_compute[layer][actions]
