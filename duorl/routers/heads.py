@@ -86,8 +86,9 @@ def apply_heads(
     Returns:
         One (..., O) for each of the heads.
     """
-    parts = [layer_norm(hidden, hidden.shape[-1:]), compute[..., None]]
-    x = torch.cat(parts if features is None else [*parts, features], dim=-1).to(heads[0].weights[0].dtype)
+    dtype = heads[0].weights[0].dtype  # the model's may be lower, and is left before it rounds
+    parts = [layer_norm(hidden.to(dtype), hidden.shape[-1:]), compute[..., None]]
+    x = torch.cat(parts if features is None else [*parts, features], dim=-1).to(dtype)
     if isinstance(layer, int):
         return [each.head(x, layer) for each in heads]
     order = layer.argsort()
