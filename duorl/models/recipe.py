@@ -15,7 +15,8 @@ class PretrainOptions:
         corpus: built-in corpora, or paths and globs of .txt, .jsonl and .parquet files.
         model: folder of a model to go on from, with its tokenizer: a duo, or a Hugging Face causal language model,
             which is converted; its own networks become the big ones. Unless given, a model is built from `backbone`.
-        backbone: a transformers configuration as a dictionary with `model_type`.
+        backbone: a transformers configuration as a dictionary with `model_type`; its `dtype` is the precision the model
+            is saved in, bfloat16 unless given. A model that stage 1 goes on from keeps its own.
         vocab_size: tokens of the byte-level BPE that is trained for a model built from `backbone`.
         small_ratio: inner size of the big network divided by that of the small one (the paper: 16).
         window: tokens to predict per window.
