@@ -174,7 +174,6 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     def set_input_embeddings(self, value: nn.Module) -> None:
         """Replace the backbone's token embedding."""
         self.backbone.set_input_embeddings(value)
-        self.__dict__.pop("flops", None)  # counted anew: the head may be tied to it
 
     def get_output_embeddings(self) -> nn.Module:
         """The backbone's head."""
@@ -183,7 +182,12 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the backbone's head."""
         self.backbone.set_output_embeddings(value)
+        self.__dict__.pop("flops", None)  # counted anew
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """The backbone's own, which keeps its number of tokens for the loss; the FLOPs of the head are counted anew."""
         self.__dict__.pop("flops", None)
+        return self.backbone.resize_token_embeddings(*args, **kwargs)
 
 
 def _decision(routes: Tensor | None, router: RouterLike | None) -> Callable[[View], Tensor]:
