@@ -275,6 +275,11 @@ class RoutingDynamics:
         return later_sum(earned, self.token_discount).flatten()
 
     @property
+    def rewards(self) -> Tensor:
+        """(l, N), what the l decisions so far have earned, without later tokens' credit."""
+        return torch.stack(self._rewards)
+
+    @property
     def outcome(self) -> Outcome:
         """The finished episode's."""
         last = self._last_step
@@ -283,7 +288,7 @@ class RoutingDynamics:
             loss=last.loss.detach(),
             gain=last.gain.detach(),
             compute=self.compute.detach(),
-            rewards=torch.stack(self._rewards).detach(),
+            rewards=self.rewards.detach(),
             credits=torch.stack(self._credits).detach(),
             routes=torch.stack(self._actions, dim=1),
             parts={name: torch.stack(earned).detach() for name, earned in self._parts.items()},
