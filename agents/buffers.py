@@ -94,5 +94,10 @@ class MaskableGroupRolloutBuffer(GroupRolloutBuffer, MaskableDictRolloutBuffer):
 
     sample_class = MaskableDictRolloutBufferSamples
 
+    @property
+    def allowed(self) -> Tensor:
+        """Choices that were not ruled out, bool, (L * N, A)."""
+        return torch.from_numpy(self.action_masks).flatten(0, 1).bool()
+
     def _more(self, index: Tensor) -> dict[str, Tensor]:
         return {"action_masks": self._picked(self.action_masks, index)}

@@ -121,10 +121,12 @@ class _OnPolicy(StableBaselinesAgent):
         values, returns = (torch.from_numpy(x).flatten() for x in (buffer.values, buffer.returns))
         with torch.no_grad():
             observations = {key: x.flatten(0, 1) for key, x in buffer.observations.items()}
-            spread = entropy(self.router.heads(*head_inputs(observations))).mean().item()
+            logits = self.router.heads(*head_inputs(observations))
+        if isinstance(buffer, MaskableGroupRolloutBuffer):
+            logits = logits.masked_fill(~buffer.allowed.to(logits.device), -torch.inf)
         return {
             **self.vec_env.outcome.metrics(),
-            "train/entropy": spread,
+            "train/entropy": entropy(logits).mean().item(),
             "train/explained_variance": explained_variance(values, returns),
         }
 

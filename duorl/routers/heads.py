@@ -18,6 +18,7 @@ from duorl.inputs import Inputs, View
 from duorl.routers.base import LogitRouter
 
 _LEANING = 2.0  # nats by which a route's actions start out likelier
+_RATED_WIDTH = 192  # hidden size at which the learners' default rates were found
 
 
 class LayerHeads(nn.Module):
@@ -50,6 +51,8 @@ class LayerHeads(nn.Module):
         for depth, (fan_in, fan_out) in enumerate(pairwise(sizes), start=2):
             scale = 0.01 if depth == len(sizes) else 2**0.5  # start near the uniform policy
             weight = torch.randn(layers, fan_in, fan_out, generator=generator) * scale * fan_in**-0.5
+            if depth == 2:
+                weight[:, :hidden_size] /= state_scale(hidden_size)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(layers, fan_out)))
 
@@ -74,6 +77,17 @@ class LayerHeads(nn.Module):
         return x
 
 
+def state_scale(hidden_size: int) -> float:
+    """What a head's normalised hidden state is multiplied by, so that one learning rate serves wide models too.
+
+    A step of Adam moves every weight by about the learning rate, so that it moves a logit by up to hidden_size times
+    the rate: a policy on wide states would be decided by the noise of a few updates. The scale bounds the step by
+    what it is at the width for which the default rates were found. It is 1/d up to a constant, as in Yang et al. 2022
+    (Tensor Programs V, arXiv 2203.03466, table 8), there a factor of the rate. Narrower states are left as they are.
+    """
+    return min(1.0, _RATED_WIDTH / hidden_size)
+
+
 def apply_heads(
     heads: Sequence[LayerHeads], hidden: Tensor, layer: int | Tensor, compute: Tensor, features: Tensor | None = None
 ) -> list[Tensor]:
@@ -86,7 +100,8 @@ def apply_heads(
     Returns:
         One (..., O) for each of the heads.
     """
-    parts = [layer_norm(hidden, hidden.shape[-1:]), compute[..., None]]
+    width = hidden.shape[-1]
+    parts = [layer_norm(hidden, (width,)) * state_scale(width), compute[..., None]]
     x = torch.cat(parts if features is None else [*parts, features], dim=-1).to(heads[0].weights[0].dtype)
     if isinstance(layer, int):
         return [each.head(x, layer) for each in heads]
