@@ -29,7 +29,7 @@ def leave_one_out(values: Tensor, group_size: int) -> Tensor:
         ValueError: the group has no other copies.
     """
     if group_size < 2:
-        raise ValueError("a leave-one-out baseline needs other copies of a token: set group_size to at least 2")
+        raise ValueError("a leave-one-out baseline needs a group_size of at least 2: it uses a token's other copies")
     groups = values.view(len(values), group_size, -1)
     return ((groups.sum(1, keepdim=True) - groups) / (group_size - 1)).view_as(values)
 
