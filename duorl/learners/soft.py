@@ -74,7 +74,7 @@ class Soft(HeadLearner):
         if schedule not in get_args(Schedule):
             raise ValueError(f"unknown schedule {schedule!r}: choose from {', '.join(get_args(Schedule))}")
         if env.prices is not None and budget is not None:
-            raise ValueError("a budget leaves nothing to a range of prices: give one of the two")
+            raise ValueError("give a budget or a range of prices, not both")
         self.budget, self.alpha, self.updates = budget, alpha, updates
         self.first_sharpness, self.last_sharpness, self.schedule = first_sharpness, last_sharpness, schedule
         self.straight_through = straight_through

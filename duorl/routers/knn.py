@@ -66,7 +66,7 @@ class KNNRouter(LogitRouter):
             price=price,
         )
         if neighbours > size:
-            raise ValueError(f"{neighbours} neighbours among {size} states: store more windows or ask fewer")
+            raise ValueError(f"neighbours {neighbours} is more than the {size} states: store more windows or lower it")
         self.prices = None if prices is None else check_prices(prices)
         self.states: Tensor
         self.choices: Tensor
