@@ -1,8 +1,8 @@
-"""Text to token windows: the built-in corpora, a user's own files, and the three splits.
+"""Makes token windows from text: built-in corpora, a user's own files, and the three splits.
 
-The model is trained on the split `model`, routers on `router`, which the model never saw, and
-`evaluation` is only ever evaluated on. A document's split is a hash of its path, so it is the same
-on every Python version, and a module's docstrings stay in the split of its source.
+The model is trained on the split `model`. Routers are trained on `router`, which the model never saw. `evaluation` is
+used for measurements only. The split of a document is a hash of its path. So it is the same on every Python version,
+and the docstrings of a module are in the same split as its source.
 
     windows = load_windows(["stdlib-code"], tokenizer, split="router", length=128)    # (W, 129)
 """
@@ -25,7 +25,7 @@ from torch import Tensor
 Split = Literal["model", "router", "evaluation"]
 # Ends of the three splits on the unit interval of hashes.
 _SPLIT_ENDS = {"model": 0.7, "router": 0.85, "evaluation": 1.0}
-# Tables of code points, generated text (read as `stdlib-docs`), and packages that are not everywhere.
+# Not used: tables of code points, generated text (it is in `stdlib-docs`), packages that not every Python has.
 _EXCLUDED_PACKAGES = {"encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 _TEST_PACKAGES = {"test", "tests", "idle_test"}
 _LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
@@ -33,11 +33,11 @@ _BLOCK_CHARACTERS = 16384
 
 
 Keep = Callable[[str], bool]
-"""Whether a document of that path is wanted; asked before its text is looked at."""
+"""Whether a document with this path is wanted; called before its text is read."""
 
 
 class Document(NamedTuple):
-    """One text; `path` names it across machines and decides its split."""
+    """One text; `path` is its name on every machine and decides its split."""
 
     path: str
     text: str
@@ -67,7 +67,7 @@ def _stdlib_files(keep: Keep, *, tests: bool) -> Iterator[Document]:
 def _docstrings(document: Document) -> str:
     try:
         tree = ast.parse(document.text)
-    except (SyntaxError, ValueError):  # lib2to3 keeps Python 2 sources
+    except (SyntaxError, ValueError):  # lib2to3 has Python 2 sources
         return ""
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders))
@@ -104,12 +104,12 @@ def _text_blocks(name: str, text: str) -> Iterator[Document]:
 
 
 def _block(name: str, text: str) -> Document:
-    """A block or row has no path of its own: a digest of its text tells it from its neighbours."""
+    """A block or row has no path, so a digest of its text is part of its name."""
     return Document(f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:16]}", text)
 
 
 def check_sources(sources: str | Sequence[str]) -> None:
-    """Find out whether there is text at all, without reading it; errors as for `documents`."""
+    """Check that the sources exist, without reading the text; errors as for `documents`."""
     for source in source_names(sources):
         for path in [] if source in BUILT_IN else _files(source):
             _check_file(path)
@@ -144,7 +144,7 @@ def _user_file(path: Path) -> Iterator[Document]:
     whole_file = {"sample_by": "document"} if path.suffix == ".txt" else {}
     try:
         rows = load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train", **whole_file)
-    except Exception as error:  # the loaders raise errors of their own, pyarrow's and pandas'
+    except Exception as error:  # loaders raise errors of pyarrow and pandas
         raise ValueError(f"cannot read {path} as {path.suffix}: {error}") from error
     if "text" not in rows.column_names:
         raise ValueError(f"{path} has no column 'text', only {', '.join(rows.column_names)}: rename one")
@@ -163,10 +163,10 @@ def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
     Args:
         sources: names of built-in corpora (`BUILT_IN`), or paths and globs of .txt, .jsonl and .parquet
             files, the latter two with a column `text`.
-        split: which part.
+        split: the split.
 
     Returns:
-        The documents in the order of their hashes, a fixed shuffle.
+        The documents in the order of their hashes, a fixed random order.
 
     Raises:
         FileNotFoundError: a path or glob matches nothing.
@@ -185,14 +185,14 @@ def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
 def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, length: int) -> Tensor:
     """The token windows of one split.
 
-    The documents are joined with an end-of-text token between them and cut into windows that
-    overlap by one token, so that every token but the first is predicted once. They come in a fixed shuffled order,
-    so that the first few are drawn from all documents and not from the first.
+    The documents are joined with an end-of-text token between them and cut into windows that overlap by one token. So
+    every token except the first is predicted once. Windows are in a fixed random order, so that the first few are from
+    all documents.
 
     Args:
         sources: see `documents`.
         tokenizer: a transformers tokenizer with an `eos_token_id`.
-        split: which part.
+        split: the split.
         length: tokens to predict per window, T.
 
     Returns:
@@ -212,7 +212,7 @@ def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
 
 
 def cut(texts: Sequence[Document], tokenizer, length: int) -> Tensor | None:
-    """Windows of some documents, as `load_windows` describes them; None where they are shorter than one."""
+    """Windows of some documents, see `load_windows`; None if the text is shorter than one window."""
     encoded = tokenizer([document.text for document in texts], add_special_tokens=False)["input_ids"] if texts else []
     end = tokenizer.eos_token_id
     stream = torch.tensor([token for ids in encoded for token in (*ids, end)], dtype=torch.int64)

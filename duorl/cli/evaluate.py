@@ -22,7 +22,7 @@ from duorl.routers import load as load_router
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What measures the router.
+    """The default name of the folder, and the function that measures the router.
 
     Raises:
         ValueError, OSError: the input cannot be used; the message names the thing and the fix.

@@ -42,12 +42,12 @@ _SAVE_EVERY = 120.0
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What redoes the study; see `Paper`."""
+    """The default name of the folder, and the study; see `Paper`."""
     return "paper", Paper(options, config)
 
 
 class Paper:
-    """`duorl paper`: everything that can be wrong with the input is found before a folder is made.
+    """`duorl paper`. The input is checked before a folder is made.
 
     Args:
         options: `PaperOptions` and the folder flags.
@@ -67,7 +67,7 @@ class Paper:
         self.size = StudySize.quick() if options.quick else options.size
         self.soft = {**options.soft, "updates": _QUICK_UPDATES} if options.quick else options.soft
         if unknown := set(self.soft) - set(inspect.signature(Soft).parameters) | {"env", "budget"} & set(self.soft):
-            raise ValueError(f"soft: {min(unknown)!r} is not an option of Soft that a study leaves open")
+            raise ValueError(f"soft: {min(unknown)!r} is not an option of Soft that a study can set")
         self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
         self._read()
         for factory in options.agents.values():
@@ -76,7 +76,7 @@ class Paper:
         Soft(self._lockstep(0.0), **self.soft)
 
     def _read(self) -> None:
-        """The model, and the texts by their names in the study."""
+        """Read the model, and the texts by their names in the study."""
         options = self.options
         self.sources = {"prose": source_names(options.prose), "code": source_names(options.code)}
         named = [", ".join(names) for names in self.sources.values()]
@@ -120,7 +120,7 @@ class Paper:
         )
         figures = study.run()
         if self.options.quick:
-            self.say("figure 8: small models of its own")
+            self.say("figure 8: training small models")
             with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its log
                 self.dense = dense.quick(self.folder / "dense", self.sources, self.options.seed)
         return figures | scaling(self.dense, {name: ", ".join(names) for name, names in self.sources.items()})
@@ -146,7 +146,7 @@ class Paper:
         return self._trained(name, partial(Soft, lockstep, budget=budget, **self.soft))
 
     def _trained(self, name: str, make: Callable[[], Learner]) -> Router:
-        """A job of its own: the router is kept, a training that was stopped goes on."""
+        """Train a router as a job: the router is kept, and a stopped training continues."""
         place = self.folder / "routers" / name.replace(" ", "-")
 
         def work(tell: Tell) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From what was typed to what is done: cheap checks first, then the work's own, then the work in its folder."""
+"""Runs a command: first the cheap checks, then the checks of the command, then its work in a folder."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from duorl.models.loading import model_folder
 from duorl.runs import folders, interrupts
 from duorl.runs.allocator import keep_freed_memory
 
-# What preparing a command may raise for its input; running it is outside, where an error is a bug and keeps its trace.
+# Errors of bad input, in the preparation of a command. Later errors are bugs and keep their traceback.
 _BAD_INPUT = (ValueError, OSError, KeyError, TypeError, AssertionError, ZeroDivisionError, RuntimeError)
-_DUO = ("train", "compare", "evaluate", "oracle", "paper")  # their --model is a duo's folder
+_DUO = ("train", "compare", "evaluate", "oracle", "paper")  # their --model is the folder of a duo model
 _TEXTS = ("corpus", "prose", "code")
 
 
@@ -30,11 +30,11 @@ def run_command(name: str, words: list[str]) -> None:
     """Parse, check, prepare and run a command.
 
     Args:
-        name: of the command.
-        words: what was typed after it.
+        name: name of the command.
+        words: the words after it.
 
     Raises:
-        SystemExit: 2 for input that cannot be used, 1 for a run that failed, 130 and 143 for one that was stopped.
+        SystemExit: 2 for bad input, 1 for a run that failed, 130 and 143 for a run that was stopped.
     """
     keep_freed_memory()
     with ExitStack() as stack:
@@ -57,7 +57,7 @@ def run_command(name: str, words: list[str]) -> None:
 
 
 def check_cheaply(name: str, options: Namespace, config: str) -> None:
-    """What can be found wrong before anything is loaded.
+    """Check everything that can be checked before anything is loaded.
 
     Raises:
         ValueError, OSError: the folder, the model or a text cannot be used.
@@ -80,7 +80,7 @@ def _claimed(called: str, options: Namespace, config: str):
 
 
 def _work(name: str, work: Callable[[Path | None], None], folder: Path | None) -> None:
-    """The work; a run that cannot be resumed leaves a folder that may be begun anew."""
+    """Do the work. If it fails and cannot be resumed, its folder can be used again."""
     from duorl.cli.trainings import JobsFailed
 
     resumable = "resume" in COMMANDS[name].flags

@@ -1,4 +1,4 @@
-"""DuoConfig: what a duo model is built from."""
+"""DuoConfig: the configuration of a duo model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from duorl.models.families import inner_size_name
 
 
 class DuoConfig(PreTrainedConfig):
-    """A Hugging Face decoder's configuration and the inner size of the small networks beside its own.
+    """Configuration of a Hugging Face decoder, and the inner size of the small networks.
 
     Args:
         backbone: the decoder's configuration, or its dictionary form with `model_type`.
         small_size: inner size of the small feed-forward network (the paper: big / 16).
-        skip: what `skip` drops: `ffn`, or `block`, the attention's output as well. Attention runs either way, for the
-            decision and later tokens read it, so both cost the same.
+        skip: what `skip` leaves out: `ffn`, or `block`, which is also the attention's output. Attention runs in both
+            cases, because the decision and later tokens need it. So both have the same compute.
     """
 
     model_type = "duo"
@@ -42,7 +42,7 @@ class DuoConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
-        """The decoder's configuration: generation sizes its caches by it."""
+        """The decoder's configuration; generation reads the sizes of its caches from it."""
         return self.backbone
 
     @property

@@ -1,8 +1,8 @@
 """Stage 1 of Duo-LLM: train a duo model under random routing.
 
-For every token and layer a coin sends the token to the big or to the small network, which keeps the two
-interchangeable and unbiased by any router (arXiv 2410.10846, section on training the duo). The loop is
-transformers' Trainer, so checkpoints, resuming and several GPUs come with it.
+For every token and layer, the big or the small network is chosen at random. So both networks can replace each other,
+and no router influences them (arXiv 2410.10846, section on training the duo). The training loop is the Trainer of
+transformers, with its checkpoints, resuming and several GPUs.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ def random_routes(
 ) -> Tensor:
     """A random route for every token, (tokens, layers) int64.
 
-    In every layer a share `skip_share` skips, and `big_share` of the rest takes big. Which tokens do is
-    random, how many is not: a processor's matrix kernels are compiled per shape, so group sizes that
-    change with every coin toss cost more than the products themselves.
+    In every layer, a share `skip_share` of the tokens skips, and a share `big_share` of the rest takes big. The tokens
+    are random, their number is fixed: matrix kernels on a CPU are compiled for each shape. If the group sizes always
+    change, this takes longer than the products.
     """
     skips = round(tokens * skip_share)
     smalls = int((tokens - skips) * (1 - big_share))
@@ -83,7 +83,7 @@ def constant_losses(model: DuoForCausalLM, windows: Tensor, *, batch: int = 32) 
     return losses
 
 
-_LOSSES = "losses.json"  # in a checkpoint: what has been lost since the last log
+_LOSSES = "losses.json"  # in a checkpoint: the losses since the last log
 
 
 class _Windows(Dataset):
@@ -98,10 +98,10 @@ class _Windows(Dataset):
 
 
 class StageOneTrainer(Trainer):
-    """transformers' Trainer with a fresh random route for every token at every update.
+    """The Trainer of transformers, with new random routes of all tokens in every update.
 
-    Batches that are accumulated into one update share the draw of their routes. A checkpoint also holds what has been
-    lost since the last log, so that a training that goes on logs what it would have logged.
+    Batches that are accumulated into one update have the same random routes. A checkpoint also has the losses since the
+    last log, so that a resumed training logs the same values as an uninterrupted one.
     """
 
     def __init__(self, *args, skip_share: float, big_share: float, **kwargs):
@@ -111,7 +111,7 @@ class StageOneTrainer(Trainer):
         self.add_callback(_GoesOn(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Next-token loss in nats under random routes, seeded by the step so that a resumed run draws the same."""
+        """Next-token loss in nats under random routes; the step is the seed, so a resumed run draws the same."""
         tokens = inputs["tokens"]
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
         generator = torch.Generator().manual_seed(seed)
@@ -122,7 +122,7 @@ class StageOneTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def log(self, logs, start_time=None) -> None:
-        """The mean loss of the training is that of all its steps, also of those before it was stopped."""
+        """Log; the mean loss of the training includes the steps before it was stopped."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
@@ -134,7 +134,7 @@ class StageOneTrainer(Trainer):
             "logged": self._globalstep_last_logged,
         }
         write_json(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _LOSSES, losses)
-        super()._save_checkpoint(model, trial)  # which ends with trainer_state.json
+        super()._save_checkpoint(model, trial)  # writes trainer_state.json last
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss in nats of all-small and all-big on the evaluation windows."""
@@ -148,13 +148,13 @@ class StageOneTrainer(Trainer):
 
 
 class _GoesOn(TrainerCallback):
-    """Gives a trainer back the losses in the checkpoint that it goes on from."""
+    """Gives a resumed trainer the losses in its checkpoint."""
 
     def __init__(self, trainer: StageOneTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """The trainer has just set them to 0."""
+        """Set the losses; the trainer has just set them to 0."""
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _LOSSES
         if state.global_step and path.is_file():
             losses = json.loads(path.read_text())
@@ -164,15 +164,15 @@ class _GoesOn(TrainerCallback):
 
 
 class _Events(TensorBoardCallback):
-    """Stays open after the training, for the evaluation behind it."""
+    """TensorBoard events that stay open after the training, for the evaluation."""
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Only flush."""
+        """Flush, but do not close."""
         self.tb_writer.flush()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in a folder; half-written ones, those without trainer_state.json, are removed."""
+    """The last complete checkpoint in a folder; those without trainer_state.json are incomplete and removed."""
     whole: dict[int, Path] = {}
     for checkpoint in folder.glob("checkpoint-*"):
         try:
@@ -186,7 +186,7 @@ def backbone_config(settings: dict[str, Any], **more: Any) -> PreTrainedConfig:
     """A transformers configuration from a dictionary with `model_type`.
 
     Raises:
-        ValueError: it names no known family.
+        ValueError: the family is unknown.
     """
     if "model_type" not in settings:
         raise ValueError("backbone must name a transformers family as model_type, e.g. llama")
@@ -225,11 +225,11 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
 
 
 class Pretraining:
-    """A stage-1 training, ready to run: its input has been read and found good.
+    """A stage-1 training with checked input, ready to run.
 
     Args:
         options: see `PretrainOptions`.
-        resume: go on from the last checkpoint in the folder, where there is one.
+        resume: continue from the last checkpoint in the folder, if there is one.
 
     Raises:
         ValueError: text is too short, the model cannot be converted, or an option of `training` is unknown.
@@ -253,7 +253,7 @@ class Pretraining:
         }
 
     def run(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        """Train, save, and leave a model card, `README.md`, with losses on the evaluation split."""
+        """Train, save, and write a model card, `README.md`, with losses on the evaluation split."""
         self.train(callbacks)
         describe(self.options, self.out, self.arguments, self.evaluation)
 
@@ -262,7 +262,7 @@ class Pretraining:
         and last `history.json`, the Trainer's log.
 
         Args:
-            callbacks: told of the training by the Trainer.
+            callbacks: callbacks of the Trainer.
         """
         checkpoint = last_checkpoint(self.out / "checkpoints") if self.resume else None
         trainer = StageOneTrainer(
@@ -282,7 +282,7 @@ class Pretraining:
         write_json(self.out / "history.json", trainer.state.log_history)
 
     def _journal(self, trainer: Trainer, checkpoint: Path | None) -> None:
-        """TensorBoard events, where they are wanted: anew, what the checkpoint knows of first."""
+        """Write TensorBoard events, if wanted: first those from before the checkpoint."""
         if trainer.pop_callback(TensorBoardCallback) is None:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -298,14 +298,14 @@ class Pretraining:
 
 
 def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArguments:
-    # Without use_cpu the arguments refuse bf16 where there is no GPU, though CPUs autocast to it as well.
+    # Without use_cpu, the arguments refuse bf16 if there is no GPU, although CPUs support it.
     defaults = {"use_cpu": not torch.cuda.is_available(), "seed": options.seed, "remove_unused_columns": False}
     defaults["save_total_limit"] = 2
     return TrainingArguments(output_dir=str(out / "checkpoints"), **{**defaults, **options.training})
 
 
 def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, evaluation: dict[str, Tensor]) -> None:
-    """Write the model card of a trained model; its losses are those of the model as saved, on windows by text."""
+    """Write the model card of a trained model, with losses of the saved model on windows by text."""
     model = load(out)
     losses = {
         source: {"tokens": windows[:, 1:].numel(), **constant_losses(model, windows)}

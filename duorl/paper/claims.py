@@ -1,4 +1,4 @@
-"""The paper's claims beside what was measured here, agreeing or not.
+"""The claims of the paper, compared with our measurements.
 
 A claim *agrees* where the 95 % interval lies on the claimed side, *disagrees* where it lies on the other side, and is
 *open* where it includes the border. What the border is stands in the measured sentence.
@@ -25,10 +25,10 @@ class Claim:
     """One claim of the paper and its measurement on one text.
 
     Attributes:
-        figure: the paper's.
-        paper: what it says.
-        text: what it was measured on.
-        measured: what was found, with intervals.
+        figure: figure of the paper.
+        paper: the claim.
+        text: text of the measurement.
+        measured: the measurement, with intervals.
         verdict: `agrees`, `disagrees` or `open`.
     """
 
@@ -40,7 +40,7 @@ class Claim:
 
 
 def claims(figures: Mapping[str, Numbers]) -> list[Claim]:
-    """All claims that the given figures bear on."""
+    """All claims about the given figures."""
     found = [*_oracle_claims(figures), *_schedule_claims(figures), *_pattern_claims(figures)]
     found += [*_router_claims(figures), *_difficulty_claims(figures), *_scaling_claims(figures)]
     return sorted(found, key=lambda claim: claim.figure)  # a stable sort: claims of one figure stay together
@@ -51,8 +51,8 @@ def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> 
 
     Args:
         figures: numbers by the figure's name.
-        model: its name.
-        command: what made the numbers.
+        model: name of the model.
+        command: the command that made the numbers.
     """
     found = claims(figures)
     counts = ", ".join(f"{sum(c.verdict == verdict for c in found)} {verdict}" for verdict in VERDICTS)
@@ -90,7 +90,7 @@ def _within(interval: Interval, border: float) -> str:
 
 
 def _all(verdicts: Sequence[str]) -> str:
-    """A claim about several numbers: it disagrees where one does, and agrees where all do."""
+    """The verdict on several numbers: it disagrees if one does, and agrees if all do."""
     if not verdicts:
         return "open"
     for verdict in ("disagrees", "open"):
