@@ -50,7 +50,7 @@ class Windows(NamedTuple):
     Attributes:
         tokens: (W, T+1), see `load_windows`.
         files: (W,), the number of the file (the row of a table) in which a window's first predicted token stands:
-            windows of one file are not independent. Where there is one file alone, the number of a run of windows in it.
+            windows of one file are not independent. Where there is one file alone, of a run of windows in it.
     """
 
     tokens: Tensor

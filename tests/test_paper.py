@@ -11,6 +11,7 @@ from conftest import make_duo
 from test_routed_pass import reference_losses, routed_losses
 
 import duorl
+from duorl.corpus import Windows
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
 from duorl.learners import Soft
@@ -46,10 +47,10 @@ def small_study():
         model,
         Names(),
         windows[:4],
-        {"prose": windows[4:8], "code": windows[7:]},
+        {"prose": Windows(windows[4:8], torch.arange(4) // 2), "code": Windows(windows[7:], torch.arange(3))},
         learners={"ours": lambda price: HeadRouter(3, 32, seed=round(10 * price))},
         soft=soft,
-        size=StudySize(windows=4, pattern_windows=4, random_patterns=5, prices=(0.1, 0.3), resamples=100),
+        size=StudySize(windows=4, pattern_windows=4, random_patterns=5, prices=(0.1, 0.3)),
         seed=0,
     )
 

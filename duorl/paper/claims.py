@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.evaluation.statistics import Statistic, estimate
 
 Numbers = dict[str, Any]
 Interval = Sequence[float]
@@ -99,9 +99,11 @@ def _all(verdicts: Sequence[str]) -> str:
     return "agrees"
 
 
-def _steps(points: Sequence[Numbers]) -> tuple[str, str]:
+def _steps(points: Sequence[Numbers], files: Sequence[int] | None) -> tuple[str, str]:
     """Whether each point's loss is below that of the one before."""
-    steps = [_difference(later, earlier) for earlier, later in pairwise(points)]
+    steps = [
+        _estimated([later, earlier], files, lambda means: means[0] - means[1]) for earlier, later in pairwise(points)
+    ]
     verdicts = [_verdict(step["mean_interval"], below=0) for step in steps]
     compute = ", ".join(f"{point['compute']:.2f}" for point in points)
     listed = ", ".join(f"{step['mean']:+.3f}" for step in steps)
@@ -109,10 +111,11 @@ def _steps(points: Sequence[Numbers]) -> tuple[str, str]:
     return f"routed context, compute {compute}; each loss minus the one before: {listed}; {counts}", _all(verdicts)
 
 
-def _difference(one: Numbers, other: Numbers) -> Numbers:
-    """Of two points' windows, paired."""
-    values = torch.tensor(one["windows"]) - torch.tensor(other["windows"])
-    return {"mean": values.mean().item(), "mean_interval": bootstrap_interval(values)}
+def _estimated(points: Sequence[Numbers], files: Sequence[int] | None, statistic: Statistic) -> Numbers:
+    """A statistic of several points' losses, and its interval; a choice among the points is a part of it."""
+    windows = torch.tensor([point["windows"] for point in points])
+    found = estimate(windows[None], None if files is None else torch.tensor(files), statistic=statistic)
+    return {"mean": found.value, "mean_interval": found.interval}
 
 
 def _number(values: Numbers, key: str = "mean") -> str:
@@ -137,7 +140,9 @@ def _oracle_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
     for text, found in figures["4b"]["texts"].items():
         curve, half = found["reference"]["oracle"], figures["4b"]["layers"] / 2
         best = min(curve, key=lambda point: point["loss"])
-        arms = [_difference(best, end) for end in (curve[0], curve[-1])]
+        arms = [
+            _estimated(curve, found.get("files"), lambda means, end=end: means.min() - means[end]) for end in (0, -1)
+        ]
         bent = _all([_verdict(arm["mean_interval"], below=0) for arm in arms])
         yield Claim(
             "4b",
@@ -188,7 +193,8 @@ def _pattern_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
     for text, found in figures["2d"]["texts"].items():
         shares = found["per_layer"]
         layer = min(range(len(shares["mean"])), key=lambda index: shares["mean"][index])
-        low, high = (1 - share for share in reversed(shares["mean_interval"][layer]))
+        kept = [1 - share for share in reversed(shares["mean_interval"][layer])]  # of older files: without the choice
+        low, high = found["most_skipped"]["mean_interval"] if "most_skipped" in found else kept
         yield Claim(
             "2d",
             "with skip, some layers are almost always skipped",
@@ -231,7 +237,8 @@ def _router_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             ("fixed", "the best fixed pattern improves with every big layer"),
             ("soft", "the learned router improves with its budget"),
         ):
-            measured, verdict = _steps(sorted(curves[kind], key=lambda point: point["compute"]))
+            points = sorted(curves[kind], key=lambda point: point["compute"])
+            measured, verdict = _steps(points, found.get("files"))
             yield Claim("4b", said, text, measured, verdict)
     for favour, key in (("late layers", "lateness"), ("early tokens", "early_tokens")):
         for text, found in figures["3b"]["texts"].items():
