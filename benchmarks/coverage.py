@@ -2,10 +2,10 @@
 
     python -m benchmarks.coverage --draws 2000
 
-A made-up loss is the sum of an effect of its seed, of its file, of its seed on this file, of its window, and a rest. The
-sizes of these effects are those of real runs, and larger ones (see `SPREADS`); files have the lengths of the evaluation
-split. Three ways to an interval see the same losses. A cell has the share of intervals that hold the true value, with
-normal and with skewed effects, and their mean width with normal ones, in nats.
+A made-up loss is the sum of an effect of its seed, of its file, of its seed on this file, of its window, and a rest.
+The sizes of these effects are those of real runs, and larger ones (see `SPREADS`); files have the lengths of the
+evaluation split. Three ways to an interval see the same losses. A cell has the share of intervals that hold the true
+value, with normal and with skewed effects, and their mean width with normal ones, in nats.
 """
 
 from __future__ import annotations

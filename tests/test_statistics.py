@@ -120,11 +120,9 @@ def test_interpolation_is_linear_and_refuses_to_extrapolate():
 
 
 def test_what_windows_spend_is_chance_too():
-    """A loss at a compute, left out file by file: the other files spend something else, and reach the target elsewhere."""
-    spent, losses = (
-        noise(2, 6) / 50 + torch.tensor([[0.3], [0.7]]),
-        noise(2, 6, seed=1) / 10 + torch.tensor([[3.0], [2.0]]),
-    )
+    """A loss at a compute, left out file by file: the other files spend something else."""
+    spent = noise(2, 6) / 50 + torch.tensor([[0.3], [0.7]])
+    losses = noise(2, 6, seed=1) / 10 + torch.tensor([[3.0], [2.0]])
     found = loss_at([Ladder(spent, losses)], 0.5)
     for window in range(6):
         rest = [torch.cat([v[:, :window], v[:, window + 1 :]], 1).mean(1) for v in (spent, losses)]
@@ -169,14 +167,11 @@ def test_routers_are_compared_window_by_window_at_equal_compute(tmp_path):
 def test_what_holds_depends_on_how_many_are_compared():
     """One router a little better than the fixed pattern, alone and among twenty that are like it."""
     base, apart = noise(30), noise(30, seed=2)
-    apart = (apart - apart.mean()) / apart.std()
-    fixed = steps([0.1, 0.9], base.expand(2, 30).clone())
-    one = steps([0.1, 0.9], (base + 0.1 * apart - 0.045).expand(2, 30).clone())
-    others = {
-        str(n): [steps([0.1, 0.9], (base + 0.1 * noise(30, seed=9 + n)).expand(2, 30).clone())] for n in range(20)
-    }
+    apart = 0.1 * (apart - apart.mean()) / apart.std() - 0.045
+    level = lambda losses: [steps([0.1, 0.9], losses.expand(2, 30).clone())]  # noqa: E731
+    others = {str(n): level(base + 0.1 * noise(30, seed=9 + n)) for n in range(20)}
     for more, holds in (({}, True), (others, False)):
-        rows = budget_rows({"fixed": [fixed], "one": [one], **more}, [0.5])
+        rows = budget_rows({"fixed": level(base), "one": level(base + apart), **more}, [0.5])
         (against,) = (row["minus"]["fixed"] for row in rows if row["router"] == "one")
         assert 0.05 / 21 < against["p"] < 0.05 and against["holds"] == holds
 
