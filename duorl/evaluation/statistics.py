@@ -74,9 +74,10 @@ class Estimate:
     def __sub__(self, rival: Estimate) -> Estimate:
         """The paired difference on the same windows: files are left out of both, equally many seeds go in pairs."""
         without = self.without - rival.without
-        own, other = (sum(one.seeds) if len(one.seeds) == 1 else None for one in (self, rival))
-        if own is not None and other is not None and (len(own) == len(other) or 1 in (len(own), len(other))):
-            return Estimate((own - other,), without, self.freedom)
+        if len(self.seeds) == len(rival.seeds) == 1:
+            own, other = self.seeds[0], rival.seeds[0]
+            if len(own) == len(other) or 1 in (len(own), len(other)):
+                return Estimate((own - other,), without, self.freedom)
         return Estimate((*self.seeds, *(-group for group in rival.seeds)), without, self.freedom)
 
     @property
