@@ -90,6 +90,7 @@ def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> 
         command: what made the numbers.
     """
     found = claims(figures)
+    known = all("files" in found for found in figures["4b"]["texts"].values())
     counts = ", ".join(f"{sum(c.verdict.name == verdict for c in found)} {verdict}" for verdict in VERDICTS)
     lines = [
         f"# The claims of Duo-LLM on {model}",
@@ -97,8 +98,8 @@ def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> 
         f"    {command}",
         "",
         "Losses in nats per token, on held-out text, in the reference context unless said. In brackets 95 % intervals",
-        "over files. The verdict is read off the interval: *open* where it includes the border. ^ it holds with 95 %",
-        "confidence for all verdicts of the table together (Holm).",
+        f"over {'files' if known else 'windows'}. The verdict is read off the interval: *open* where it includes the",
+        "border. ^ it holds with 95 % confidence for all verdicts of the table together (Holm).",
         f"The paper has 12 layers; its budgets stand for the same shares of the layers here. {counts}.",
         "",
         "| figure | the paper | text | measured here | verdict |",

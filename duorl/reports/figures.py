@@ -78,7 +78,8 @@ def heat_map(routes: Tensor, title: str) -> Figure:
 
 _HOLDS = "^"
 HOLM = f"{_HOLDS} it is not 0, with 95 % confidence for all differences of the table together (Holm)."
-"""What tables say of the differences that hold."""
+"""What tables say of the differences that hold; not of older files, which do not know."""
+_PAIRED = "In brackets the 95 % interval of the paired difference to best fixed."
 
 
 def _paired(value: float, interval: Sequence[float] | None, holds: bool, digits: int) -> str:
@@ -129,10 +130,10 @@ def _caption(comparison: Comparison) -> str:
         "least so large. ",
         None: ". No bound was searched, so there is no regret and no agreement. ",
     }[bound_of(comparison)]
+    sees = _SEES if any(row["sees_label"] for row in comparison.rows) else ""
     return (
         f"Actions: skip/small/big. Routed context, {routed:,} held-out tokens{against}"
-        f"In brackets the 95 % interval of the paired difference to best fixed. {HOLM}"
-        + (_SEES if any(row["sees_label"] for row in comparison.rows) else "")
+        f"{_PAIRED}{_holm(comparison.rows, 'return_minus_fixed_holds')}{sees}"
     )
 
 
@@ -145,7 +146,8 @@ def markdown(comparison: Comparison) -> str:
     """The same table for a page of Markdown."""
     titles = _titles(comparison)
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *map(_cells, comparison.rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join([table, *_note(_holm(comparison.rows, "return_minus_fixed_holds"))])
 
 
 def _cells(row: dict) -> list[str]:
@@ -227,7 +229,16 @@ def _below_fixed(rows: list[dict], router: str) -> list[tuple[float, float, tupl
 def budgets_markdown(numbers: dict) -> str:
     """The tables of `budgets.json`: per text, every router's loss at every target, and its difference to best fixed."""
     tables = [_budget_table(text, found) for text, found in numbers["texts"].items()]
-    return "\n".join([*tables, f"In brackets the 95 % interval of the paired difference to best fixed. {HOLM}\n"])
+    against = [row["minus"].get(_FIXED, {}) for found in numbers["texts"].values() for row in found["rows"]]
+    return "\n".join([*tables, *_note(_holm(against, "holds"))])
+
+
+def _holm(rows: list[dict], key: str) -> str:
+    return f" {HOLM}" if any(key in row for row in rows) else ""
+
+
+def _note(holm: str) -> list[str]:
+    return [f"{_PAIRED}{holm}\n"] if holm else []
 
 
 def _budget_table(text: str, found: dict) -> str:
