@@ -27,10 +27,10 @@ from torch import Tensor
 import duorl
 from duorl import agents
 from duorl.agents.stable_baselines import StableBaselinesAgent
-from duorl.corpus import cut, documents
+from duorl.corpus import Windows, cut, documents
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.evaluation.statistics import estimate
 from duorl.learners import Soft
 from duorl.rewards import LogitLensShaping, LossImprovement, Reward, TeacherKL
 from duorl.routers import ConstantRouter, PatternRouter
@@ -78,7 +78,7 @@ def variants() -> dict[str, tuple[Callable[..., agents.Agent], dict]]:
 
 
 @lru_cache(maxsize=1)
-def text() -> tuple[duorl.DuoForCausalLM, Tensor, Tensor]:
+def text() -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
     """The model, and windows of the router split: of files for training, and of held-out files."""
     model, tokenizer = duorl.load("duo-tiny"), duorl.load_tokenizer("duo-tiny")
     files = documents(["stdlib-code", "stdlib-docs"], "router")
@@ -86,7 +86,7 @@ def text() -> tuple[duorl.DuoForCausalLM, Tensor, Tensor]:
     learned = cut([file for file in files if file.path not in held_out], tokenizer, 128)
     others = cut([file for file in files if file.path in held_out], tokenizer, 128)
     assert learned is not None and others is not None
-    return model, learned, others[:HELD_OUT]
+    return model, learned.tokens, Windows(others.tokens[:HELD_OUT], others.files[:HELD_OUT])
 
 
 def learner(name: str, seed: int, starts: Path) -> agents.Agent:
@@ -121,7 +121,7 @@ def gradient_spread(agent: agents.Agent, updates: int) -> float | None:
 @torch.no_grad()
 def returns(router) -> Tensor:
     """Held-out returns per window at the price, (W,)."""
-    model, _, windows = text()
+    model, _, (windows, _) = text()
     reference = measure(model, ConstantRouter("small"), windows).loss
     measured = measure(model, router, windows)
     return (reference - measured.loss - PRICE * measured.compute).mean(1)
@@ -148,6 +148,7 @@ def prepare(starts: Path, soft_updates: int) -> None:
 def rows(found: list[dict]) -> list[dict]:
     """A row per variant: mean return, paired difference to REINFORCE with the same seed, spread of the gradient."""
     by_name = {name: [one for one in found if one["name"] == name] for name in variants()}
+    files = text()[2].files
     stacked = {name: torch.tensor([one["returns"] for one in seeds]) for name, seeds in by_name.items()}
     return [
         {
@@ -155,7 +156,7 @@ def rows(found: list[dict]) -> list[dict]:
             "seeds": len(values),
             "return": values.mean().item(),
             "minus": (values - stacked[YARDSTICK]).mean().item(),
-            "interval": bootstrap_interval(values - stacked[YARDSTICK]),
+            "interval": estimate(values - stacked[YARDSTICK], files).interval,
             "fresh": by_name[name][0]["fresh"],
             "trained": by_name[name][0]["trained"],
         }

@@ -14,14 +14,12 @@ import argparse
 import json
 from pathlib import Path
 
-from torch import Tensor
-
 from benchmarks.credit import text
 from duorl import agents
 from duorl.envs import Lockstep
-from duorl.evaluation import Ladder
-from duorl.evaluation.statistics import bootstrap_interval, hypervolume, interpolate
-from duorl.oracle import fixed_patterns
+from duorl.evaluation import Baseline, EvaluationOptions, Ladder
+from duorl.evaluation.budgets import loss_at
+from duorl.evaluation.statistics import Estimate, hypervolume
 from duorl.prices import ladder
 from duorl.rewards import LossImprovement
 from duorl.routers import ConstantRouter, PatternRouter, Router
@@ -42,11 +40,13 @@ def learn(decisions: int, seed: int, price: float | None) -> Router:
 
 def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
     """Train and measure the three frontiers."""
-    model, training, windows = text()
-    windows = windows[:HELD_OUT]
+    model, training, held_out = text()
+    windows = held_out.tokens[:HELD_OUT]
     steps = ladder(PRICES, STEPS)[::-1]
     one = learn(decisions, seed, None)
-    patterns = [PatternRouter(found.route) for found in fixed_patterns(model, training[:24])]
+    rounds = EvaluationOptions(fixed_windows=24, final_windows=96)
+    ranked = {"method": "enumeration", "actions": ("small", "big"), "price": 0.0, "options": rounds}
+    patterns = [PatternRouter(route) for route in Baseline(model, training, **ranked).per_big().values()]
     return {
         "best fixed": Ladder.climb(model, patterns, windows),
         "one router per price": Ladder.climb(model, [learn(decisions, seed, price) for price in steps], windows),
@@ -56,25 +56,26 @@ def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
 
 def rows(found: dict[str, Ladder], worst_loss: float) -> list[dict]:
     """A row per frontier: hypervolume, and paired difference to one router per price at some computes."""
-    separate = found["one router per price"]
+    files = text()[2].files[:HELD_OUT]
+    at = {name: {target: loss_at([ladder], target, files) for target in TARGETS} for name, ladder in found.items()}
+    separate = at["one router per price"]
     return [
         {
             "name": name,
             "compute": [ladder.compute.min().item(), ladder.compute.max().item()],
             "hypervolume": hypervolume(ladder.compute, ladder.loss, worst_loss=worst_loss),
-            "minus": {str(target): _minus(ladder, separate, target) for target in TARGETS},
+            "minus": {str(target): _minus(at[name][target], separate[target]) for target in TARGETS},
         }
         for name, ladder in found.items()
     ]
 
 
-def _minus(ladder: Ladder, separate: Ladder, target: float) -> list[float] | None:
+def _minus(own: Estimate | None, rival: Estimate | None) -> list[float] | None:
     """Difference of losses at a compute, and its interval."""
-    own, rival = (interpolate(one.compute, one.losses, target) for one in (ladder, separate))
     if own is None or rival is None:
         return None
-    difference: Tensor = own - rival
-    return [difference.mean().item(), *bootstrap_interval(difference)]
+    difference = own - rival
+    return [difference.value, *(difference.interval or ())]
 
 
 def markdown(table: list[dict]) -> str:
@@ -100,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     model, _, windows = text()
-    small = Ladder.climb(model, [ConstantRouter("small")], windows[:HELD_OUT]).loss.item()
+    small = Ladder.climb(model, [ConstantRouter("small")], windows.tokens[:HELD_OUT]).loss.item()
     table = rows(ladders(options.decisions, options.seed), small)
     command = f"python -m benchmarks.prices --decisions {options.decisions}"
     options.out.parent.mkdir(parents=True, exist_ok=True)

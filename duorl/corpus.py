@@ -37,10 +37,24 @@ Keep = Callable[[str], bool]
 
 
 class Document(NamedTuple):
-    """One text; `path` is its name on every machine and decides its split."""
+    """One text; `path` is its name on every machine and decides its split; `file` names the file that it is a part of."""
 
     path: str
     text: str
+    file: str = ""
+
+
+class Windows(NamedTuple):
+    """Windows of text, and where they are from.
+
+    Attributes:
+        tokens: (W, T+1), see `load_windows`.
+        files: (W,), the number of the file (the row of a table) in which a window's first predicted token stands:
+            windows of one file are not independent. Where there is one file alone, of a run of windows in it.
+    """
+
+    tokens: Tensor
+    files: Tensor
 
 
 def split_of(path: str) -> Split:
@@ -92,20 +106,24 @@ BUILT_IN: dict[str, Callable[[Keep], Iterator[Document]]] = {
 
 def _text_blocks(name: str, text: str) -> Iterator[Document]:
     """Cut a long file at line ends, so that a single file can serve all three splits."""
-    lines, size = [], 0
+    lines, size, file = [], 0, _named(name, text)
     for line in text.splitlines(keepends=True):
         lines.append(line)
         size += len(line)
         if size >= _BLOCK_CHARACTERS:
-            yield _block(name, "".join(lines))
+            yield _block(name, "".join(lines), file)
             lines, size = [], 0
     if lines:
-        yield _block(name, "".join(lines))
+        yield _block(name, "".join(lines), file)
 
 
-def _block(name: str, text: str) -> Document:
+def _block(name: str, text: str, file: str) -> Document:
+    return Document(_named(name, text), text, file)
+
+
+def _named(name: str, text: str) -> str:
     """A block or row has no path, so a digest of its text is part of its name."""
-    return Document(f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:16]}", text)
+    return f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def check_sources(sources: str | Sequence[str]) -> None:
@@ -202,6 +220,11 @@ def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
         FileNotFoundError: a path or glob matches nothing.
         ValueError: a file cannot be read, or the split's text is shorter than one window.
     """
+    return read_windows(sources, tokenizer, split=split, length=length).tokens
+
+
+def read_windows(sources: str | Sequence[str], tokenizer, *, split: Split, length: int) -> Windows:
+    """The token windows of one split, and which files they are from; arguments and errors as for `load_windows`."""
     windows = cut(documents(sources, split), tokenizer, length)
     if windows is None:
         raise ValueError(
@@ -211,7 +234,7 @@ def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
     return windows
 
 
-def cut(texts: Sequence[Document], tokenizer, length: int) -> Tensor | None:
+def cut(texts: Sequence[Document], tokenizer, length: int) -> Windows | None:
     """Windows of some documents, see `load_windows`; None if the text is shorter than one window."""
     encoded = tokenizer([document.text for document in texts], add_special_tokens=False)["input_ids"] if texts else []
     end = tokenizer.eos_token_id
@@ -219,4 +242,19 @@ def cut(texts: Sequence[Document], tokenizer, length: int) -> Tensor | None:
     if len(stream) <= length:
         return None
     windows = stream.unfold(0, length + 1, length)
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+    files = _files_of(len(windows), [document.file or document.path for document in texts], encoded, length)
+    shuffled = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    return Windows(windows[shuffled], files[shuffled])
+
+
+def _files_of(count: int, names: Sequence[str], encoded: Sequence[Sequence[int]], length: int) -> Tensor:
+    """See `Windows.files`; runs are of W^(1/3) windows, the order at which a block bootstrap's variance errs least.
+
+    The order is of Hall, Horowitz and Jing (1995), On blocking rules for the bootstrap with dependent data.
+    """
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    if len(numbers) == 1:
+        return torch.arange(count) // round(count ** (1 / 3))
+    ends = torch.tensor([len(ids) + 1 for ids in encoded]).cumsum(0)
+    first_predicted = torch.arange(count) * length + 1
+    return torch.tensor([numbers[name] for name in names])[torch.searchsorted(ends, first_predicted, right=True)]

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write
@@ -24,6 +23,7 @@ from duorl.cli.trainings import (
     train_apart,
 )
 from duorl.cli.workbench import KNOWABLE, Workbench
+from duorl.corpus import Windows
 from duorl.costs import ACTIONS
 from duorl.evaluation.budgets import Ladder, budget_rows, summaries
 from duorl.evaluation.compare import Comparer
@@ -117,6 +117,7 @@ class Compare:
             bench.training,
             bench.held_out,
             bench.price,
+            files=bench.evaluation.files,
             decisions=decisions,
             routers=len(places) + 6,
         )
@@ -136,10 +137,10 @@ class Compare:
         """Compare all routers at equal compute, on each text."""
         patterns, texts = comparer.best_patterns(), {}
         for text, windows in held_out_texts(self.bench).items():
-            ladders = {"best fixed": [Ladder.climb(self.bench.model, patterns, windows)]}
+            ladders = {"best fixed": [Ladder.climb(self.bench.model, patterns, windows.tokens)]}
             for place in self.places(folder):
                 ladders.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
-            texts[text] = {"tokens": windows[:, 1:].numel(), **self._budgets(ladders, windows)}
+            texts[text] = {"tokens": windows.tokens[:, 1:].numel(), **self._budgets(ladders, windows)}
         numbers = {"command": typed_command(), "texts": texts}
         write_json(folder / "budgets.json", numbers)
         write_text(folder / "budgets.md", budgets_markdown(numbers))
@@ -148,12 +149,12 @@ class Compare:
                 budget_frontiers(found, text).savefig(beside, dpi=150)
         page.write(folder)
 
-    def _budgets(self, ladders: dict[str, list[Ladder]], windows: Tensor) -> dict[str, Any]:
+    def _budgets(self, ladders: dict[str, list[Ladder]], windows: Windows) -> dict[str, Any]:
         constant = [ConstantRouter(name) for name in ACTIONS[1:]]
-        small, big = Ladder.climb(self.bench.model, constant, windows).loss.tolist()
-        resamples = self.options.evaluation.resamples
+        small, big = Ladder.climb(self.bench.model, constant, windows.tokens).losses
+        level, files = big.mean().item(), windows.files
         return {
-            "all_big": big,
-            "rows": budget_rows(ladders, self.options.targets, resamples=resamples),
-            "routers": summaries(ladders, level=big, worst_loss=small, resamples=resamples),
+            "all_big": level,
+            "rows": budget_rows(ladders, self.options.targets, files),
+            "routers": summaries(ladders, level=level, worst=small, files=files),
         }

@@ -27,6 +27,7 @@ def make_comparer(
     held_out: Tensor,
     price: float,
     *,
+    files: Tensor,
     decisions: int | None = None,
     routers: int = 8,
 ) -> Comparer:
@@ -38,6 +39,7 @@ def make_comparer(
         training: (W, T+1) of the router split.
         held_out: (W, T+1) of the evaluation split.
         price: nats per all-big pass.
+        files: (W,), which file each of these is from.
         decisions: layer decisions of all learners together; None without a training.
         routers: number of routers to measure.
     """
@@ -46,7 +48,8 @@ def make_comparer(
     choice = choose(model, training, held_out, **given, routers=routers)
     say(choice.text(flops_per_second(model, training)))
     with console.status("search the best fixed pattern and the bound"):
-        return Comparer(model, training, held_out, price=price, reference=options.reference, routers=routers, **given)
+        given |= {"price": price, "reference": options.reference, "routers": routers, "files": files}
+        return Comparer(model, training, held_out, **given)
 
 
 def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor) -> None:

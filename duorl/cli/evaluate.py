@@ -12,7 +12,7 @@ from duorl.checks import require_positive
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, write
 from duorl.cli.console import say, typed_command
 from duorl.cli.parser import read_config
-from duorl.corpus import load_windows
+from duorl.corpus import read_windows
 from duorl.costs import action_ids
 from duorl.evaluation.measure import measure
 from duorl.models import load, load_tokenizer
@@ -35,13 +35,13 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         router = router.at(price=price)
     model, tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
     router = router.to(model.device)
-    read = partial(load_windows, options.corpus, tokenizer, length=options.window)
-    training, held_out = read(split="router"), read(split="evaluation")
+    read = partial(read_windows, options.corpus, tokenizer, length=options.window)
+    training, (held_out, files) = read(split="router").tokens, read(split="evaluation")
     measure(model, router, held_out[:1])  # a router of another model's sizes fails here
     check_evaluation(options, model, training, held_out)
 
     def work(folder: Path) -> None:
-        comparer = make_comparer(options, model, training, held_out, price, routers=3)
+        comparer = make_comparer(options, model, training, held_out, price, files=files, routers=3)
         routers: dict[str, list[Router]] = {_row_name(options.router): [router], "best fixed": [comparer.fixed]}
         comparison = compare(comparer, routers, {"command": typed_command(), **read_config(config)})
         write(comparison, comparer.traces(tokenizer), folder)

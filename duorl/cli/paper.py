@@ -18,7 +18,7 @@ from duorl.cli.learners import LearnerFactory
 from duorl.cli.parser import read_config
 from duorl.cli.trainings import JobsFailed
 from duorl.cli.workbench import make_lockstep
-from duorl.corpus import load_windows, source_names
+from duorl.corpus import read_windows, source_names
 from duorl.envs import Lockstep
 from duorl.evaluation import check_searches
 from duorl.files import write_json, write_text
@@ -83,13 +83,16 @@ class Paper:
         kept = dense.find(options.dense, model_folder(options.model), named)
         self.dense = [] if options.quick else kept
         self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
-        read = partial(load_windows, tokenizer=self.tokenizer, length=options.env.window)
-        self.training = read([name for names in self.sources.values() for name in names], split="router")
+        read = partial(read_windows, tokenizer=self.tokenizer, length=options.env.window)
+        self.training = read([name for names in self.sources.values() for name in names], split="router").tokens
         self.texts = {name: read(names, split="evaluation") for name, names in self.sources.items()}
         for name, windows in self.texts.items():
-            if len(windows) < 2:
+            if len(windows.tokens) < 2:
                 raise ValueError(f"{name}: a study needs at least 2 windows of evaluation text: give more")
-        counts = min(self.size.windows, max(map(len, self.texts.values()))), self.size.pattern_windows
+        counts = (
+            min(self.size.windows, max(len(windows.tokens) for windows in self.texts.values())),
+            self.size.pattern_windows,
+        )
         check_searches(self.model, options.env.window, ("small", "big"), *counts)  # a study enumerates all routes
 
     def __call__(self, folder: Path) -> None:

@@ -64,6 +64,7 @@ def _run(bench: Workbench, folder: Path) -> None:
         bench.training,
         bench.held_out,
         price,
+        files=bench.evaluation.files,
         decisions=options.total_decisions,
         routers=len(routers) + 6,
     )

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from duorl.cli.console import job_bars, quieten
 from duorl.cli.workbench import Workbench
-from duorl.corpus import source_names
+from duorl.corpus import Windows, source_names
 from duorl.evaluation.budgets import Ladder
 from duorl.files import writing
 from duorl.routers import Router
@@ -106,15 +105,16 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
     for done, (text, windows) in enumerate(texts.items()):
         tell(completed=done, total=len(texts), note=text)
         with writing(ladder_path(Path(router), text)) as beside:
-            Ladder.climb(bench.model, steps, windows).save(beside)
+            Ladder.climb(bench.model, steps, windows.tokens).save(beside)
         interrupts.check()
     return {}
 
 
-def held_out_texts(bench: Workbench) -> dict[str, Tensor]:
-    """The first windows of the evaluation split of each text, (W, T+1), by the name of the text."""
+def held_out_texts(bench: Workbench) -> dict[str, Windows]:
+    """The first windows of the evaluation split of each text, by the name of the text."""
     count = bench.options.evaluation.windows
-    return {name: bench.read([name], split="evaluation")[:count] for name in source_names(bench.options.corpus)}
+    texts = {name: bench.read_windows([name], split="evaluation") for name in source_names(bench.options.corpus)}
+    return {name: Windows(text.tokens[:count], text.files[:count]) for name, text in texts.items()}
 
 
 def ladder_path(router: Path, text: str) -> Path:

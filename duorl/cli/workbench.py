@@ -16,7 +16,7 @@ from duorl.checks import require_positive
 from duorl.cli.learners import LearnerFactory, named
 from duorl.cli.options import EnvironmentOptions
 from duorl.cli.parser import read_config
-from duorl.corpus import load_windows
+from duorl.corpus import Windows, read_windows
 from duorl.costs import action_ids
 from duorl.envs import Lockstep
 from duorl.evaluation.bound import ROWS
@@ -72,8 +72,8 @@ class Workbench:
             if options.env.big_layers is not None:
                 raise ValueError("env.big_layers already fixes the compute: give it or target_compute, not both")
         self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
-        self.read = partial(load_windows, tokenizer=self.tokenizer, length=options.env.window)
-        self.training, self.validation = _hold_back(self.read(options.corpus, split="router"))
+        self.read_windows = partial(read_windows, tokenizer=self.tokenizer, length=options.env.window)
+        self.training, self.validation = _hold_back(self.read_windows(options.corpus, split="router").tokens)
         self._try_reward()
         for name in self._factories:
             self.learner(name, options.seed)
@@ -105,9 +105,14 @@ class Workbench:
                 raise ValueError(f"own_env of {name}: {min(shared)} is an option of the whole run, set it in env")
 
     @cached_property
+    def evaluation(self) -> Windows:
+        """Windows of the evaluation split; used for measurements only."""
+        return self.read_windows(self.options.corpus, split="evaluation")
+
+    @property
     def held_out(self) -> Tensor:
-        """Windows of the evaluation split, (W, T+1); used for measurements only."""
-        return self.read(self.options.corpus, split="evaluation")
+        """The tokens of these windows, (W, T+1)."""
+        return self.evaluation.tokens
 
     def _try_reward(self) -> None:
         """Play one episode of one window, so that a bad reward is refused before anything is written."""

@@ -25,7 +25,6 @@ class EvaluationOptions:
             `none`. `auto` is the first of these that costs less than the training. With `auto`, the number of windows
             may be lowered, so that the evaluation does not take longer than the training.
         batch: windows per pass.
-        resamples: bootstrap resamples of windows for the 95 % intervals.
     """
 
     windows: int = 256
@@ -36,7 +35,6 @@ class EvaluationOptions:
     baseline: Literal["auto", "enumeration", "program", "greedy"] = "auto"
     bound: Literal["auto", "exhaustive", "descent", "none"] = "auto"
     batch: int = 16
-    resamples: int = 2000
 
     def __post_init__(self) -> None:
         counts = {name: value for name, value in vars(self).items() if name not in ("baseline", "bound")}

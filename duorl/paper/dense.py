@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from duorl.checks import require_positive
-from duorl.corpus import load_windows
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.corpus import Windows, read_windows
+from duorl.evaluation.statistics import estimate
 from duorl.models import DuoForCausalLM, load, load_tokenizer
 from duorl.models.families import inner_size, inner_size_name
 from duorl.models.pretrain import Pretraining, backbone_config, random_routes
@@ -103,21 +103,27 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for text in options.texts:
         windows = evaluation_windows(text, tokenizer, options)
-        score = partial(_score, windows=windows, seed=options.seed)
+        score = partial(_score, windows=windows.tokens, seed=options.seed)
         scores = {(name, share): score(models[name], 1.0) for share, name in dense.items()}
         for name in ("duo", "frozen"):
             scores |= {(name, share): score(models[name], share) for share in options.shares}
         for (name, share), found in scores.items():
-            row = {"text": text, "model": name, "big_share": share, "tokens": windows[:, 1:].numel()}
+            row = {"text": text, "model": name, "big_share": share, "tokens": windows.tokens[:, 1:].numel()}
             rival = {"duo": dense[share], "frozen": "duo"}.get(name)
-            rows.append({**row, **_summary(found), **_against(rival, found, scores.get((rival or "", share)))})
+            rows.append(
+                {
+                    **row,
+                    **_summary(found, windows.files),
+                    **_against(rival, found, scores.get((rival or "", share)), windows.files),
+                }
+            )
     return rows
 
 
-def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, options: DenseOptions) -> Tensor:
-    """Windows of the measurement, (W, T+1); errors as for `load_windows`."""
-    found = load_windows(text.split(", "), tokenizer, split="evaluation", length=options.recipe.window)
-    return found[: options.windows]
+def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, options: DenseOptions) -> Windows:
+    """Windows of the measurement; errors as for `load_windows`."""
+    found = read_windows(text.split(", "), tokenizer, split="evaluation", length=options.recipe.window)
+    return Windows(found.tokens[: options.windows], found.files[: options.windows])
 
 
 def find(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
@@ -211,12 +217,15 @@ def _score(model: DuoForCausalLM, share: float, *, windows: Tensor, seed: int) -
     return dict(zip(("loss", "accuracy"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
-def _against(rival: str | None, found: dict[str, Tensor], other: dict[str, Tensor] | None) -> dict[str, Any]:
+def _against(
+    rival: str | None, found: dict[str, Tensor], other: dict[str, Tensor] | None, files: Tensor
+) -> dict[str, Any]:
     if other is None:
         return {}
-    return {"rival": {"model": rival, **_summary({name: found[name] - other[name] for name in found})}}
+    return {"rival": {"model": rival, **_summary({name: found[name] - other[name] for name in found}, files)}}
 
 
-def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
-    means = {name: per_window.mean().item() for name, per_window in values.items()}
-    return means | {f"{name}_interval": bootstrap_interval(per_window) for name, per_window in values.items()}
+def _summary(values: dict[str, Tensor], files: Tensor) -> dict[str, Any]:
+    found = {name: estimate(per_window, files) for name, per_window in values.items()}
+    means = {name: one.value for name, one in found.items()}
+    return means | {f"{name}_interval": one.interval for name, one in found.items()}

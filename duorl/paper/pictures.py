@@ -98,8 +98,9 @@ def _curves(numbers: Numbers) -> Figure:
 
 
 def around(point: Numbers, value: str, difference: str) -> list[float]:
-    """The interval of a paired difference, shifted to its value."""
-    return [point[value] + bound - point[difference] for bound in point[f"{difference}_interval"]]
+    """The interval of a paired difference, shifted to its value; without an interval, the value alone."""
+    interval = point[f"{difference}_interval"] or [point[difference]] * 2
+    return [point[value] + bound - point[difference] for bound in interval]
 
 
 def line(axis: Axes, xs: Sequence[float], points: Sequence[Numbers], key: str, style: str, label: str) -> None:

@@ -13,16 +13,20 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from duorl.corpus import Windows
 from duorl.costs import ACTIONS, BIG
+from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.difficulty import token_difficulty, token_names
 from duorl.evaluation.measure import Measurement, measure
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.evaluation.options import EvaluationOptions
+from duorl.evaluation.statistics import Statistic, estimate
 from duorl.models import DuoForCausalLM
-from duorl.oracle import RouteTable, exhaustive, fixed_patterns
+from duorl.oracle import RouteTable, exhaustive
 from duorl.oracle.search import MOST_ROUTES
 from duorl.paper.measures import early_exits, lateness, on_cpu, quarters, rank_correlation, top_overlap
 from duorl.paper.size import StudySize
@@ -56,7 +60,7 @@ class Study:
         model: a frozen duo model whose routes can be enumerated.
         tokenizer: its tokenizer.
         training: (W, T+1) of the router split, all texts together, for the choice of patterns and the training.
-        texts: evaluation windows (W, T+1) by the text's name.
+        texts: evaluation windows by the text's name.
         learners: trainings of DuoRL's routers, by name.
         soft: trains the paper's soft router for a budget.
         size: see `StudySize`.
@@ -69,7 +73,7 @@ class Study:
         model: DuoForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         training: Tensor,
-        texts: Mapping[str, Tensor],
+        texts: Mapping[str, Windows],
         *,
         learners: Mapping[str, Learner],
         soft: SoftLearner,
@@ -78,7 +82,8 @@ class Study:
         progress: Callable[[str], None] = lambda note: None,
     ):
         self.model, self.tokenizer, self.training = model, tokenizer, training
-        self.texts = {name: windows[: size.windows] for name, windows in texts.items()}
+        self.texts = {name: windows.tokens[: size.windows] for name, windows in texts.items()}
+        self.files = {name: windows.files[: size.windows] for name, windows in texts.items()}
         self.learners, self.soft, self.size, self.seed = learners, soft, size, seed
         self.progress = progress
         self.depth = model.num_layers
@@ -115,9 +120,10 @@ class Study:
 
     @cached_property
     def patterns(self) -> dict[int, list[int]]:
-        """The best fixed pattern for each number of big layers, chosen on the router split."""
-        found = fixed_patterns(self.model, self.training[: self.size.pattern_windows])
-        return {pattern.budget[1]: pattern.route for pattern in found}
+        """The best fixed pattern for each number of big layers, chosen on the router split in two rounds."""
+        rounds = EvaluationOptions(fixed_windows=self.size.pattern_windows, final_windows=self.size.final_windows)
+        more: dict[str, Any] = {"method": "enumeration", "actions": ("small", "big"), "price": 0.0, "options": rounds}
+        return Baseline(self.model, self.training, **more).per_big()
 
     # Figures 2 and 3
 
@@ -136,10 +142,10 @@ class Study:
             chosen = (found == BIG).float()  # (W, T, L)
             texts[name] = {
                 "share_of_big": chosen.mean(0).T.tolist(),
-                "per_layer": self._with_interval(chosen.mean(1)),
-                "mean_share": self._with_interval(chosen.mean((1, 2))),
-                "lateness": self._with_interval(lateness(chosen)),
-                "early_tokens": self._with_interval(quarters(chosen)),
+                "per_layer": self._with_interval(name, chosen.mean(1)),
+                "mean_share": self._with_interval(name, chosen.mean((1, 2))),
+                "lateness": self._with_interval(name, lateness(chosen)),
+                "early_tokens": self._with_interval(name, quarters(chosen)),
             }
         return {"router": router, "context": "reference", "big": big, "layers": self.depth, "texts": texts}
 
@@ -154,7 +160,9 @@ class Study:
         oracle = self._heat_maps("oracle, big or skip", big, routes)
         for name, found in routes.items():
             exits = early_exits(found).float().mean(1)
-            oracle["texts"][name]["early_exits"] = self._with_interval(exits)
+            skipped = (found != BIG).float().mean(1)
+            oracle["texts"][name]["early_exits"] = self._with_interval(name, exits)
+            oracle["texts"][name]["most_skipped"] = self._with_interval(name, skipped, statistic=np.max)
         learned = self._router_routes(self._soft(big, actions=actions))
         return {"2d": oracle, "3d": self._heat_maps("soft router, big or skip", big, learned)}
 
@@ -169,32 +177,31 @@ class Study:
             drawn = allowed.nonzero()[:, 0].cpu()
             drawn = drawn[torch.randint(len(drawn), (self.size.random_patterns,), generator=generator)]
             patterns = table.losses[..., drawn.unique()].mean(1)  # (W, patterns)
-            lucky = patterns[:, patterns.mean(0).argmin()]
             fixed = table.losses[..., table.index_of(torch.tensor(self.patterns[big]))].mean(1)
             oracle = table.loss(table.best(allowed=allowed)).mean(1)
             soft = self._in_reference(self._soft(big), name)
             texts[name] = {
                 "patterns": patterns.mean(0).tolist(),
-                "best_random": self._with_interval(lucky),
-                "best_fixed": self._with_interval(fixed),
-                "oracle": self._with_interval(oracle),
-                "soft": self._with_interval(soft.loss.mean(1)),
+                "best_random": self._with_interval(name, patterns, statistic=np.min),
+                "best_fixed": self._with_interval(name, fixed),
+                "oracle": self._with_interval(name, oracle),
+                "soft": self._with_interval(name, soft.loss.mean(1)),
                 "soft_compute": soft.compute.mean().item(),
-                "best_random_minus_oracle": self._with_interval(lucky - oracle),
-                "fixed_minus_oracle": self._with_interval(fixed - oracle),
-                "soft_minus_fixed": self._with_interval(self._against_fixed(name, soft)),
+                "best_random_minus_oracle": self._with_interval(name, patterns - oracle[:, None], statistic=np.min),
+                "fixed_minus_oracle": self._with_interval(name, fixed - oracle),
+                "soft_minus_fixed": self._against_fixed(name, soft),
             }
         return {"context": "reference", "big": big, "layers": self.depth, "texts": texts}
 
-    def _against_fixed(self, name: str, measured: Measurement) -> Tensor:
-        """Loss minus that of the fixed patterns at the same compute (interpolated between budgets), (W,)."""
+    def _against_fixed(self, name: str, measured: Measurement) -> Numbers:
+        """Loss minus that of the fixed patterns at the same compute (interpolated between budgets)."""
         table = self.tables[name]
         index = table.index_of(torch.tensor([self.patterns[big] for big in sorted(self.patterns)]))
-        losses, compute = table.losses[..., index].mean(1), table.compute[index]  # (W, L + 1), (L + 1,)
-        spent = measured.compute.mean()
-        above = int((compute < spent).sum().clamp(1, len(compute) - 1))
-        share = ((spent - compute[above - 1]) / (compute[above] - compute[above - 1])).clamp(0, 1)
-        return measured.loss.mean(1) - losses[:, above - 1].lerp(losses[:, above], share)
+        losses, compute = table.losses[..., index].mean(1), table.compute[index].numpy()  # (W, L + 1), (L + 1,)
+        columns = torch.cat([measured.loss.mean(1)[:, None], measured.compute.mean(1)[:, None], losses], 1)
+        return self._with_interval(
+            name, columns, statistic=lambda means: means[0] - np.interp(means[1], compute, means[2:])
+        )
 
     def curves(self) -> Numbers:
         """Loss against the number of big layers: oracle, fixed patterns, soft router, DuoRL's agents (Fig. 4b)."""
@@ -203,7 +210,7 @@ class Study:
             routers[learner] = [self._learned(learner, price) for price in self.size.prices]
         texts: dict[str, Numbers] = {}
         for name, windows in self.texts.items():
-            texts[name] = {"tokens": windows[:, 1:].numel()}
+            texts[name] = {"tokens": windows[:, 1:].numel(), "files": self.files[name].tolist()}
             for context, all_big, curves in (
                 ("reference", self._all_big(name), self._oracle_and_fixed(name)),
                 ("routed", self._all_big(name), self._routed_oracle_and_fixed(name)),
@@ -211,7 +218,7 @@ class Study:
                 run = self._in_reference if context == "reference" else self._routed
                 curves |= {kind: [self._measured(run(one, name)) for one in found] for kind, found in routers.items()}
                 texts[name][context] = {
-                    kind: [self._point(point, all_big) for point in points] for kind, points in curves.items()
+                    kind: [self._point(name, point, all_big) for point in points] for kind, points in curves.items()
                 }
         return {"layers": self.depth, "prices": list(self.size.prices), "texts": texts}
 
@@ -253,10 +260,12 @@ class Study:
         big = (measured.routes == BIG).float().mean().item() * self.depth
         return _Measured(big, measured.compute.mean().item(), measured.loss.mean(1))
 
-    def _point(self, found: _Measured, all_big: Tensor) -> Numbers:
+    def _point(self, name: str, found: _Measured, all_big: Tensor) -> Numbers:
         """A point of a curve; the interval is that of the paired difference to all-big, which varies less."""
         point = {"big": found.big, "compute": found.compute, "loss": found.loss.mean().item()}
-        return point | self._with_interval(found.loss - all_big, "minus_all_big") | {"windows": found.loss.tolist()}
+        return (
+            point | self._with_interval(name, found.loss - all_big, "minus_all_big") | {"windows": found.loss.tolist()}
+        )
 
     def schedules(self) -> Numbers:
         """A budget that falls or rises along the sequence, and a constant one with the same mean (Fig. 4c)."""
@@ -271,8 +280,8 @@ class Study:
                 kind: {
                     "big": budgets[kind].tolist(),
                     "mean_big": budgets[kind].float().mean().item(),
-                    **self._with_interval(loss, "loss"),
-                    **self._with_interval(loss - losses["constant"], "minus_constant"),
+                    **self._with_interval(name, loss, "loss"),
+                    **self._with_interval(name, loss - losses["constant"], "minus_constant"),
                 }
                 for kind, loss in losses.items()
             }
@@ -295,8 +304,8 @@ class Study:
             )
             texts[name] = {
                 "tokens": [row._asdict() for row in rows if row.window == 0],
-                "rank_correlation": self._with_interval(rank_correlation(small, hard)),
-                "overlap_of_top_tenths": self._with_interval(top_overlap(small, hard)),
+                "rank_correlation": self._with_interval(name, rank_correlation(small, hard)),
+                "overlap_of_top_tenths": self._with_interval(name, top_overlap(small, hard)),
             }
         return {"context": "reference", "texts": texts}
 
@@ -367,10 +376,13 @@ class Study:
     def _routed(self, router: Router, name: str) -> Measurement:
         return measure(self.model, router, self.texts[name], batch=_BATCH)
 
-    def _with_interval(self, values: Tensor, name: str = "mean") -> Numbers:
-        """Mean over windows of (W,) or (W, n), with its 95 % bootstrap interval."""
-        if values.ndim == 1:
-            low_high = bootstrap_interval(values, resamples=self.size.resamples)
-            return {name: values.mean().item(), f"{name}_interval": low_high}
-        columns = [self._with_interval(column, name) for column in values.T]
+    def _with_interval(
+        self, text: str, values: Tensor, name: str = "mean", statistic: Statistic | None = None
+    ) -> Numbers:
+        """Mean of (W,), or of each column of (W, n), or a statistic of all columns' means, with its interval."""
+        if values.ndim == 1 or statistic is not None:
+            values = values if statistic is None else values.T[None]
+            found = estimate(values, self.files[text], statistic=statistic)
+            return {name: found.value, f"{name}_interval": found.interval}
+        columns = [self._with_interval(text, column, name) for column in values.T]
         return {key: [column[key] for column in columns] for key in columns[0]}

@@ -6,6 +6,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+from collections.abc import Sequence
+
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -15,6 +17,7 @@ from torch import Tensor
 
 from duorl.costs import ACTIONS, BIG
 from duorl.evaluation import Comparison
+from duorl.paper.pictures import around
 
 
 def frontier(comparison: Comparison) -> Figure:
@@ -31,8 +34,8 @@ def frontier(comparison: Comparison) -> Figure:
     off = [row["router"] for row in comparison.rows if row["loss"] > limit]  # all-skip would make the rest too small
     rivals = [row for row in comparison.rows if row["loss"] <= limit and not row["sees_label"]]
     for row in rivals:
-        low, high = row["loss_minus_fixed_interval"]
-        spread = [[max(0.0, row["loss_minus_fixed"] - low)], [max(0.0, high - row["loss_minus_fixed"])]]
+        low, high = around(row, "loss", "loss_minus_fixed")
+        spread = [[max(0.0, row["loss"] - low)], [max(0.0, high - row["loss"])]]
         axes.errorbar(row["compute"], row["loss"], yerr=spread, fmt="D", label=row["router"], capsize=3)
     axes.set_xlabel("compute (FFN FLOPs / all-big)")
     axes.set_ylabel("loss (nats per token)")
@@ -71,6 +74,17 @@ def heat_map(routes: Tensor, title: str) -> Figure:
     axes.set_title(title, fontsize=9)
     figure.colorbar(image, ax=axes, label="share of big")
     return figure
+
+
+_HOLDS = "^"
+HOLM = f"{_HOLDS} it is not 0, with 95 % confidence for all differences of the table together (Holm)."
+"""What tables say of the differences that hold; not of older files, which do not know."""
+_PAIRED = "In brackets the 95 % interval of the paired difference to best fixed."
+
+
+def _paired(value: float, interval: Sequence[float] | None, holds: bool, digits: int) -> str:
+    number = f"{value:+.{digits}f}{_HOLDS if holds else ''}"
+    return f"{number} ({interval[0]:+.{digits}f}, {interval[1]:+.{digits}f})" if interval else number
 
 
 _COLUMNS = ["router", "loss", "compute", "actions %", "return", "minus best fixed", "regret", "agree"]
@@ -116,10 +130,10 @@ def _caption(comparison: Comparison) -> str:
         "least so large. ",
         None: ". No bound was searched, so there is no regret and no agreement. ",
     }[bound_of(comparison)]
+    sees = _SEES if any(row["sees_label"] for row in comparison.rows) else ""
     return (
         f"Actions: skip/small/big. Routed context, {routed:,} held-out tokens{against}"
-        "In brackets the 95 % interval over windows of the paired difference to best fixed."
-        + (_SEES if any(row["sees_label"] for row in comparison.rows) else "")
+        f"{_PAIRED}{_holm(comparison.rows, 'return_minus_fixed_holds')}{sees}"
     )
 
 
@@ -132,12 +146,13 @@ def markdown(comparison: Comparison) -> str:
     """The same table in Markdown."""
     titles = _titles(comparison)
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *map(_cells, comparison.rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join([table, *_note(_holm(comparison.rows, "return_minus_fixed_holds"))])
 
 
 def _cells(row: dict) -> list[str]:
-    low, high = row["return_minus_fixed_interval"]
-    difference = f"{row['return_minus_fixed']:+.3f} ({low:+.3f}, {high:+.3f})"
+    holds = row.get("return_minus_fixed_holds", False)
+    difference = _paired(row["return_minus_fixed"], row["return_minus_fixed_interval"], holds, 3)
     return [
         row["router"] + ("*" if row["sees_label"] else ""),
         f"{row['loss']:.3f}",
@@ -174,7 +189,8 @@ def budget_frontiers(found: dict, text: str) -> Figure:
         steps = router["frontier"]
         xs, ys = [step["compute"] for step in steps], [step["loss"] for step in steps]
         left.plot(xs, ys, ".-", color=color, label=router["router"], linewidth=1)
-        left.fill_between(xs, *zip(*(step["interval"] for step in steps), strict=True), color=color, alpha=0.08)
+        bands = (step["interval"] or [step["loss"]] * 2 for step in steps)
+        left.fill_between(xs, *zip(*bands, strict=True), color=color, alpha=0.08)
         points = _below_fixed(found["rows"], router["router"])
         if points:
             targets, differences, bars = zip(*points, strict=True)
@@ -184,7 +200,7 @@ def budget_frontiers(found: dict, text: str) -> Figure:
     left.axhline(found["all_big"], color="0.8", linestyle="--", label="all-big")
     right.axhline(0, color="0.55")
     for axes, title in (
-        (left, f"{text}: held-out loss, mean over seeds; bands: 95 %, seeds and windows"),
+        (left, f"{text}: held-out loss, mean over seeds; bands: 95 %, seeds and files"),
         (right, "loss minus the best fixed pattern's at equal compute, paired"),
     ):
         axes.set_xlabel("compute (FFN FLOPs / all-big)")
@@ -203,7 +219,7 @@ def _below_fixed(rows: list[dict], router: str) -> list[tuple[float, float, tupl
     points = []
     for row in rows:
         if row["router"] == router and (against := row["minus"].get(_FIXED)):
-            low, high = against["interval"]
+            low, high = against["interval"] or [against["difference"]] * 2
             points.append(
                 (row["target"], against["difference"], (against["difference"] - low, high - against["difference"]))
             )
@@ -212,7 +228,17 @@ def _below_fixed(rows: list[dict], router: str) -> list[tuple[float, float, tupl
 
 def budgets_markdown(numbers: dict) -> str:
     """The tables of `budgets.json`: per text, every router's loss at every target, and its difference to best fixed."""
-    return "\n".join(_budget_table(text, found) for text, found in numbers["texts"].items())
+    tables = [_budget_table(text, found) for text, found in numbers["texts"].items()]
+    against = [row["minus"].get(_FIXED, {}) for found in numbers["texts"].values() for row in found["rows"]]
+    return "\n".join([*tables, *_note(_holm(against, "holds"))])
+
+
+def _holm(rows: list[dict], key: str) -> str:
+    return f" {HOLM}" if any(key in row for row in rows) else ""
+
+
+def _note(holm: str) -> list[str]:
+    return [f"{_PAIRED}{holm}\n"] if holm else []
 
 
 def _budget_table(text: str, found: dict) -> str:
@@ -235,5 +261,4 @@ def _budget_cell(row: dict) -> str:
     against = row["minus"].get(_FIXED)
     if against is None:
         return f"{row['loss']:.4f}"
-    low, high = against["interval"]
-    return f"{row['loss']:.4f}, {against['difference']:+.4f} ({low:+.4f}, {high:+.4f})"
+    return f"{row['loss']:.4f}, {_paired(against['difference'], against['interval'], against.get('holds', False), 4)}"
