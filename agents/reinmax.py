@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -17,6 +20,8 @@ class ReinMax(Agent):
     token, how another action would change the return to first order, with its effect on later tokens. ReinMax (Liu et
     al. 2023, Heun's method) weights these derivatives so that the estimate of an action's advantage is of second order:
     `action_effects`. The terms of higher order are its bias. Its variance is much smaller than that of REINFORCE.
+    The rewards of later tokens count in full. If the environment has a `token_discount`, they are discounted by it:
+    `discounted_slopes`.
 
     With `correction` 1, the estimate is a control variate, as in MuProp (Gu et al. 2016) and REBAR (Tucker et al.
     2017): REINFORCE on the part of the return that the derivatives of the other copies do not explain, plus the exact
@@ -95,7 +100,7 @@ class ReinMax(Agent):
 
     def _episode(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sample one route per token: logits, choices as zeros and ones, slopes d rewards / d choices; (L, N, A)."""
-        env, logits, mixtures, rewards = self.env, [], [], []
+        env, logits, mixtures = self.env, [], []
         env.draw()
         inverse = self.sharpness**self.progress
         while not env.done:
@@ -105,11 +110,51 @@ class ReinMax(Agent):
             outputs = (inverse * outputs).masked_fill(~env.action_masks(), -torch.inf)
             choice = torch.multinomial(outputs.detach().softmax(-1), 1, generator=self.generator)
             mixture = torch.zeros_like(outputs).scatter(1, choice, 1.0).requires_grad_()
-            rewards.append(env.step(choice.squeeze(1), mixture))
+            env.step(choice.squeeze(1), mixture)
             logits.append(outputs)
             mixtures.append(mixture)
-        slopes = torch.autograd.grad(torch.stack(rewards).sum(), mixtures)
-        return torch.stack(logits), torch.stack(mixtures).detach(), torch.stack(slopes)
+        return torch.stack(logits), torch.stack(mixtures).detach(), self._slopes(mixtures)
+
+    def _slopes(self, mixtures: list[Tensor]) -> Tensor:
+        """What each choice changes, its own token's rewards and later ones', to first order: (L, N, A)."""
+        env = self.env
+        if env.token_discount and env.context == "routed":
+            length = env.windows.shape[1] - 1
+            return discounted_slopes(env.rewards, mixtures, env.token_discount, length, env.model.dtype)
+        return torch.stack(torch.autograd.grad(env.rewards.sum(), mixtures))
+
+
+def discounted_slopes(
+    rewards: Tensor, choices: Sequence[Tensor], discount: float, length: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Derivatives of what a token is credited with by its own choices: its rewards, and later ones by their distance.
+
+    D_t = d / d choice_t of sum_{s >= t} discount^(s - t) * r_s. Each reward counts once: the derivative of a later one
+    has come through attention, so that the credit which is added to rewards for learners without derivatives would
+    count it again. A token does not change what earlier ones earn, so that one backward pass with weights
+    discount^(s - a) gives discount^(t - a) * D_t for all tokens t >= a; before that underflows another one begins.
+
+    Args:
+        rewards: (L, N), windows of `length` tokens side by side.
+        choices: per layer (N, A), by which the rewards can be differentiated.
+        discount: per token of distance, in (0, 1).
+        length: T.
+        dtype: of the derivatives inside the model.
+
+    Returns:
+        Shape (L, N, A).
+    """
+    least = torch.finfo(dtype).tiny ** 0.25
+    span = max(1, int(math.log(least) / math.log(discount)))
+    position, earned = torch.arange(rewards.shape[1], device=rewards.device) % length, rewards.sum(0)
+    slopes = torch.zeros(len(choices), *choices[0].shape, device=rewards.device)
+    for start in range(0, length, span):
+        distance = position - start
+        weights = torch.where(distance < 0, 0.0, discount ** distance.clamp(min=0))
+        found = torch.autograd.grad(earned @ weights, choices, retain_graph=start + span < length)
+        inside = ((distance >= 0) & (distance < span))[:, None]
+        slopes = torch.where(inside, torch.stack(found) / weights[:, None], slopes)
+    return slopes
 
 
 def action_effects(slopes: Tensor, chosen: Tensor, shares: Tensor, least_share: float) -> Tensor:

@@ -37,7 +37,7 @@ Keep = Callable[[str], bool]
 
 
 class Document(NamedTuple):
-    """One text; `path` is its name on every machine and decides its split; `file` names the file that it is a part of."""
+    """One text; `path` is its name on every machine and decides its split; `file` names the file that holds it."""
 
     path: str
     text: str

@@ -77,7 +77,8 @@ def update_norm(view: View) -> Tensor:
         return view.hidden.new_zeros(*view.hidden.shape[:-1], 1)
     if view.previous is None:
         raise ValueError("update_norm needs the layer before: call decide with the view of a pass (walk.view)")
-    now, before = (layer_norm(x, x.shape[-1:]) for x in (view.hidden, view.previous))
+    states = (x.to(view.compute.dtype) for x in (view.hidden, view.previous))  # a low precision hides small steps
+    now, before = (layer_norm(x, x.shape[-1:]) for x in states)
     return (now - before).norm(dim=-1, keepdim=True) / before.norm(dim=-1, keepdim=True)
 
 
@@ -113,13 +114,13 @@ class Inputs:
     def listed(self, view: View) -> Tensor | None:
         """The inputs of the list, without the price."""
         parts = [function(view) for function in self._functions]
-        return torch.cat(parts, dim=-1).to(view.hidden.dtype) if parts else None
+        return torch.cat(parts, dim=-1).to(view.compute.dtype) if parts else None
 
     def joined(self, view: View, listed: Tensor | None) -> Tensor | None:
         """All inputs, from the known inputs of the list and the price of a view."""
         if self.prices is None:
             return listed
-        price = _price_features(view, self.prices).to(view.hidden.dtype)
+        price = _price_features(view, self.prices).to(view.compute.dtype)
         return price if listed is None else torch.cat([price, listed], dim=-1)
 
     def width(self, hidden_size: int) -> int:

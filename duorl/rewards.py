@@ -40,7 +40,8 @@ class Step:
         last: true for the last layer.
         loss: (N,) nats, the token's loss; None before the last decision.
         reference_loss: (N,) nats, its loss in the same context under the reference route; None before the last.
-        previous: the decision before this one, None at the first.
+        previous: the decision before this one, None at the first. Its own `previous` is None: an episode holds the
+            states of two layers, not of all.
         lens: computes `lens_loss`; use that.
         distance: computes `teacher_gain`; use that.
     """
@@ -78,6 +79,11 @@ class Step:
     def relative_update(self) -> Tensor:
         """(N,): |next_hidden - hidden| / |hidden|, the relative change of the residual stream."""
         return (self.next_hidden - self.hidden).norm(dim=-1) / self.hidden.norm(dim=-1)
+
+    def forgetful(self) -> Step:
+        """This step, which lets go of the one before it."""
+        object.__setattr__(self, "previous", None)
+        return self
 
     @property
     def gain(self) -> Tensor:

@@ -13,14 +13,14 @@ so that tokens do not depend on each other's routes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.checkpoint import checkpoint
 
 from duorl.costs import SKIP, Tally
 from duorl.inputs import View
@@ -117,7 +117,7 @@ class RoutedPass:
         self.hidden: Tensor
         self.layer_input: Tensor
         entering = self._embed(copies)
-        self.compute = entering.new_zeros(entering.shape[:2])
+        self.compute = self.action_compute.new_zeros(entering.shape[:2])  # float32, whatever the model's precision
         self._attend(entering)
 
     @property
@@ -160,7 +160,7 @@ class RoutedPass:
         ffn = self.stack.ffns[self.layer]
         chosen = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)] if hard else None
         outputs = [_output(ffn, self.hidden, action, chosen) for action in actions]
-        output = (torch.stack(outputs, dim=-1) @ weights[..., None]).squeeze(-1)
+        output = (torch.stack(outputs, dim=-1) @ weights[..., None].to(self.hidden.dtype)).squeeze(-1)
         skipped = sum(weights[..., i] for i, action in enumerate(actions) if action == SKIP)
         taken = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)]
         self._advance(self._joined(output, skipped), weights @ self.action_compute[self.layer, list(actions)], taken)
@@ -207,26 +207,40 @@ class RoutedPass:
                 loss.
         """
         stream = self.residual if stream is None else stream
-        targets = self.targets.repeat(len(stream) // len(self.targets), 1)
-        return self._by_rows(partial(cross_entropy, reduction="none"), stream, targets)
+        targets = self.targets.repeat(len(stream) // len(self.targets), 1).flatten()
+        normalized = self._normalized(stream)
+        scores = _each(self._loss, zip(normalized.split(self._head_rows), targets.split(self._head_rows), strict=True))
+        return torch.cat(scores).view(stream.shape[:2])
 
-    def divergences(self, teacher: Tensor) -> Tensor:
-        """KL(teacher || prediction) in nats at the end of the pass, (K * B, P).
+    def divergences(self, teacher: RoutedPass) -> Tensor:
+        """KL(teacher || prediction) in nats at the end of the pass, (K * B, P), few enough tokens at a time.
 
         Args:
-            teacher: (B, P, V), log-probabilities of the predictions of another pass for the same tokens.
+            teacher: another finished pass of the same tokens, with one branch.
         """
-        return self._by_rows(_divergence, self.residual, teacher.repeat(self.copies, 1, 1))
+        copies, rows = self.copies, max(1, self._head_rows // (self.copies + 1))
+        own, others = (self._normalized(walk.residual) for walk in (self, teacher))
+        parts = zip(own.unflatten(0, (copies, -1)).split(rows, 1), others[None].split(rows, 1), strict=True)
+        return torch.cat(_each(self._divergence, parts), dim=1).view(self.compute.shape)
 
-    def _by_rows(self, score: Callable[[Tensor, Tensor], Tensor], stream: Tensor, against: Tensor) -> Tensor:
-        """Apply a score to the logits of each token, in chunks of tokens: (K * B, P)."""
+    def _loss(self, normalized: Tensor, targets: Tensor) -> Tensor:
+        """From a normalised stream (N, d), (N,)."""
+        return cross_entropy(self.stack.head(normalized[None])[0].float(), targets, reduction="none")
+
+    def _divergence(self, own: Tensor, teacher: Tensor) -> Tensor:
+        """From normalised streams (K, N, d) and (1, N, d), (K, N)."""
+        log_own, log_teacher = (self.stack.head(states).float().log_softmax(-1) for states in (own, teacher))
+        return kl_div(log_own, log_teacher.expand_as(log_own), reduction="none", log_target=True).sum(-1)
+
+    def _normalized(self, stream: Tensor) -> Tensor:
+        """What the head reads, (N, d), of a stream (K * B, P, d)."""
         if self.tally:
             self.tally.flops += self.flops.head * stream[..., 0].numel()
-        normalized = self.stack.normalized(stream).flatten(0, 1)  # (N, d)
-        rows = head_rows(self.stack.backbone.config.vocab_size, stream.device)
-        parts = zip(normalized.split(rows), against.flatten(0, 1).split(rows), strict=True)
-        scores = [score(self.stack.head(hidden[None])[0].float(), other) for hidden, other in parts]
-        return torch.cat(scores).view(stream.shape[:2])
+        return self.stack.normalized(stream).flatten(0, 1)
+
+    @property
+    def _head_rows(self) -> int:
+        return head_rows(self.stack.backbone.config.vocab_size, self.residual.device)
 
     def _embed(self, copies: int) -> Tensor:
         """Record how the model calls its layers for this number of branches; returns the input of layer 0."""
@@ -286,8 +300,14 @@ def _output(ffn: DuoFFN, hidden: Tensor, action: int, chosen: Tensor | None) -> 
     return output.index_copy(0, inside, ffn(tokens[inside], actions=action)).view_as(hidden)
 
 
-def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    return kl_div(logits.log_softmax(-1), teacher, reduction="none", log_target=True).sum(-1)
+def _each(score: Callable[[Tensor, Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Scores of parts of a pass, whose logits are not kept: derivatives make them again."""
+    return [
+        checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
+        if part[0].requires_grad
+        else score(*part)
+        for part in parts
+    ]
 
 
 def head_rows(vocabulary: int, device: torch.device) -> int:

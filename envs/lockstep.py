@@ -109,14 +109,14 @@ class RoutingDynamics:
         positions = None if positions is None else positions.to(self.model.device)
         memory = remember(self.model, tokens, positions) if self.context == "reference" else None
         self._begin = partial(RoutedPass, self.model, tokens, context=self.context, memory=memory)
-        self._teacher: Tensor | None = None
         self._reference: RoutedPass | None = None
         if reference_loss is None:
             reference_loss = self._reference_pass().losses()
         self.reference_loss = reference_loss.repeat(self.group_size, 1).flatten()
         self._walk = self._begin(copies=self.group_size, price=self._each_price(price, reference_loss))
         self._big = torch.zeros_like(self.compute, dtype=torch.int64)
-        self._steps: list[Step] = []
+        self._last_step: Step | None = None
+        self._actions: list[Tensor] = []
         self._rewards: list[Tensor] = []
         self._credits: list[Tensor] = []
         self._parts: dict[str, list[Tensor]] = {name: [] for name in named_parts(self.reward)}
@@ -231,11 +231,12 @@ class RoutingDynamics:
             last=last,
             loss=walk.losses().flatten() if last else None,
             reference_loss=self.reference_loss if last else None,
-            previous=self._steps[-1] if self._steps else None,
+            previous=self._last_step and self._last_step.forgetful(),
             lens=partial(_lens, walk, walk.layer_input),
             distance=self._teacher_gain if last else None,
         )
-        self._steps.append(step)
+        self._last_step = step
+        self._actions.append(actions)
         self._rewards.append(self._earned(step))
         self._credits.append(self._rewards[-1] + self._credit_for_later_tokens(step))
         return self._credits[-1]
@@ -262,11 +263,10 @@ class RoutingDynamics:
         return walk
 
     def _teacher_gain(self) -> Tensor:
-        """(N,) nats; see `Step.teacher_gain`."""
-        if self._teacher is None:
-            self._teacher = self._constant(BIG).logits().float().log_softmax(-1)
-        distances = self._reference_pass().divergences(self._teacher).repeat(self.group_size, 1)
-        return (distances - self._walk.divergences(self._teacher)).flatten()
+        """(N,) nats: see `Step.teacher_gain`."""
+        teacher = self._constant(BIG)
+        distances = self._reference_pass().divergences(teacher).repeat(self.group_size, 1)
+        return (distances - self._walk.divergences(teacher)).flatten()
 
     def _credit_for_later_tokens(self, step: Step) -> Tensor:
         """(N,): discounted contextual rewards of later tokens; 0 in the reference context."""
@@ -276,17 +276,22 @@ class RoutingDynamics:
         return later_sum(earned, self.token_discount).flatten()
 
     @property
+    def rewards(self) -> Tensor:
+        """(l, N), what the l decisions so far have earned, without later tokens' credit."""
+        return torch.stack(self._rewards)
+
+    @property
     def outcome(self) -> Outcome:
         """The outcome of the finished episode."""
-        last = self._steps[-1]
-        assert last.loss is not None
+        last = self._last_step
+        assert last is not None and last.loss is not None
         return Outcome(
             loss=last.loss.detach(),
             gain=last.gain.detach(),
             compute=self.compute.detach(),
-            rewards=torch.stack(self._rewards).detach(),
+            rewards=self.rewards.detach(),
             credits=torch.stack(self._credits).detach(),
-            routes=torch.stack([step.action for step in self._steps], dim=1),
+            routes=torch.stack(self._actions, dim=1),
             parts={name: torch.stack(earned).detach() for name, earned in self._parts.items()},
         )
 

@@ -1,14 +1,15 @@
 """Agents: their mathematics against closed forms, and that they learn."""
 
-import itertools
+from itertools import product
 
 import pytest
 import torch
 from conftest import make_duo
+from torch.nn.functional import one_hot
 
 from duorl import agents
 from duorl.agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
-from duorl.agents.reinmax import action_effects
+from duorl.agents.reinmax import action_effects, discounted_slopes
 from duorl.agents.rollouts import sample
 from duorl.envs import Lockstep, RoutingDynamics, RoutingVecEnv
 from duorl.evaluation.compare import measure
@@ -119,7 +120,7 @@ def test_a_state_that_is_told_three_times_is_learned_as_fast(duo, windows):
     generator = torch.Generator().manual_seed(0)
     states, rewards = torch.randn(64, 384, generator=generator), torch.randn(64, 2, generator=generator)
     entropies = []
-    for width, head_width in itertools.product((1, 3), (0, 16)):
+    for width, head_width in product((1, 3), (0, 16)):
         router = HeadRouter(1, 384 * width, width=head_width)
         optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
         for _ in range(12):
@@ -180,6 +181,55 @@ def test_reinmax_is_exact_where_the_reward_is_quadratic_in_the_choice():
     expected = shares.detach() @ effects
     estimate = torch.autograd.grad(shares @ expected, scores)[0]
     assert torch.allclose(estimate, exact)
+
+
+def _all_joint_routes(tokens, discount):
+    """Of a window of 3 tokens, 512 copies side by side: (512, T, L), choices per layer, rewards and credits (L, N)."""
+    duo, joint = make_duo("llama"), torch.tensor(list(product(range(2), repeat=9))).view(-1, 3, 3)
+    for network in (network for ffn in duo.stack.ffns for network in (ffn.small, ffn.big)):
+        network.down_proj.weight.data *= 0.25  # small changes, which derivatives tell
+    dynamics = RoutingDynamics(duo, reward=LossImprovement(0.1), group_size=512, token_discount=discount)
+    dynamics.reset(tokens[:1, :4])
+    choices, credits = [], []
+    for layer in range(3):
+        taken = joint[..., layer].flatten()
+        choices.append(one_hot(taken, 2).float().requires_grad_())
+        credits.append(dynamics.step(taken, choices[-1]))
+    return joint, choices, dynamics.rewards, torch.stack(credits)
+
+
+@pytest.mark.parametrize("discount", [0.02, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_discounted_slopes_are_those_of_each_tokens_own_credit(tokens, discount, dtype):
+    """Against one backward pass per token; float16 does not hold the weights 0.02^t of a whole window at once."""
+    _, choices, rewards, credits = _all_joint_routes(tokens, discount)
+    total = credits.sum(0).view(-1, 3).sum(0)  # copies do not touch each other
+    naive = [torch.stack(torch.autograd.grad(credit, choices, retain_graph=True)) for credit in total]
+    found = discounted_slopes(rewards, choices, discount, 3, dtype).view(3, -1, 3, 2)
+    for token in range(3):
+        assert torch.allclose(found[:, :, token], naive[token].view(3, -1, 3, 2)[:, :, token], atol=1e-6)
+
+
+def test_discounted_slopes_are_the_enumerated_advantage_to_second_order(tokens):
+    """Of big over small for a uniform policy: the change of the mean of a token's credit over all joint routes."""
+    joint, choices, rewards, credits = _all_joint_routes(tokens, 0.5)
+    slopes = discounted_slopes(rewards, choices, 0.5, 3).detach().view(3, -1, 3, 2).mean(1)
+    credit, big = credits.sum(0).detach().view(-1, 3, 1), joint.float()
+    exact = (credit * (2 * big - 1)).mean(0).mul(2).T  # (L, T)
+    assert (slopes[..., 1] - slopes[..., 0] - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@pytest.mark.parametrize("context", ["routed", "reference"])
+def test_reinmax_credits_a_token_as_the_environment_does(duo, windows, context):
+    env = Lockstep(duo, windows, windows_per_batch=2, token_discount=0.5, context=context)
+    _, chosen, slopes = agents.ReinMax(env)._episode()
+    env.seed(0)
+    env.draw()
+    choices = [layer.clone().requires_grad_() for layer in chosen]
+    credits = sum(env.step(choice.argmax(1), choice) for choice in choices)
+    for token in (0, 5, 13):
+        naive = torch.stack(torch.autograd.grad(credits[token], choices, retain_graph=True))
+        assert torch.allclose(slopes[:, token], naive[:, token], atol=1e-6)
 
 
 def test_reinmax_with_full_correction_is_the_enumerated_policy_gradient():

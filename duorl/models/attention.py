@@ -60,7 +60,8 @@ def _plain(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: T
     scores = _capped(_scaled(query, key.shape[-1], options) @ key.transpose(2, 3), options)
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+    # Not -inf: a padding token sees nothing, and its NaN would spread.
+    return (scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) @ value).transpose(1, 2)
 
 
 def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
@@ -83,8 +84,9 @@ def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: 
     hidden = _hidden(memory.positions, length, options)[:, :, None]  # (B, 1, 1, P, S)
     weights = scores.masked_fill_(hidden, -torch.inf).flatten(2, 3).softmax(-1)
     own = weights.gather(3, index)
-    # The token's own value replaces the stored value at its position.
-    output = weights.scatter_(3, index, 0.0) @ stored_value + own * value
+    # The token's own value replaces the stored value at its position. Gradients need the softmax unchanged.
+    others = weights.scatter(3, index, 0.0) if weights.requires_grad else weights.scatter_(3, index, 0.0)
+    output = others @ stored_value + own * value
     output = output.view(batch, heads, branches, queries, -1).permute(2, 0, 3, 1, 4)
     return output.reshape(branches * batch, queries, heads, -1)
 

@@ -156,7 +156,7 @@ class RoutedCall(Call):
     def ffn(self, ffn: DuoFFN, hidden: Tensor) -> Tensor:
         """Run the chosen network of each token."""
         layer = len(self.taken)
-        before = hidden.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
+        before = self.action_compute.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
         with calling(None):  # because a router may run models
             actions = self.decide(View(hidden, layer, before, self.previous, self.taken))
         self.compute = before + self.action_compute[layer][actions]

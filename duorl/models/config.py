@@ -13,6 +13,8 @@ from duorl.models.families import inner_size_name
 class DuoConfig(PreTrainedConfig):
     """Configuration of a Hugging Face decoder, and the inner size of the small networks.
 
+    What it does not hold itself, `vocab_size` or `hidden_size` for instance, it reads from and writes to the decoder's.
+
     Args:
         backbone: the decoder's configuration, or its dictionary form with `model_type`.
         small_size: inner size of the small feed-forward network (the paper: big / 16).
@@ -35,15 +37,32 @@ class DuoConfig(PreTrainedConfig):
         if isinstance(backbone, dict):
             fields = dict(backbone)
             backbone = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        self.backbone = backbone
+        own = vars(PreTrainedConfig())
+        theirs = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(backbone, name) and name not in own}
+        tied = getattr(backbone, "tie_word_embeddings", False)
+        super().__init__(**kwargs, tie_word_embeddings=tied)
         self.small_size = small_size
         self.skip = known_skip(skip)
-        kwargs["tie_word_embeddings"] = getattr(backbone, "tie_word_embeddings", False)
-        super().__init__(**kwargs)
+        self.backbone = backbone
+        for name, value in theirs.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """The decoder's setting: asked for what is not here."""
+        backbone = self.__dict__.get("backbone")
+        if backbone is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(backbone, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """A setting that only the decoder has is set there."""
+        backbone = self.__dict__.get("backbone")
+        own = backbone is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(backbone, name)
+        super().__setattr__(name, value) if own else setattr(backbone, name, value)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
         """The decoder's configuration; generation reads the sizes of its caches from it."""
-        return self.backbone
+        return self.__dict__.get("backbone", self)
 
     @property
     def small_backbone(self) -> PreTrainedConfig:

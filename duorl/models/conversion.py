@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+import copy
 
 import torch
 from torch import nn
@@ -28,25 +28,35 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn"
         skip: what the action `skip` leaves out, see `DuoConfig`.
 
     Returns:
-        A trainable duo model with copies of the weights, on the same device and in the same precision.
+        A trainable duo model with copies of the weights, on the same device and each in the same precision. Buffers
+        that transformers computes, rotary frequencies for instance, are those of a model that was loaded: float32.
 
     Raises:
         ValueError: the family cannot be run layer by layer, or all-big does not give the original's logits.
     """
     if small_ratio < 1:
         raise ValueError(f"small_ratio must be at least 1, not {small_ratio}")
-    layers = find_layers(model)
+    find_layers(model)  # says so where there are none
     small_size = max(1, inner_size(model.config) // small_ratio)
     duo = DuoForCausalLM(DuoConfig(backbone=model.config.to_dict(), small_size=small_size, skip=skip))
-    name = family_of(model.config).ffn
-    for ffn, layer in zip(duo.stack.ffns, layers, strict=True):
-        ffn.big.load_state_dict(cast(nn.Module, getattr(layer, name)).state_dict())
-    rest = {key: tensor for key, tensor in model.state_dict().items() if f".{name}." not in key}
-    duo.backbone.load_state_dict(rest, strict=False)
+    _take_over(duo.backbone, model)
+    duo.generation_config = copy.deepcopy(model.generation_config)
     duo.train(model.training)
-    nn.Module.to(duo, device=model.device, dtype=model.dtype)
+    nn.Module.to(duo, device=model.device)
     check_all_big(duo, model)
     return duo
+
+
+def _take_over(backbone: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Copy all weights, those of a layer's network to its big one, and give the small ones the same precision."""
+    ffn = family_of(model.config).ffn
+    given = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in backbone.named_parameters():
+        own = given[name.replace(f".{ffn}.big.", f".{ffn}.").replace(f".{ffn}.small.", f".{ffn}.")]
+        source = parameter if f".{ffn}.small." in name else own
+        parameter.data = source.detach().to(own.dtype, copy=True)
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in given}
+    backbone.load_state_dict(buffers, strict=False)
 
 
 def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, Protocol, cast
 
 import torch
@@ -98,17 +98,32 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         routes: Tensor | None = None,
         router: RouterLike | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """The backbone's forward pass with routed feed-forward networks.
 
+        The arguments that all families know are named: transformers reads the signature, and hands to a model, or keeps
+        of a data set, only what it finds there.
+
         Args:
             input_ids: (B, T).
-            routes: (B, T, L) int64, action of each token in each layer: 0 skip, 1 small, 2 big.
-            router: decides layer by layer, in place of `routes`; see `RouterLike`.
-            kwargs: the backbone's own (`attention_mask`, `labels`, `past_key_values`, ...).
+            attention_mask: (B, T), 0 where padded.
+            position_ids: (B, T), the tokens' positions; 0, 1, 2, ... unless given.
+            inputs_embeds: (B, T, d), in place of `input_ids`.
+            labels: (B, T), the tokens themselves; -100 is not scored.
+            use_cache: return keys and values.
+            logits_to_keep: number of last positions whose logits are computed, or their indices; 0: all.
+            routes: (B, T, L) int64, each token's action in each layer: 0 skip, 1 small, 2 big.
+            router: decides in place of `routes`, layer by layer; see `RouterLike`.
+            kwargs: further ones of the backbone (its cache, ...).
 
         Returns:
             The backbone's output, with `loss` in nats per token if `labels` are given.
@@ -121,7 +136,21 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         if routes is not None:
             self._check_routes(routes, input_ids)
         with calling(self._call(routes, router)):
-            return self.backbone(input_ids=input_ids, **kwargs)
+            return self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The family's own: Phi-3 changes its rotary frequencies where a text grows long."""
+        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
 
     def _check_routes(self, routes: Tensor, input_ids: Tensor | None) -> None:
         if routes.ndim != 3 or routes.shape[2] != self.num_layers:
@@ -154,6 +183,11 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         """Replace the backbone's head."""
         self.backbone.set_output_embeddings(value)
         self.__dict__.pop("flops", None)  # to be counted again
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """The backbone's own, which keeps its number of tokens for the loss; the FLOPs of the head are counted anew."""
+        self.__dict__.pop("flops", None)
+        return self.backbone.resize_token_embeddings(*args, **kwargs)
 
 
 def _decision(routes: Tensor | None, router: RouterLike | None) -> Callable[[View], Tensor]:

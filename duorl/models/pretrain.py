@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
@@ -186,16 +186,38 @@ def backbone_config(settings: dict[str, Any], **more: Any) -> PreTrainedConfig:
     """A transformers configuration from a dictionary with `model_type`.
 
     Raises:
-        ValueError: the family is unknown.
+        ValueError: it names no known family, or no precision as `dtype`.
     """
+    if not isinstance(getattr(torch, str(settings.get("dtype") or "bfloat16"), None), torch.dtype):
+        raise ValueError(f"backbone names {settings['dtype']!r} as dtype: choose float32, bfloat16 or float16")
     if "model_type" not in settings:
         raise ValueError("backbone must name a transformers family as model_type, e.g. llama")
     settings = {**settings, **more}
     return AutoConfig.for_model(settings.pop("model_type"), **settings)
 
 
+def precisions(model: DuoForCausalLM, options: PretrainOptions) -> dict[str, torch.dtype]:
+    """In which precision each of an untrained model's weights is saved, by name.
+
+    That of the model which stage 1 is given, float32 where it names none, so that what is not trained stays the same to
+    the bit; of a fresh model `backbone.dtype`, bfloat16 unless given: half of float32's bytes.
+    """
+    small = {id(weight) for ffn in model.stack.ffns for weight in ffn.small.parameters()}
+    if options.model is None:
+        dtype = backbone_config(options.backbone).dtype or torch.bfloat16
+        return {name: dtype for name, _ in model.named_parameters()}
+    dtype = AutoConfig.from_pretrained(options.model).dtype or torch.float32
+    # A model may hold single weights in a higher precision than it names.
+    fits = {name: id(weight) in small or _fits(weight, dtype) for name, weight in model.named_parameters()}
+    return {name: dtype if fits[name] else torch.float32 for name in fits}
+
+
+def _fits(weight: Tensor, dtype: torch.dtype) -> bool:
+    return torch.equal(weight.to(dtype).to(weight.dtype), weight)
+
+
 def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizerBase]:
-    """The untrained duo model and its tokenizer.
+    """The untrained duo model, in float32, and its tokenizer.
 
     Raises:
         ValueError: the model cannot be converted, or `backbone` names no known family.
@@ -209,7 +231,7 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
             model.requires_grad_(False)
             for ffn in model.stack.ffns:
                 ffn.small.requires_grad_(True)
-        return model, AutoTokenizer.from_pretrained(options.model)
+        return _told_of_padding(model, AutoTokenizer.from_pretrained(options.model))
     texts = (document.text for document in documents(options.corpus, "model"))
     tokenizer = train_tokenizer(texts, options.vocab_size)
     if options.small_ratio < 1:
@@ -219,9 +241,22 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        dtype=None,
     )
     small_size = max(1, inner_size(backbone) // options.small_ratio)
-    return DuoForCausalLM(DuoConfig(backbone=backbone, small_size=small_size)), tokenizer
+    return _told_of_padding(DuoForCausalLM(DuoConfig(backbone=backbone, small_size=small_size)), tokenizer)
+
+
+def _told_of_padding(
+    model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> tuple[DuoForCausalLM, PreTrainedTokenizerBase]:
+    """Both, the model generating with the tokenizer's padding token where it has none of its own.
+
+    Its configuration is not told: transformers would not train that token's embedding, which may be the end of text's.
+    """
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 class Pretraining:
@@ -244,6 +279,7 @@ class Pretraining:
             raise ValueError(f"training: transformers.TrainingArguments has no option {unknown[0]!r}")
         self.options = options
         self.model, self.tokenizer = build(options)
+        self.precisions = precisions(self.model, options)
         read = partial(load_windows, options.corpus, self.tokenizer, length=options.window)
         self.arguments = _training_arguments(options, self.out)
         self.training, self.held_out = read(split="model"), read(split="router")
@@ -258,8 +294,8 @@ class Pretraining:
         describe(self.options, self.out, self.arguments, self.evaluation)
 
     def train(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        """Train, and save under `options.out`: `config.json`, `model.safetensors` (bfloat16), the tokenizer's files,
-        and last `history.json`, the Trainer's log.
+        """Train, and save under `options.out`: `config.json`, `model.safetensors` (see `precisions`), the tokenizer's
+        files, and last `history.json`, the Trainer's log.
 
         Args:
             callbacks: callbacks of the Trainer.
@@ -278,6 +314,8 @@ class Pretraining:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.evaluate()
+        for name, weight in self.model.named_parameters():
+            weight.data = weight.to(self.precisions[name])
         save(self.model, self.tokenizer, self.out)
         write_json(self.out / "history.json", trainer.state.log_history)
 
@@ -337,11 +375,7 @@ def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, 
 
 
 def save(model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the model in bfloat16, half of float32's bytes, and its tokenizer.
-
-    Last `config.json`: a folder without it is no model.
-    """
-    nn.Module.to(model, dtype=torch.bfloat16)
+    """Write the model and its tokenizer, last `config.json`: a folder without it is no model."""
     beside = out / ".part-model"
     model.save_pretrained(beside)
     tokenizer.save_pretrained(beside)

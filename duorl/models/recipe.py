@@ -15,7 +15,8 @@ class PretrainOptions:
         corpus: built-in corpora, or paths and globs of .txt, .jsonl and .parquet files.
         model: folder of a model to start from, with its tokenizer: a duo, or a Hugging Face causal language model. This
             is converted, and its networks become the big ones. By default, a model is built from `backbone`.
-        backbone: a transformers configuration as a dictionary with `model_type`.
+        backbone: a transformers configuration as a dictionary with `model_type`. Its `dtype` is the precision of the
+            saved model, by default bfloat16. A model from a folder keeps its precision.
         vocab_size: number of tokens of the byte-level BPE for a model built from `backbone`.
         small_ratio: inner size of the big network divided by that of the small one (the paper: 16).
         window: tokens to predict per window.

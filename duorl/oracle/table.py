@@ -48,7 +48,7 @@ class RouteTable:
         Raises:
             ValueError: for some position no route is allowed.
         """
-        return cheapest(self.losses + price * self.compute, allowed)
+        return torch.cat([cheapest(losses + price * self.compute, allowed) for losses in self.losses.split(1)])
 
     def fixed_ranking(self, price: float = 0.0, *, allowed: Tensor | None = None) -> Tensor:
         """Sort all routes by their mean return over all tokens, best first: (R,) indices. Forbidden routes are last.
@@ -106,10 +106,10 @@ class RouteTable:
         """
         levels, group = self.compute.double().mul(1e6).round().unique(return_inverse=True)  # equal up to rounding
         levels = levels / 1e6
-        losses = self.losses.flatten(0, 1).double()  # (N, R)
-        least = losses.new_full((len(losses), len(levels)), torch.inf)
-        least.scatter_reduce_(1, group.expand_as(losses), losses, "amin")
-        return _frontier_of(levels.cpu(), least.cpu())
+        least = self.losses.new_full((*self.losses.shape[:2], len(levels)), torch.inf)
+        for window, losses in zip(least, self.losses, strict=True):  # no second table beside this one
+            window.scatter_reduce_(1, group.expand_as(losses), losses, "amin")
+        return _frontier_of(levels.cpu(), least.flatten(0, 1).double().cpu())
 
     def by_budget(self) -> list[dict[str, float]]:
         """For each number of big layers: mean loss and compute of the oracle and of the best fixed route.

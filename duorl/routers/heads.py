@@ -100,9 +100,9 @@ def apply_heads(
     Returns:
         One (..., O) for each of the heads.
     """
-    width = hidden.shape[-1]
-    parts = [layer_norm(hidden, (width,)) * state_scale(width), compute[..., None]]
-    x = torch.cat(parts if features is None else [*parts, features], dim=-1).to(heads[0].weights[0].dtype)
+    width, dtype = hidden.shape[-1], heads[0].weights[0].dtype  # the precision of the model may be lower
+    parts = [layer_norm(hidden.to(dtype), (width,)) * state_scale(width), compute[..., None]]
+    x = torch.cat(parts if features is None else [*parts, features], dim=-1).to(dtype)
     if isinstance(layer, int):
         return [each.head(x, layer) for each in heads]
     order = layer.argsort()

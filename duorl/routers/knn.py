@@ -89,7 +89,7 @@ class KNNRouter(LogitRouter):
         distance, index = (torch.from_numpy(found) for found in self._search(layer).kneighbors(queries))
         weights = (-distance / self.config["temperature"]).softmax(-1)  # exp alone is 0 if all are far away
         chosen = one_hot(self.choices[self._rung, layer].cpu()[index].long(), len(self.codes))  # (n, neighbours, A)
-        return (weights[:, None] @ chosen.double()).view(*hidden.shape[:-1], -1).to(hidden)
+        return (weights[:, None] @ chosen.double()).view(*hidden.shape[:-1], -1).to(self.states)
 
     @property
     def _rung(self) -> int:
@@ -114,4 +114,4 @@ class KNNRouter(LogitRouter):
 
 def unit(hidden: Tensor) -> Tensor:
     """Hidden states (..., d), normalized as for the heads, and scaled to length 1."""
-    return layer_norm(hidden, hidden.shape[-1:]) * hidden.shape[-1] ** -0.5
+    return layer_norm(hidden.float(), hidden.shape[-1:]) * hidden.shape[-1] ** -0.5
