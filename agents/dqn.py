@@ -19,6 +19,7 @@ from torch.nn.functional import mse_loss
 from duorl.agents.advantages import explained_variance, rewards_to_go
 from duorl.agents.base import refuse_budget
 from duorl.agents.stable_baselines import StableBaselinesAgent
+from duorl.checks import require_positive
 from duorl.envs.lockstep import Lockstep
 from duorl.envs.sb3 import head_inputs
 from duorl.learners.base import State
@@ -187,6 +188,8 @@ class DQN(StableBaselinesAgent):
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         refuse_budget(env, type(self).__name__)
+        counts = {"buffer_size": buffer_size, "gradient_steps": gradient_steps, "target_interval": target_interval}
+        require_positive(**counts, batch_size=batch_size)
         self.generator = np.random.default_rng(env.first_seed)
         episode = self.decisions_per_update
         algorithm = self.algorithm_class(

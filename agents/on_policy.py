@@ -20,6 +20,7 @@ from duorl.agents.advantages import entropy, explained_variance
 from duorl.agents.base import refuse_budget
 from duorl.agents.buffers import GroupRolloutBuffer, MaskableGroupRolloutBuffer
 from duorl.agents.stable_baselines import StableBaselinesAgent
+from duorl.checks import require_positive
 from duorl.envs.lockstep import Lockstep
 from duorl.envs.sb3 import head_inputs
 from duorl.routers import HeadRouter
@@ -170,6 +171,7 @@ class PPO(_OnPolicy):
         init: str | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
+        require_positive(epochs=epochs)
         if not self.takes_budgets:
             refuse_budget(env, "PPO")
         make: Callable[..., OnPolicyAlgorithm] = self.algorithm_class

@@ -15,6 +15,7 @@ its import path: `--reward my_package.MyReward --reward.bonus 0.1`:
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from duorl.costs import SKIP
 from duorl.prices import check_price
+
+_MOST = 1e15
 
 
 @dataclass(frozen=True)
@@ -182,7 +185,7 @@ class LogitLensShaping(Reward):
     """
 
     def __init__(self, scale: float = 1.0):
-        self.scale = scale
+        self.scale = _finite("scale", scale)
 
     def __call__(self, step: Step) -> Tensor:
         """(N,) nats, times `scale`."""
@@ -226,7 +229,7 @@ class RedundancyCharge(Reward):
     """
 
     def __init__(self, charge: float = 0.01, threshold: float = 0.1):
-        self.charge, self.threshold = charge, threshold
+        self.charge, self.threshold = _finite("charge", charge), _finite("threshold", threshold)
 
     def __call__(self, step: Step) -> Tensor:
         """(N,) nats: 0 or -charge."""
@@ -248,28 +251,53 @@ class Sum(Reward):
 
     def __call__(self, step: Step) -> Tensor:
         """(N,), sum of the rewards."""
-        return torch.stack([reward(step) for reward in self.rewards]).sum(0)
+        return torch.stack([checked(reward, step) for reward in self.rewards]).sum(0)
 
     def contextual(self, step: Step) -> Tensor:
         """(N,), sum over the rewards."""
-        return torch.stack([reward.contextual(step) for reward in self.rewards]).sum(0)
+        return checked_contextual(self, step)
+
+
+def _finite(name: str, number: float) -> float:
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, not {number}")
+    return number
 
 
 def checked(reward: Reward, step: Step) -> Tensor:
-    """Compute the reward of a step and check it, (N,) numbers.
+    """Compute the reward of a step and check it, (N,) finite numbers of the step's type.
 
     Raises:
-        ValueError: it has another shape or is not finite; the message names the class and the layer.
+        ValueError: the reward fails, has another shape or is not finite; the message names the class and the layer.
     """
-    earned = reward(step)
-    name, shape = reward.name, tuple(step.compute.shape)
+    return _checked(reward.name, reward, step)
+
+
+def checked_contextual(reward: Reward, step: Step) -> Tensor:
+    """What a reward credits to the routes of earlier tokens, (N,), part by part; errors as for `checked`."""
+    parts = [_checked(f"{part.name}.contextual", part.contextual, step) for part in _flat(reward)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def _checked(name: str, function: Callable[[Step], Tensor], step: Step) -> Tensor:
+    try:
+        earned = function(step)
+    except Exception as error:  # a user's code may raise anything
+        said = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{name} fails in layer {step.layer}: {said}") from error
+    shape = tuple(step.compute.shape)
     if not isinstance(earned, Tensor) or earned.shape != shape:
         found = tuple(earned.shape) if isinstance(earned, Tensor) else type(earned).__name__
-        raise ValueError(f"{name} must return one reward per token, shape (N,), not {found}")
+        said = f"{name} must return one reward per token, shape (N,), not {found}"
+        raise ValueError(f"{said}, in layer {step.layer}")
+    if earned.is_complex() or earned.device != step.compute.device:
+        found = f"{earned.dtype} on {earned.device}, in layer {step.layer}"
+        raise ValueError(f"{name} must return real numbers on {step.compute.device}, not {found}")
     if not earned.is_floating_point():
         earned = earned.to(step.compute.dtype)
-    if not earned.isfinite().all():
-        raise ValueError(f"{name} returned a reward that is not finite, in layer {step.layer}")
+    if not (earned.abs() < _MOST).all():  # NaN is not, either
+        kind = "not finite" if not earned.isfinite().all() else f"beyond {_MOST:g}, which learners cannot square"
+        raise ValueError(f"{name} returned a reward that is {kind}, in layer {step.layer}")
     return earned
 
 
@@ -291,7 +319,15 @@ def _flat(reward: Reward) -> list[Reward]:
 
 def price_of(reward: Reward) -> float:
     """The price of a reward, in nats per all-big pass: the sum over its parts, 0 if none has a price."""
-    return sum(float(part.price) for part in _priced(reward))
+    return sum(_price(part) for part in _priced(reward))
+
+
+def _price(part: Any) -> float:
+    """A part's price; errors name the part."""
+    try:
+        return check_price(float(part.price))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{part.name}: price must be at least 0 nats per all-big pass, not {part.price!r}") from error
 
 
 def with_price(reward: Reward) -> tuple[Reward, Callable[[float | Tensor], None]]:

@@ -17,7 +17,7 @@ from torch import Tensor
 from duorl.corpus import load_windows
 from duorl.envs.lockstep import RoutingDynamics
 from duorl.envs.order import WindowOrder
-from duorl.models import load, load_tokenizer
+from duorl.models import check_windows, load, load_tokenizer
 from duorl.rewards import Reward, Step
 from duorl.routed_pass import Context
 
@@ -69,7 +69,9 @@ def _build(
         if not isinstance(model, str):
             raise ValueError("a model given as an object has no tokenizer: give windows (W, T+1) with it")
         windows = _windows(model, tuple(corpus), window)
-    return RoutingDynamics(_load(model) if isinstance(model, str) else model, **options), windows
+    loaded = _load(model) if isinstance(model, str) else model
+    check_windows(loaded, windows)
+    return RoutingDynamics(loaded, **options), windows
 
 
 class DuoRoutingEnv(gymnasium.Env):

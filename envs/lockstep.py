@@ -5,6 +5,7 @@ All episodes have L steps. So any number of tokens can go through the model in l
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,19 @@ from duorl.envs.order import WindowOrder
 from duorl.envs.outcome import Outcome, later_sum
 from duorl.inputs import Inputs, View
 from duorl.models.frozen import require_frozen
+from duorl.models.loading import check_windows
 from duorl.prices import draw_prices
-from duorl.rewards import LossImprovement, Reward, Step, as_reward, checked, named_parts, price_of, with_price
+from duorl.rewards import (
+    LossImprovement,
+    Reward,
+    Step,
+    as_reward,
+    checked,
+    checked_contextual,
+    named_parts,
+    price_of,
+    with_price,
+)
 from duorl.routed_pass import Context, RoutedPass, remember
 
 if TYPE_CHECKING:
@@ -272,7 +284,7 @@ class RoutingDynamics:
         """(N,): discounted contextual rewards of later tokens; 0 in the reference context."""
         if self.context == "reference" or not self.token_discount:
             return torch.zeros_like(step.compute)
-        earned = self.reward.contextual(step).view_as(self._walk.compute)
+        earned = checked_contextual(self.reward, step).view_as(self._walk.compute)
         return later_sum(earned, self.token_discount).flatten()
 
     @property
@@ -314,11 +326,23 @@ class Lockstep(RoutingDynamics):
 
     def __init__(self, model: DuoForCausalLM, windows: Tensor, *, windows_per_batch: int = 4, seed: int = 0, **options):
         super().__init__(model, **options)
+        check_windows(model, windows)
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch
+        self._require_memory()
         self.first_seed = seed
         self._known_losses = torch.full((len(windows), windows.shape[1] - 1), torch.nan)
         self.seed(seed)
+
+    def _require_memory(self) -> None:
+        """Refuse more tokens at once than the machine's memory holds states of a single layer for."""
+        size = self.num_tokens * self.model.hidden_size * self.model.dtype.itemsize
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if size > memory:
+            raise ValueError(
+                f"{self.num_tokens:,} tokens at once do not fit into memory: lower group_size ({self.group_size}) or "
+                f"windows_per_batch ({self.windows_per_batch})"
+            )
 
     def seed(self, seed: int) -> None:
         """Start the order of the windows again, with a seed."""

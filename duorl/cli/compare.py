@@ -53,6 +53,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         raise ValueError(f"targets must be computes between 0 and 1, not {options.targets}")
     bench = Workbench(options, config)
     check_evaluation(options, bench.model, bench.training, bench.held_out)
+    if options.targets:
+        held_out_texts(bench)  # each text must have an evaluation split of its own
     return "compare", Compare(bench)
 
 

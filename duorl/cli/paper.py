@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,16 +14,16 @@ from jsonargparse import Namespace
 from duorl.checks import require_positive
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.learners import LearnerFactory
-from duorl.cli.parser import read_config
+from duorl.cli.material import Material
+from duorl.cli.parser import read_config, typed
 from duorl.cli.trainings import JobsFailed
 from duorl.cli.workbench import make_lockstep
-from duorl.corpus import read_windows, source_names
+from duorl.corpus import source_names
 from duorl.envs import Lockstep
 from duorl.evaluation import check_searches
 from duorl.files import write_json, write_text
 from duorl.learners import Soft
 from duorl.learners.base import Learner
-from duorl.models import load, load_tokenizer
 from duorl.models.loading import model_folder
 from duorl.paper import Study, StudySize, dense, scaling
 from duorl.paper.claims import claims_page
@@ -66,8 +65,7 @@ class Paper:
             )
         self.size = StudySize.quick() if options.quick else options.size
         self.soft = {**options.soft, "updates": _QUICK_UPDATES} if options.quick else options.soft
-        if unknown := set(self.soft) - set(inspect.signature(Soft).parameters) | {"env", "budget"} & set(self.soft):
-            raise ValueError(f"soft: {min(unknown)!r} is not an option of Soft that a study can set")
+        self.soft = typed(Soft, self.soft, "soft", skip=("env", "budget"))
         self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
         self._read()
         for factory in options.agents.values():
@@ -82,10 +80,11 @@ class Paper:
         named = [", ".join(names) for names in self.sources.values()]
         kept = dense.find(options.dense, model_folder(options.model), named)
         self.dense = [] if options.quick else kept
-        self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
-        read = partial(read_windows, tokenizer=self.tokenizer, length=options.env.window)
-        self.training = read([name for names in self.sources.values() for name in names], split="router").tokens
-        self.texts = {name: read(names, split="evaluation") for name, names in self.sources.items()}
+        material = Material.of(options.model, options.skip, options.env.window)
+        self.model, self.tokenizer = material.model, material.tokenizer
+        everything = [name for names in self.sources.values() for name in names]
+        self.training = material.read(everything, split="router").tokens
+        self.texts = {name: material.read(names, split="evaluation") for name, names in self.sources.items()}
         for name, windows in self.texts.items():
             if len(windows.tokens) < 2:
                 raise ValueError(f"{name}: a study needs at least 2 windows of evaluation text: give more")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,17 +12,16 @@ from typing import NoReturn
 
 from jsonargparse import Namespace
 
+from duorl.checks import require_seed
 from duorl.cli.commands import COMMANDS, fail
 from duorl.cli.console import quieten, resume_command
-from duorl.cli.parser import parse
+from duorl.cli.parser import parse, read_config
 from duorl.corpus import check_sources
 from duorl.files import is_no_room
 from duorl.models.loading import model_folder
 from duorl.runs import folders, interrupts
 from duorl.runs.allocator import keep_freed_memory
 
-# Errors of bad input, in the preparation of a command. Later errors are bugs and keep their traceback.
-_BAD_INPUT = (ValueError, OSError, KeyError, TypeError, AssertionError, ZeroDivisionError, RuntimeError)
 _DUO = ("train", "compare", "evaluate", "oracle", "paper")  # their --model is the folder of a duo model
 _TEXTS = ("corpus", "prose", "code")
 
@@ -48,7 +48,7 @@ def run_command(name: str, words: list[str]) -> None:
                 called, work = import_module(COMMANDS[name].module).prepare(options, config)
                 if "overwrite" in COMMANDS[name].flags:
                     folder = stack.enter_context(_claimed(called, options, config))
-            except _BAD_INPUT as error:
+            except Exception as error:  # of the input; running is outside, where an error is a bug and keeps its trace
                 fail(f"{type(error).__name__}: {error}".removeprefix("ValueError: "))
             _work(name, work, folder)
         except interrupts.Interrupted as stop:
@@ -62,6 +62,9 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
     Raises:
         ValueError, OSError: the folder, the model or a text cannot be used.
     """
+    _require_finite(config)
+    if "seed" in options:
+        require_seed(options.seed)
     resume = options.get("resume", False)
     if "overwrite" in COMMANDS[name].flags:
         folders.check(options.out, resume=resume, overwrite=options.overwrite)
@@ -72,6 +75,14 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
     for texts in _TEXTS:
         if options.get(texts) is not None:
             check_sources(options[texts])
+
+
+def _require_finite(config: str) -> None:
+    """No option is NaN or infinite: of such a rate or factor nothing comes but NaN."""
+    for name, value in folders.flatten(read_config(config)):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name} must be a finite number, not {number}")
 
 
 def _claimed(called: str, options: Namespace, config: str):

@@ -113,7 +113,7 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
 def held_out_texts(bench: Workbench) -> dict[str, Windows]:
     """The first windows of the evaluation split of each text, by the name of the text."""
     count = bench.options.evaluation.windows
-    texts = {name: bench.read_windows([name], split="evaluation") for name in source_names(bench.options.corpus)}
+    texts = {name: bench.read([name], split="evaluation") for name in source_names(bench.options.corpus)}
     return {name: Windows(text.tokens[:count], text.files[:count]) for name, text in texts.items()}
 
 

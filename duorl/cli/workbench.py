@@ -14,9 +14,10 @@ from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.cli.learners import LearnerFactory, named
+from duorl.cli.material import Material
 from duorl.cli.options import EnvironmentOptions
-from duorl.cli.parser import read_config
-from duorl.corpus import Windows, read_windows
+from duorl.cli.parser import read_config, typed
+from duorl.corpus import Windows
 from duorl.costs import action_ids
 from duorl.envs import Lockstep
 from duorl.evaluation.bound import ROWS
@@ -25,7 +26,7 @@ from duorl.evaluation.measure import evaluate, measure
 from duorl.learners import Supervised
 from duorl.learners.base import Learner
 from duorl.learners.target import TargetCompute, check_target, price_for
-from duorl.models import DuoForCausalLM, load, load_tokenizer
+from duorl.models import DuoForCausalLM
 from duorl.reports.figures import heat_map
 from duorl.rewards import LossImprovement, Reward, as_reward, price_of, with_price
 from duorl.routers import BudgetRouter, Router
@@ -71,9 +72,9 @@ class Workbench:
             with_price(self.reward)
             if options.env.big_layers is not None:
                 raise ValueError("env.big_layers already fixes the compute: give it or target_compute, not both")
-        self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
-        self.read_windows = partial(read_windows, tokenizer=self.tokenizer, length=options.env.window)
-        self.training, self.validation = _hold_back(self.read_windows(options.corpus, split="router").tokens)
+        material = Material.of(options.model, options.skip, options.env.window)
+        self.model, self.tokenizer, self.read = material.model, material.tokenizer, material.read
+        self.training, self.validation = _hold_back(self.read(options.corpus, split="router").tokens)
         self._try_reward()
         for name in self._factories:
             self.learner(name, options.seed)
@@ -100,14 +101,17 @@ class Workbench:
                 raise ValueError(f"a learner cannot be called {name!r}: the comparison or the folder uses that name")
         if unknown := set(options.own_env) - set(self._factories):
             raise ValueError(f"own_env names {min(unknown)!r}, which is not among the learners")
-        for name, own in options.own_env.items():
+        self._own_env = {}
+        for name, given in options.own_env.items():
+            own = typed(EnvironmentOptions, given, f"own_env of {name}")
             if shared := _SHARED & set(own):
                 raise ValueError(f"own_env of {name}: {min(shared)} is an option of the whole run, set it in env")
+            self._own_env[name] = own
 
     @cached_property
     def evaluation(self) -> Windows:
         """Windows of the evaluation split; used for measurements only."""
-        return self.read_windows(self.options.corpus, split="evaluation")
+        return self.read(self.options.corpus, split="evaluation")
 
     @property
     def held_out(self) -> Tensor:
@@ -128,7 +132,7 @@ class Workbench:
     def learner(self, name: str, seed: int) -> Learner:
         """Make a new learner, by its name in the run; errors as for its class and its environment."""
         options = self.options
-        own = replace(EnvironmentOptions(**vars(options.env)), **options.own_env.get(name, {}))
+        own = replace(EnvironmentOptions(**vars(options.env)), **self._own_env.get(name, {}))
         more = {"actions": options.actions, "reference": options.reference}
         lockstep = make_lockstep(own, self.model, self.training, self.reward, seed=seed, **more)
         return self._factories[name](lockstep)

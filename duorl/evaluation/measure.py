@@ -57,7 +57,11 @@ def measure(
         context: `routed` (deployment) or `reference`.
         batch: windows per pass.
         memories: one per batch, for the reference context; several routers can share them.
+
+    Raises:
+        ValueError: the router does not fit the model; see `Router.require_fit`.
     """
+    router.require_fit(model)
     parts = []
     for index, tokens in enumerate(windows.to(model.device).split(batch)):
         router.begin(model, tokens)

@@ -17,6 +17,7 @@ Your own learner defines `update`. It names in `stateful` the attributes that tr
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from duorl.models.frozen import require_frozen
 from duorl.routers import HeadRouter, PatternRouter, Router, load
+from duorl.routers.fit import identity
 from duorl.routers.heads import LayerHeads
 
 if TYPE_CHECKING:
@@ -152,6 +154,7 @@ class Learner(ABC):
             self.decisions += self.decisions_per_update
             if monitor:
                 monitor(self.decisions, metrics, self.router)
+        self.router.trained_for = identity(self.env.model)
         return self.router.eval().requires_grad_(False)
 
     def charge(self, price: float) -> None:
@@ -244,8 +247,10 @@ class HeadLearner(Learner):
 
     def __init__(self, env: Task, *, learning_rate: float, width: int = 0, init: str | None = None):
         super().__init__(env)
+        if not 0 < learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be above 0, not {learning_rate}")
         fresh = self.fresh(width, env.first_seed)
-        self.router = (fresh if init is None else _saved(init, fresh)).to(env.model.device)
+        self.router = (fresh if init is None else _saved(init, fresh, env.model)).to(env.model.device)
         self.learning_rate = learning_rate
         self.optimizer = torch.optim.Adam(self.router.parameters(), lr=learning_rate)
 
@@ -287,10 +292,14 @@ class HeadLearner(Learner):
             group["lr"] = self.rate
         self.optimizer.zero_grad()
         loss.backward()
+        for parameter in self.optimizer.param_groups[0]["params"]:
+            if parameter.grad is not None and not parameter.grad.isfinite().all():
+                name = type(self).__name__
+                raise ValueError(f"{name}: a gradient is not finite after {self.decisions} decisions: check the reward")
         self.optimizer.step()
 
 
-def _saved(folder: str, fresh: HeadRouter) -> HeadRouter:
+def _saved(folder: str, fresh: HeadRouter, model: DuoForCausalLM) -> HeadRouter:
     """The router saved in a folder, if it fits in place of the new one."""
     router = load(folder)
     if isinstance(router, PatternRouter):
@@ -299,4 +308,5 @@ def _saved(folder: str, fresh: HeadRouter) -> HeadRouter:
     if not isinstance(router, HeadRouter) or any(router.config[key] != fresh.config[key] for key in same):
         expected = ", ".join(f"{key} {fresh.config[key]}" for key in same)
         raise ValueError(f"init {folder} holds a {type(router).__name__} that does not fit: this run needs {expected}")
+    router.require_fit(model)
     return router

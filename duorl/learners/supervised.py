@@ -149,7 +149,7 @@ class Supervised(Taught, HeadLearner):
     def update(self) -> dict[str, float]:
         """One pass over the labelled decisions; returns its metrics by tag."""
         losses = []
-        for index in shuffled(self.labels.count, self.batch_size // self.env.layers, self.generator):
+        for index in shuffled(self.labels.count, max(1, self.batch_size // self.env.layers), self.generator):
             decisions = self.labels.decisions()
             loss = taught_loss(self.router, decisions, index, target=self.target, temperature=self.temperature)
             self.descend(loss)

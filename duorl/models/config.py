@@ -36,7 +36,11 @@ class DuoConfig(PreTrainedConfig):
             backbone = {"model_type": "llama"}
         if isinstance(backbone, dict):
             fields = dict(backbone)
+            if not isinstance(fields.get("model_type"), str):
+                raise ValueError("the configuration's backbone names no transformers family as model_type")
             backbone = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        if not isinstance(small_size, int) or small_size < 1:
+            raise ValueError(f"small_size must be a number of at least 1, not {small_size!r}")
         own = vars(PreTrainedConfig())
         theirs = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(backbone, name) and name not in own}
         tied = getattr(backbone, "tie_word_embeddings", False)

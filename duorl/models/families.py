@@ -133,7 +133,11 @@ def inner_size_name(config: PreTrainedConfig) -> str:
 
 def inner_size(config: PreTrainedConfig) -> int:
     """A decoder's FFN inner size; for GPT-2 without a value, 4 times the hidden size."""
-    return getattr(config, inner_size_name(config)) or 4 * config.hidden_size
+    name = inner_size_name(config)
+    size = getattr(config, name)
+    if size is not None and (not isinstance(size, int) or size < 1):
+        raise ValueError(f"{config.model_type}: {name} must be at least 1, not {size!r}")
+    return 4 * config.hidden_size if size is None else size
 
 
 def attention_width(config: PreTrainedConfig) -> int:

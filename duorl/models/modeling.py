@@ -164,6 +164,8 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         """The call of one forward pass."""
         if routes is None and router is None:
             return None
+        if hasattr(router, "require_fit"):
+            router.require_fit(self)
         decide = _decision(routes, router)
         return RoutedCall(decide, self.action_compute, drops_blocks=self.config.skip == "block")
 

@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -41,10 +41,11 @@ from duorl.models.card import write_card
 from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
 from duorl.models.families import inner_size
-from duorl.models.loading import load
+from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.recipe import PretrainOptions
 from duorl.models.tokenizer import train_tokenizer
+from duorl.models.training_options import training_arguments
 
 
 def random_routes(
@@ -193,7 +194,16 @@ def backbone_config(settings: dict[str, Any], **more: Any) -> PreTrainedConfig:
     if "model_type" not in settings:
         raise ValueError("backbone must name a transformers family as model_type, e.g. llama")
     settings = {**settings, **more}
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    try:
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except Exception as error:  # each family checks its own options, in its own way
+        raise ValueError(f"backbone: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """What an error says, less a list of all families or validators."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
 def precisions(model: DuoForCausalLM, options: PretrainOptions) -> dict[str, torch.dtype]:
@@ -274,19 +284,41 @@ class Pretraining:
     def __init__(self, options: PretrainOptions, *, resume: bool = False):
         self.out = Path(options.out)
         self.resume = resume
-        known = {field.name for field in fields(TrainingArguments)}
-        if unknown := sorted(set(options.training) - known):
-            raise ValueError(f"training: transformers.TrainingArguments has no option {unknown[0]!r}")
         self.options = options
+        self.arguments = _training_arguments(options, self.out)
+        if options.model is not None and not Path(options.model).is_dir():
+            raise FileNotFoundError(f"no model in {options.model}: give a folder")
         self.model, self.tokenizer = build(options)
         self.precisions = precisions(self.model, options)
         read = partial(load_windows, options.corpus, self.tokenizer, length=options.window)
-        self.arguments = _training_arguments(options, self.out)
         self.training, self.held_out = read(split="model"), read(split="router")
         self.evaluation = {
             source: load_windows(source, self.tokenizer, split="evaluation", length=options.window)
             for source in source_names(options.corpus)
         }
+        for windows in (self.training, self.held_out, *self.evaluation.values()):
+            check_windows(self.model, windows)
+        self._try()
+
+    def _try(self) -> None:
+        """Make what trains, once, and draw a batch: what cannot be made is found before anything is written."""
+        with TemporaryDirectory() as folder:
+            try:
+                trainer = self._trainer(_training_arguments(self.options, Path(folder)))
+                trainer.create_optimizer_and_scheduler(1)
+                next(iter(trainer.get_train_dataloader()))
+            except Exception as error:  # of many kinds, for the options are
+                raise ValueError(f"training: {type(error).__name__}: {error}") from error
+
+    def _trainer(self, arguments: TrainingArguments) -> StageOneTrainer:
+        return StageOneTrainer(
+            model=self.model,
+            args=arguments,
+            train_dataset=_Windows(self.training),
+            eval_dataset=_Windows(self.held_out[: self.options.evaluation_windows]),
+            skip_share=self.options.skip_share,
+            big_share=self.options.big_share,
+        )
 
     def run(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Train, save, and write a model card, `README.md`, with losses on the evaluation split."""
@@ -301,14 +333,7 @@ class Pretraining:
             callbacks: callbacks of the Trainer.
         """
         checkpoint = last_checkpoint(self.out / "checkpoints") if self.resume else None
-        trainer = StageOneTrainer(
-            model=self.model,
-            args=self.arguments,
-            train_dataset=_Windows(self.training),
-            eval_dataset=_Windows(self.held_out[: self.options.evaluation_windows]),
-            skip_share=self.options.skip_share,
-            big_share=self.options.big_share,
-        )
+        trainer = self._trainer(self.arguments)
         self._journal(trainer, checkpoint)
         for callback in callbacks:
             trainer.add_callback(callback)
@@ -339,7 +364,7 @@ def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArgument
     # Without use_cpu, the arguments refuse bf16 if there is no GPU, although CPUs support it.
     defaults = {"use_cpu": not torch.cuda.is_available(), "seed": options.seed, "remove_unused_columns": False}
     defaults["save_total_limit"] = 2
-    return TrainingArguments(output_dir=str(out / "checkpoints"), **{**defaults, **options.training})
+    return training_arguments(options.training, output_dir=str(out / "checkpoints"), **defaults)
 
 
 def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, evaluation: dict[str, Tensor]) -> None:

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from duorl.checks import require_positive
+
+_LEAST_VOCABULARY = 257
+
 
 @dataclass(frozen=True)
 class PretrainOptions:
@@ -44,6 +48,11 @@ class PretrainOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        counts = ("small_ratio", "window", "evaluation_windows")
+        require_positive(**{name: getattr(self, name) for name in counts})
+        if self.vocab_size < _LEAST_VOCABULARY:
+            least = f"at least {_LEAST_VOCABULARY}, the 256 bytes and the end of text"
+            raise ValueError(f"vocab_size must be {least}, not {self.vocab_size}")
         for name in ("skip_share", "big_share"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")

@@ -14,14 +14,16 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import ReferenceType, ref
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from duorl.extensions import find, import_path
 from duorl.files import writing
 from duorl.inputs import View
+from duorl.routers.fit import require_fit
 
 if TYPE_CHECKING:
     from duorl.models import DuoForCausalLM
@@ -37,7 +39,13 @@ class Router(nn.Module):
 
     Args:
         config: the constructor's arguments, JSON values; a saved router is made again from them.
+
+    Attributes:
+        trained_for: identifies the model of its training, see `duorl.routers.fit`; None if it is unknown.
     """
+
+    trained_for: dict[str, Any] | None = None
+    _fits: ReferenceType[DuoForCausalLM] | None = None
 
     def __init__(self, **config: Any):
         super().__init__()
@@ -62,6 +70,20 @@ class Router(nn.Module):
         router = copy.copy(self)
         router.config = {**self.config, "price": float(price)}
         return router
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Number of layers and hidden size of the models that it can decide for; None for any."""
+        return None, None
+
+    def require_fit(self, model: DuoForCausalLM) -> None:
+        """Refuse a model that the router cannot decide for.
+
+        Raises:
+            ValueError: it is made for other sizes, or was trained for another model; says for which.
+        """
+        if self._fits is None or self._fits() is not model:
+            require_fit(self, model)
+            self._fits = ref(model)  # a model is looked at once, and not for every token that it generates
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
         """Called before each pass over windows (B, T+1). Deployable routers do not look at the targets."""
@@ -91,10 +113,17 @@ class Router(nn.Module):
         """Write `router.safetensors`, if there are weights, and `router.json`, which marks a complete router.
 
         After a kill, the folder has the old router, the new one, or none, but never parts of both.
+
+        Raises:
+            ValueError: a weight is not finite.
         """
+        for name, tensor in self.state_dict().items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{type(self).__name__} is not saved: its {name} holds numbers that are not finite")
         weights, described_in = Path(folder) / "router.safetensors", Path(folder) / "router.json"
         with writing(described_in) as beside:
-            beside.write_text(json.dumps(described(self), indent=1))
+            known = {} if self.trained_for is None else {"model": self.trained_for}
+            beside.write_text(json.dumps({**described(self), **known}, indent=1))
             if state := {name: tensor.contiguous() for name, tensor in self.state_dict().items()}:
                 with writing(weights) as weights_beside:
                     save_file(state, weights_beside)
@@ -112,6 +141,10 @@ class LogitRouter(Router):
     """
 
     codes: Tensor
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Those in its configuration."""
+        return self.config.get("layers"), self.config.get("hidden_size")
 
     def logits(self, view: View) -> Tensor:
         """One logit per action, in the order of their codes: (..., A)."""
@@ -133,24 +166,6 @@ class LogitRouter(Router):
         return replace(view, price=torch.tensor(price, device=view.hidden.device))
 
 
-def load(folder: str | Path) -> Router:
-    """Load a saved router.
-
-    Raises:
-        FileNotFoundError: the folder holds no router, or its weights are missing.
-        ValueError: it was saved by a class that cannot be found.
-    """
-    folder = Path(folder)
-    if not (folder / "router.json").is_file():
-        raise FileNotFoundError(f"no router in {folder}: router.json is missing")
-    router = rebuilt(json.loads((folder / "router.json").read_text()))
-    if router.state_dict():
-        if not (folder / "router.safetensors").is_file():
-            raise FileNotFoundError(f"{folder} lacks router.safetensors")
-        router.load_state_dict(load_file(folder / "router.safetensors"))
-    return router.eval()
-
-
 def described(router: Router) -> dict[str, Any]:
     """JSON values to make a router again, without weights. Built-in classes by name, others by import path."""
     kind = type(router)
@@ -158,16 +173,34 @@ def described(router: Router) -> dict[str, Any]:
     return {"router": name, "config": router.config}
 
 
-def rebuilt(description: dict[str, Any]) -> Router:
-    """The router of a description, with new weights.
+def kind_of(description: Any) -> tuple[type[Router], dict[str, Any]]:
+    """The class and the configuration in a description.
 
     Raises:
-        ValueError: its class cannot be found, or is not a router.
+        ValueError: one is missing, or the class cannot be found, or is no router.
     """
     from duorl import routers
 
-    name = description["router"]
-    kind = find(name) if "." in name else getattr(routers, name, None)
+    if not isinstance(description, dict):
+        raise ValueError("a router's description is an object with `router` and `config`")
+    name, config = description.get("router"), description.get("config")
+    if not isinstance(name, str) or not isinstance(config, dict):
+        raise ValueError("a router's description has a name `router` and an object `config`")
+    kind = find(name) if "." in name else getattr(routers, name, None) if name in routers.__all__ else None
     if not (isinstance(kind, type) and issubclass(kind, Router)):
         raise ValueError(f"unknown router {name!r}")
-    return kind(**description["config"])
+    return kind, config
+
+
+def rebuilt(description: Any) -> Router:
+    """The router of a description, with fresh weights.
+
+    Raises:
+        ValueError: its class cannot be found, is no router, or refuses its configuration.
+    """
+    kind, config = kind_of(description)
+    try:
+        return kind(**config)
+    except Exception as error:  # a user's class may raise anything, and what a broken file says may be of any kind
+        said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        raise ValueError(f"{kind.__name__} refuses its configuration: {said}") from error

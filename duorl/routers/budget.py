@@ -38,6 +38,19 @@ class BudgetRouter(LogitRouter):
         self.router, self.big_layers = inner, big_layers
 
     @property
+    def trained_for(self) -> dict[str, Any] | None:  # type: ignore[override]
+        """What the router's is."""
+        return self.router.trained_for
+
+    @trained_for.setter
+    def trained_for(self, record: dict[str, Any] | None) -> None:
+        self.router.trained_for = record
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """The router's."""
+        return self.router.sizes()
+
+    @property
     def takes_price(self) -> bool:
         """See `Router.takes_price`."""
         return self.router.takes_price

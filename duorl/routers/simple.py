@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from duorl.costs import action_ids
+from duorl.costs import ACTIONS, action_ids
+from duorl.prices import check_price
 from duorl.routers.base import Router
 
 if TYPE_CHECKING:
@@ -59,6 +60,12 @@ class PatternRouter(Router):
 
     def __init__(self, route: Sequence[int]):
         super().__init__(route=[int(action) for action in route])
+        if not route or not set(self.config["route"]) <= set(range(len(ACTIONS))):
+            raise ValueError(f"a route has codes 0 to {len(ACTIONS) - 1} ({', '.join(ACTIONS)}), not {list(route)}")
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """The route's length."""
+        return len(self.config["route"]), None
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
         """(...), the route's action in this layer; see `Router.forward`."""
@@ -84,6 +91,10 @@ class ReplayRouter(Router):
         count, length, layers = shape
         self.register_buffer("windows", torch.zeros(count, length + 1, dtype=torch.int64))
         self.register_buffer("routes", torch.zeros(count, length, layers, dtype=torch.int64))
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """The routes' length."""
+        return self.config["shape"][2], None
 
     @classmethod
     def of(cls, windows: Tensor, routes: Tensor) -> ReplayRouter:
@@ -118,7 +129,8 @@ class OracleRouter(Router):
     """
 
     def __init__(self, price: float = 0.0, actions: Sequence[str] = ("small", "big")):
-        super().__init__(price=price, actions=list(actions))
+        super().__init__(price=check_price(price), actions=list(actions))
+        action_ids(actions)
         self._tokens: Tensor | None = None
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
