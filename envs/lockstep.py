@@ -49,7 +49,7 @@ class RoutingDynamics:
         group_size: number of copies of every window, K; the token axis is (K, B, P), flattened.
         reference: the action of the reference route, in every layer; its loss is the reference loss of the gain.
         token_discount: in the routed context, a token's route also changes what later tokens read. The learner
-            credits a token also with the `reward.contextual` of the later tokens, times this factor per token of
+            also credits a token with the `reward.contextual` of the later tokens, times this factor per token of
             distance. 0: no such credit.
         prices: lowest and highest price. Every window of an episode then has its own price, given to `reset`; it
             replaces the price of the reward and is an input of the router. None: the price of the reward.

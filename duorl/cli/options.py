@@ -30,7 +30,7 @@ class EnvironmentOptions:
             passes, or `reference`, those of an all-big pass.
         windows_per_batch: number of windows per episode, B.
         group_size: number of copies of each window, K; leave-one-out and group-relative baselines compare them.
-        token_discount: credits a token also with the gains of later tokens, which read its keys and values. The factor
+        token_discount: also credits a token with the gains of later tokens, which read its keys and values. The factor
             per token of distance is this number; with 0, a token is credited with its own gain only.
         prices: lowest and highest price. Every window then has its own price, drawn anew in every episode, and the
             price is an input of the router, so one router serves all budgets. None: only the price of the reward.
@@ -123,7 +123,7 @@ class EvaluateOptions:
         reference: action of the reference route in every layer; its loss is the reference loss of the gain.
         price: price of an all-big pass, in nats.
         window: tokens per window.
-        evaluation: number of tokens, and intervals.
+        evaluation: how the router is measured.
         out: folder for comparison.json, comparison.csv and the figure; by default the first free `runs/evaluate-N`.
     """
 

@@ -16,7 +16,7 @@ class Memory:
     """Stored keys and values of earlier passes, and how attention uses them.
 
     Attributes:
-        positions: (B, P), positions of the tokens that read.
+        positions: (B, P), positions of the tokens that read the memory.
         stored: for each layer the keys and values of S positions, each (B, H, S, k).
         mode: `record`: store the keys and values of an ordinary pass; `read`: read them; `commit`: read them, and store
             the readers' own keys and values at their positions.

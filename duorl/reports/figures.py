@@ -49,7 +49,7 @@ def frontier(comparison: Comparison) -> Figure:
 BOUNDS = {
     "exact": "",
     "lower bound": "No oracle: the bound is coordinate descent, a lower bound of the oracle's return.",
-    None: "No oracle and no bound.",
+    None: "No oracle, and no bound in its place.",
 }
 """Sentence in pictures and pages if there is no oracle."""
 
