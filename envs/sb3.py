@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import torch
 from gymnasium import spaces
 from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from duorl.envs.gym_env import observation_space, observe, observe_tensors
 from duorl.envs.lockstep import Lockstep, Outcome
+from duorl.envs.told import checked_actions
 
 
 class RoutingVecEnv(VecEnv):
@@ -23,7 +23,8 @@ class RoutingVecEnv(VecEnv):
 
     Args:
         lockstep: the tokens and the dynamics.
-        tensors: return observations as tensors, not arrays, for algorithms with buffers of tensors.
+        tensors: return observations as tensors, not arrays, for algorithms with buffers of tensors. The last
+            observation of an episode is not kept then: algorithms read it only if episodes are cut short.
 
     Attributes:
         outcome: outcome of the last finished episode; None before the first.
@@ -31,11 +32,16 @@ class RoutingVecEnv(VecEnv):
 
     def __init__(self, lockstep: Lockstep, *, tensors: bool = False):
         self.lockstep = lockstep
+        self._tensors = tensors
         self._observe = observe_tensors if tensors else observe
         self.outcome: Outcome | None = None
         self.render_mode = None
         super().__init__(lockstep.num_tokens, observation_space(lockstep), spaces.Discrete(len(lockstep.actions)))
-        self._infos: list[dict[str, Any]] = [{} for _ in range(self.num_envs)]
+
+    @property
+    def _infos(self) -> list[dict[str, Any]]:
+        """Fresh ones: wrappers write into them."""
+        return [{} for _ in range(self.num_envs)]
 
     def reset(self):
         """Begin an episode with the next windows."""
@@ -44,16 +50,25 @@ class RoutingVecEnv(VecEnv):
 
     def step_async(self, actions: np.ndarray) -> None:
         """Set the actions (N,) of the next step."""
-        self._actions = torch.from_numpy(np.asarray(actions, dtype=np.int64))
+        self._actions = checked_actions(self.lockstep, actions)
 
     def step_wait(self):
         """Decide one layer; returns (observations, rewards, dones, infos) of Stable-Baselines3."""
         rewards = self.lockstep.step(self._actions.to(self.lockstep.codes.device)).float().cpu().numpy()
-        done = self.lockstep.done
+        done, infos = self.lockstep.done, self._infos
         if done:
             self.outcome = self.lockstep.outcome
+            infos = self._last_infos()
             self.lockstep.draw()
-        return self._observe(self.lockstep), rewards, np.full(self.num_envs, done), self._infos
+        return self._observe(self.lockstep), rewards, np.full(self.num_envs, done), infos
+
+    def _last_infos(self) -> list[dict[str, Any]]:
+        """What Stable-Baselines3 expects of episodes that end: their last observation. They are never cut short."""
+        if self._tensors:
+            return self._infos
+        final = self._observe(self.lockstep)
+        ends = ({key: values[token] for key, values in final.items()} for token in range(self.num_envs))
+        return [{"TimeLimit.truncated": False, "terminal_observation": end} for end in ends]
 
     def seed(self, seed: int | None = None):
         """Start the order of the windows again, with a seed."""
