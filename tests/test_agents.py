@@ -13,6 +13,7 @@ from duorl.agents.reinmax import action_effects, discounted_slopes
 from duorl.agents.rollouts import sample
 from duorl.envs import Lockstep, RoutingDynamics, RoutingVecEnv
 from duorl.evaluation.compare import measure
+from duorl.inputs import View
 from duorl.learners.target import TargetCompute, price_for
 from duorl.rewards import LossImprovement, Reward
 from duorl.routers import HeadRouter, PatternRouter
@@ -112,6 +113,25 @@ def _expected_return(router, env, windows):
         log_shares = log_shares + torch.log_softmax(scores, -1).gather(1, choice[:, None]).squeeze(1)
         dynamics.step(choice)
     return (log_shares.exp() * dynamics.outcome.rewards.sum(0)).sum()
+
+
+def test_a_state_that_is_told_three_times_is_learned_as_fast(duo, windows):
+    """Width alone changes no policy: heads on 384 numbers, and on the same ones three times over, learn alike."""
+    generator = torch.Generator().manual_seed(0)
+    states, rewards = torch.randn(64, 384, generator=generator), torch.randn(64, 2, generator=generator)
+    entropies = []
+    for width, head_width in product((1, 3), (0, 16)):
+        router = HeadRouter(1, 384 * width, width=head_width)
+        optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
+        for _ in range(12):
+            logits = router.logits(View(states.repeat(1, width), 0, torch.zeros(64)))
+            optimizer.zero_grad()
+            (-(logits.softmax(-1) * rewards).sum(-1).mean()).backward()
+            optimizer.step()
+        entropies.append(entropy(logits).mean().item())
+    linear, perceptron, wide_linear, wide_perceptron = entropies
+    assert 0.1 < linear < 0.6 and 0.1 < perceptron < 0.6
+    assert wide_linear == pytest.approx(linear, abs=0.01) and wide_perceptron == pytest.approx(perceptron, abs=0.01)
 
 
 def test_a2c_solves_a_known_optimum(duo, windows):
@@ -254,6 +274,13 @@ def test_a_hard_budget_is_kept_exactly(duo, windows, agent, big):
     learner.learn(3 * learner.decisions_per_update)
     outcome = learner.vec_env.outcome if agent == "MaskablePPO" else env.outcome
     assert ((outcome.routes == 2).sum(1) == big).all()
+
+
+def test_maskable_ppos_entropy_counts_only_choices_that_are_open(duo, windows):
+    env = Lockstep(duo, windows, windows_per_batch=4, group_size=2, big_layers=3)  # all three: nothing is open
+    learner, seen = agents.MaskablePPO(env), []
+    learner.learn(1, lambda _, metrics, __: seen.append(metrics["train/entropy"]))
+    assert seen == [0.0]
 
 
 def test_maskable_ppo_finds_the_best_place_for_one_big_layer(duo, windows):

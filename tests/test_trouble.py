@@ -14,7 +14,7 @@ from test_cli import refused
 from duorl.cli import main
 from duorl.runs import checkpoints, folders
 
-EVALUATION = "{windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2, resamples: 20}"
+EVALUATION = "{windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2}"
 TINY = f"""
 total_decisions: 2500
 validations: 1

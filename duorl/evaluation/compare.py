@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ from duorl.evaluation.difficulty import token_names
 from duorl.evaluation.flat import flatten
 from duorl.evaluation.measure import Measurement, measure, stacked
 from duorl.evaluation.options import EvaluationOptions
-from duorl.evaluation.statistics import bootstrap_interval, sign_flip_test
+from duorl.evaluation.statistics import Estimate, estimate, holm
 from duorl.files import write_json, writing
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.patterns import pattern_losses
@@ -35,6 +35,7 @@ from duorl.routed_pass import Context, remember
 from duorl.routers import ConstantRouter, OracleRouter, PatternRouter, ReplayRouter, Router
 
 _SHOWN_WINDOWS = 2
+_AGAINST_FIXED = ("return_minus_fixed", "loss_minus_fixed")
 
 
 @dataclass
@@ -75,6 +76,7 @@ class Comparer:
         model: a frozen duo model.
         training: (W, T+1) of the router split, on which the fixed patterns are chosen.
         held_out: (W, T+1) of the evaluation split.
+        files: (W,), which file each of these is from; each from its own unless given.
         price: nats per all-big pass.
         actions: the allowed actions' names.
         reference: the action of the reference route, whose loss gains are measured against.
@@ -101,6 +103,7 @@ class Comparer:
         actions: Sequence[str],
         reference: str,
         options: EvaluationOptions,
+        files: Tensor | None = None,
         flops: float | None = None,
         routers: int = 8,
     ):
@@ -109,6 +112,7 @@ class Comparer:
         self.options = options = self.choice.options
         self.windows = held_out[: options.windows]
         self.searched = held_out[: options.reference_windows]
+        self.files = torch.arange(len(held_out)) if files is None else files
         method = self.choice.baseline
         self.baseline = Baseline(model, training, method=method, actions=actions, price=price, options=options)
         start = self.baseline.at_price(price)
@@ -154,6 +158,10 @@ class Comparer:
         for number, (name, seeds) in enumerate(routers.items(), 1):
             progress(f"measure {name}, {number} of {len(routers)}")
             rows.append(self.row(name, seeds))
+        rivals = [row for row, seeds in zip(rows, routers.values(), strict=True) if seeds[0] is not self.fixed]
+        for key in _AGAINST_FIXED:
+            for row, holds in zip(rivals, holm([row[f"{key}_p"] for row in rivals]), strict=True):
+                row[f"{key}_holds"] = holds
         progress("measure the frontiers")
         return Comparison(settings, rows, {"fixed": self.fixed_frontier(), "oracle": self.oracle_frontier()})
 
@@ -206,8 +214,9 @@ class Comparer:
         size = len(self.searched)
         return measure(self.model, router, self.searched, context="reference", batch=size, memories=[self._memory])
 
-    def _interval(self, values: Tensor, statistic: Callable[[np.ndarray], np.ndarray] | None = None):
-        return bootstrap_interval(values, resamples=self.options.resamples, statistic=statistic)
+    def _estimated(self, values: Tensor, name: str) -> dict[str, Any]:
+        """A mean over windows, (W,) or (S, W), with its interval."""
+        return _named(name, estimate(values, self.files[: values.shape[-1]]))
 
     def _returns(self, measured: Measurement, context: Context) -> Tensor:
         """(W,), or (S, W) for several seeds: mean return per window."""
@@ -220,35 +229,32 @@ class Comparer:
         length = measured.loss.shape[-1]
         flops = self.model.flops.token(compute, (length + 1) / 2)
         shares = {name: (measured.routes == code).float().mean((-2, -1)) for code, name in enumerate(ACTIONS)}
-        seconds = measured.seconds.flatten()
+        # Of a batch, and positive: its interval is computed on the logarithm.
+        seconds = estimate(measured.seconds.reshape(1, 1, -1), statistic=lambda mean: -math.log(mean[0]))
         return {
-            "loss": loss.mean().item(),
-            "loss_interval": self._interval(loss),
-            "perplexity": loss.mean().exp().item(),
-            "perplexity_interval": self._interval(loss, np.exp),
-            "compute": compute.mean().item(),
-            "compute_interval": self._interval(compute),
-            "flops_per_token": flops.mean().item(),
-            "flops_per_token_interval": self._interval(flops),
-            "return": returns.mean().item(),
-            "return_interval": self._interval(returns),
+            **self._estimated(loss, "loss"),
+            **_named("perplexity", estimate(loss, self.files[: loss.shape[-1]]), math.exp),
+            **self._estimated(compute, "compute"),
+            **self._estimated(flops, "flops_per_token"),
+            **self._estimated(returns, "return"),
             "actions": {name: share.mean().item() for name, share in shares.items()},
-            "actions_interval": {name: self._interval(share) for name, share in shares.items()},
-            "tokens_per_second": 1 / seconds.mean().item(),
-            "tokens_per_second_interval": self._interval(seconds, lambda mean: 1 / mean),
+            "actions_interval": {
+                name: self._estimated(share, name)[f"{name}_interval"] for name, share in shares.items()
+            },
+            **_named("tokens_per_second", seconds, math.exp),
         }
 
     def _against_fixed(self, measured: Measurement) -> dict[str, Any]:
         count = measured.loss.shape[-2]
-        returns = self._returns(measured, "routed") - self._returns(self._fixed, "routed")[:count]
-        losses = measured.loss.mean(-1) - self._fixed.loss[:count].mean(-1)
-        return {
-            "return_minus_fixed": returns.mean().item(),
-            "return_minus_fixed_interval": self._interval(returns),
-            "return_minus_fixed_p": sign_flip_test(returns),
-            "loss_minus_fixed": losses.mean().item(),
-            "loss_minus_fixed_interval": self._interval(losses),
+        differences = {
+            "return": self._returns(measured, "routed") - self._returns(self._fixed, "routed")[:count],
+            "loss": measured.loss.mean(-1) - self._fixed.loss[:count].mean(-1),
         }
+        row: dict[str, Any] = {}
+        for key, values in zip(_AGAINST_FIXED, differences.values(), strict=True):
+            found = estimate(values, self.files[:count])
+            row |= {**_named(key, found), f"{key}_p": found.p, f"{key}_holds": False}
+        return row
 
     def _reference(self, seeds: Sequence[Router]) -> dict[str, Any]:
         """Against the bound, in the reference context; null where there is none."""
@@ -261,16 +267,13 @@ class Comparer:
         regret = (gain - self.price * self.bound.compute).mean(-1) - returns
         agreement = (measured.routes == self.bound.routes).float().mean((-2, -1))
         return {
-            "regret": regret.mean().item(),
-            "regret_interval": self._interval(regret),
+            **self._estimated(regret, "regret"),
             **self._avoidable(returns),
-            "agreement": agreement.mean().item(),
-            "agreement_interval": self._interval(agreement),
+            **self._estimated(agreement, "agreement"),
             "reference": {
                 "context": "reference",
                 "tokens": measured.loss[0].numel(),
-                "loss": measured.loss.mean().item(),
-                "loss_interval": self._interval(measured.loss.mean(-1)),
+                **self._estimated(measured.loss.mean(-1), "loss"),
                 "compute": measured.compute.mean().item(),
             },
         }
@@ -281,11 +284,7 @@ class Comparer:
             return {}
         if self._knowable_returns is None:
             self._knowable_returns = self._returns(self._measure_reference(self.knowable), "reference")
-        avoidable = self._knowable_returns - returns
-        return {
-            "regret_avoidable": avoidable.mean().item(),
-            "regret_avoidable_interval": self._interval(avoidable),
-        }
+        return self._estimated(self._knowable_returns - returns, "regret_avoidable")
 
     def oracle_frontier(self) -> list[dict[str, Any]]:
         """The oracle's loss in the reference context with exactly k big layers, per possible k, where it is exact."""
@@ -301,3 +300,9 @@ class Comparer:
             {"big": big, "context": "routed", "route": route, "loss": loss, "compute": compute}
             for (big, route), loss, compute in columns
         ]
+
+
+def _named(name: str, found: Estimate, scale: Callable[[float], float] = lambda value: value) -> dict[str, Any]:
+    """A value and its interval on a rising scale: whatever stands beside a value is the interval of that value."""
+    interval = found.interval and tuple(map(scale, found.interval))
+    return {name: scale(found.value), f"{name}_interval": interval}

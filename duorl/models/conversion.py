@@ -1,4 +1,4 @@
-"""From a Hugging Face causal language model to a duo: its own FFNs become the big ones."""
+"""Make a duo model from a Hugging Face causal language model; its FFNs become the big networks."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from duorl.models.config import DuoConfig
 from duorl.models.families import family_of, find_layers, inner_size
 from duorl.models.modeling import DuoForCausalLM
 
-_PROBE = 8  # tokens on which a converted model is compared with its original
+_PROBE = 8  # tokens for the comparison of a converted model with its original
 
 
 @torch.no_grad()
 def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn") -> DuoForCausalLM:
-    """Put a small feed-forward network beside each of a decoder's own.
+    """Add a small feed-forward network to every layer of a decoder.
 
-    The small networks are freshly initialised: train them with `duorl pretrain` before routing to them.
+    The small networks have random weights. Train them with `duorl pretrain` before you use them.
 
     Args:
-        model: a transformers causal language model of a family that `duorl.models.families` knows. It is left as it is.
+        model: a transformers causal language model of a family that `duorl.models.families` knows. It does not change.
         small_ratio: inner size of big divided by that of small (the paper: 16).
-        skip: what the action `skip` drops, see `DuoConfig`.
+        skip: what the action `skip` leaves out, see `DuoConfig`.
 
     Returns:
         A trainable duo model with copies of the weights, on the same device and each in the same precision. Buffers
         that transformers computes, rotary frequencies for instance, are those of a model that was loaded: float32.
 
     Raises:
-        ValueError: the family cannot be walked layer by layer, or all-big does not give the original's logits.
+        ValueError: the family cannot be run layer by layer, or all-big does not give the original's logits.
     """
     if small_ratio < 1:
         raise ValueError(f"small_ratio must be at least 1, not {small_ratio}")
@@ -60,10 +60,10 @@ def _take_over(backbone: PreTrainedModel, model: PreTrainedModel) -> None:
 
 
 def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
-    """Compare a layer-by-layer all-big walk with the original's own forward pass.
+    """Compare a layer-by-layer all-big pass with the forward pass of the original.
 
     Raises:
-        ValueError: they differ, so routing this family would be wrong.
+        ValueError: they differ, so routes in this family would give wrong results.
     """
     inputs = torch.arange(1, _PROBE + 1, device=original.device)[None] % original.config.vocab_size
     family = type(original).__name__
@@ -73,7 +73,7 @@ def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
         expected = original(input_ids=inputs).logits
         error = (duo.stack.logits(duo.stack.all_big(inputs)) - expected).abs().max() / expected.abs().max()
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
-        raise ValueError(f"{family} cannot be walked layer by layer: {problem}") from problem
+        raise ValueError(f"{family} cannot be run layer by layer: {problem}") from problem
     finally:
         duo.train(modes[0]), original.train(modes[1])
     if not error <= max(1e-4, 8 * torch.finfo(original.dtype).eps):  # lower precisions add up in another order

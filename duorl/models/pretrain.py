@@ -1,8 +1,8 @@
 """Stage 1 of Duo-LLM: train a duo model under random routing.
 
-For every token and layer a coin sends the token to the big or to the small network, which keeps the two
-interchangeable and unbiased by any router (arXiv 2410.10846, section on training the duo). The loop is
-transformers' Trainer, so checkpoints, resuming and several GPUs come with it.
+For every token and layer, the big or the small network is chosen at random. So both networks can replace each other,
+and no router influences them (arXiv 2410.10846, section on training the duo). The training loop is the Trainer of
+transformers, with its checkpoints, resuming and several GPUs.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import json
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
@@ -41,10 +41,11 @@ from duorl.models.card import write_card
 from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
 from duorl.models.families import inner_size
-from duorl.models.loading import load
+from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.recipe import PretrainOptions
 from duorl.models.tokenizer import train_tokenizer
+from duorl.models.training_options import training_arguments
 
 
 def random_routes(
@@ -52,9 +53,9 @@ def random_routes(
 ) -> Tensor:
     """A random route for every token, (tokens, layers) int64.
 
-    In every layer a share `skip_share` skips, and `big_share` of the rest takes big. Which tokens do is
-    random, how many is not: a processor's matrix kernels are compiled per shape, so group sizes that
-    change with every coin toss cost more than the products themselves.
+    In every layer, a share `skip_share` of the tokens skips, and a share `big_share` of the rest takes big. The tokens
+    are random, their number is fixed: matrix kernels on a CPU are compiled for each shape. If the group sizes always
+    change, this takes longer than the products.
     """
     skips = round(tokens * skip_share)
     smalls = int((tokens - skips) * (1 - big_share))
@@ -83,7 +84,7 @@ def constant_losses(model: DuoForCausalLM, windows: Tensor, *, batch: int = 32) 
     return losses
 
 
-_LOSSES = "losses.json"  # in a checkpoint: what has been lost since the last log
+_LOSSES = "losses.json"  # in a checkpoint: the losses since the last log
 
 
 class _Windows(Dataset):
@@ -98,10 +99,10 @@ class _Windows(Dataset):
 
 
 class StageOneTrainer(Trainer):
-    """transformers' Trainer with a fresh random route for every token at every update.
+    """The Trainer of transformers, with new random routes of all tokens in every update.
 
-    Batches that are accumulated into one update share the draw of their routes. A checkpoint also holds what has been
-    lost since the last log, so that a training that goes on logs what it would have logged.
+    Batches that are accumulated into one update have the same random routes. A checkpoint also has the losses since the
+    last log, so that a resumed training logs the same values as an uninterrupted one.
     """
 
     def __init__(self, *args, skip_share: float, big_share: float, **kwargs):
@@ -111,7 +112,7 @@ class StageOneTrainer(Trainer):
         self.add_callback(_GoesOn(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Next-token loss in nats under random routes, seeded by the step so that a resumed run draws the same."""
+        """Next-token loss in nats under random routes; the step is the seed, so a resumed run draws the same."""
         tokens = inputs["tokens"]
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
         generator = torch.Generator().manual_seed(seed)
@@ -122,7 +123,7 @@ class StageOneTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def log(self, logs, start_time=None) -> None:
-        """The mean loss of the training is that of all its steps, also of those before it was stopped."""
+        """Log; the mean loss of the training includes the steps before it was stopped."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
@@ -134,7 +135,7 @@ class StageOneTrainer(Trainer):
             "logged": self._globalstep_last_logged,
         }
         write_json(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _LOSSES, losses)
-        super()._save_checkpoint(model, trial)  # which ends with trainer_state.json
+        super()._save_checkpoint(model, trial)  # writes trainer_state.json last
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss in nats of all-small and all-big on the evaluation windows."""
@@ -148,13 +149,13 @@ class StageOneTrainer(Trainer):
 
 
 class _GoesOn(TrainerCallback):
-    """Gives a trainer back the losses in the checkpoint that it goes on from."""
+    """Gives a resumed trainer the losses in its checkpoint."""
 
     def __init__(self, trainer: StageOneTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """The trainer has just set them to 0."""
+        """Set the losses; the trainer has just set them to 0."""
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _LOSSES
         if state.global_step and path.is_file():
             losses = json.loads(path.read_text())
@@ -164,15 +165,15 @@ class _GoesOn(TrainerCallback):
 
 
 class _Events(TensorBoardCallback):
-    """Stays open after the training, for the evaluation behind it."""
+    """TensorBoard events that stay open after the training, for the evaluation."""
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Only flush."""
+        """Flush, but do not close."""
         self.tb_writer.flush()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in a folder; half-written ones, those without trainer_state.json, are removed."""
+    """The last complete checkpoint in a folder; those without trainer_state.json are incomplete and removed."""
     whole: dict[int, Path] = {}
     for checkpoint in folder.glob("checkpoint-*"):
         try:
@@ -193,7 +194,16 @@ def backbone_config(settings: dict[str, Any], **more: Any) -> PreTrainedConfig:
     if "model_type" not in settings:
         raise ValueError("backbone must name a transformers family as model_type, e.g. llama")
     settings = {**settings, **more}
-    return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    try:
+        return AutoConfig.for_model(settings.pop("model_type"), **settings)
+    except Exception as error:  # each family checks its own options, in its own way
+        raise ValueError(f"backbone: {_short(error)}") from error
+
+
+def _short(error: Exception) -> str:
+    """What an error says, less a list of all families or validators."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
 def precisions(model: DuoForCausalLM, options: PretrainOptions) -> dict[str, torch.dtype]:
@@ -260,11 +270,11 @@ def _told_of_padding(
 
 
 class Pretraining:
-    """A stage-1 training, ready to run: its input has been read and found good.
+    """A stage-1 training with checked input, ready to run.
 
     Args:
         options: see `PretrainOptions`.
-        resume: go on from the last checkpoint in the folder, where there is one.
+        resume: continue from the last checkpoint in the folder, if there is one.
 
     Raises:
         ValueError: text is too short, the model cannot be converted, or an option of `training` is unknown.
@@ -274,22 +284,44 @@ class Pretraining:
     def __init__(self, options: PretrainOptions, *, resume: bool = False):
         self.out = Path(options.out)
         self.resume = resume
-        known = {field.name for field in fields(TrainingArguments)}
-        if unknown := sorted(set(options.training) - known):
-            raise ValueError(f"training: transformers.TrainingArguments has no option {unknown[0]!r}")
         self.options = options
+        self.arguments = _training_arguments(options, self.out)
+        if options.model is not None and not Path(options.model).is_dir():
+            raise FileNotFoundError(f"no model in {options.model}: give a folder")
         self.model, self.tokenizer = build(options)
         self.precisions = precisions(self.model, options)
         read = partial(load_windows, options.corpus, self.tokenizer, length=options.window)
-        self.arguments = _training_arguments(options, self.out)
         self.training, self.held_out = read(split="model"), read(split="router")
         self.evaluation = {
             source: load_windows(source, self.tokenizer, split="evaluation", length=options.window)
             for source in source_names(options.corpus)
         }
+        for windows in (self.training, self.held_out, *self.evaluation.values()):
+            check_windows(self.model, windows)
+        self._try()
+
+    def _try(self) -> None:
+        """Make what trains, once, and draw a batch: what cannot be made is found before anything is written."""
+        with TemporaryDirectory() as folder:
+            try:
+                trainer = self._trainer(_training_arguments(self.options, Path(folder)))
+                trainer.create_optimizer_and_scheduler(1)
+                next(iter(trainer.get_train_dataloader()))
+            except Exception as error:  # of many kinds, for the options are
+                raise ValueError(f"training: {type(error).__name__}: {error}") from error
+
+    def _trainer(self, arguments: TrainingArguments) -> StageOneTrainer:
+        return StageOneTrainer(
+            model=self.model,
+            args=arguments,
+            train_dataset=_Windows(self.training),
+            eval_dataset=_Windows(self.held_out[: self.options.evaluation_windows]),
+            skip_share=self.options.skip_share,
+            big_share=self.options.big_share,
+        )
 
     def run(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        """Train, save, and leave a model card, `README.md`, with losses on the evaluation split."""
+        """Train, save, and write a model card, `README.md`, with losses on the evaluation split."""
         self.train(callbacks)
         describe(self.options, self.out, self.arguments, self.evaluation)
 
@@ -298,17 +330,10 @@ class Pretraining:
         files, and last `history.json`, the Trainer's log.
 
         Args:
-            callbacks: told of the training by the Trainer.
+            callbacks: callbacks of the Trainer.
         """
         checkpoint = last_checkpoint(self.out / "checkpoints") if self.resume else None
-        trainer = StageOneTrainer(
-            model=self.model,
-            args=self.arguments,
-            train_dataset=_Windows(self.training),
-            eval_dataset=_Windows(self.held_out[: self.options.evaluation_windows]),
-            skip_share=self.options.skip_share,
-            big_share=self.options.big_share,
-        )
+        trainer = self._trainer(self.arguments)
         self._journal(trainer, checkpoint)
         for callback in callbacks:
             trainer.add_callback(callback)
@@ -320,7 +345,7 @@ class Pretraining:
         write_json(self.out / "history.json", trainer.state.log_history)
 
     def _journal(self, trainer: Trainer, checkpoint: Path | None) -> None:
-        """TensorBoard events, where they are wanted: anew, what the checkpoint knows of first."""
+        """Write TensorBoard events, if wanted: first those from before the checkpoint."""
         if trainer.pop_callback(TensorBoardCallback) is None:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -336,14 +361,14 @@ class Pretraining:
 
 
 def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArguments:
-    # Without use_cpu the arguments refuse bf16 where there is no GPU, though CPUs autocast to it as well.
+    # Without use_cpu, the arguments refuse bf16 if there is no GPU, although CPUs support it.
     defaults = {"use_cpu": not torch.cuda.is_available(), "seed": options.seed, "remove_unused_columns": False}
     defaults["save_total_limit"] = 2
-    return TrainingArguments(output_dir=str(out / "checkpoints"), **{**defaults, **options.training})
+    return training_arguments(options.training, output_dir=str(out / "checkpoints"), **defaults)
 
 
 def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, evaluation: dict[str, Tensor]) -> None:
-    """Write the model card of a trained model; its losses are those of the model as saved, on windows by text."""
+    """Write the model card of a trained model, with losses of the saved model on windows by text."""
     model = load(out)
     losses = {
         source: {"tokens": windows[:, 1:].numel(), **constant_losses(model, windows)}

@@ -11,10 +11,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text encodes, and decodes to itself. The end of text is also its start, and the padding.
+    """Train a byte-level BPE tokenizer; it encodes every text, and decoding gives the same text.
+
+    The end-of-text token is also the start and the padding.
 
     Args:
-        texts: what the merges are learned from.
+        texts: text from which the merges are learned.
         vocab_size: number of tokens, the 256 bytes and the end-of-text token included.
     """
     tokenizer = Tokenizer(models.BPE())
