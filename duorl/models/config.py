@@ -43,8 +43,8 @@ class DuoConfig(PreTrainedConfig):
             raise ValueError(f"small_size must be a number of at least 1, not {small_size!r}")
         own = vars(PreTrainedConfig())
         theirs = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(backbone, name) and name not in own}
-        tied = getattr(backbone, "tie_word_embeddings", False)
-        super().__init__(**kwargs, tie_word_embeddings=tied)
+        kwargs["tie_word_embeddings"] = getattr(backbone, "tie_word_embeddings", False)
+        super().__init__(**kwargs)
         self.small_size = small_size
         self.skip = known_skip(skip)
         self.backbone = backbone

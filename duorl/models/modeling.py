@@ -150,7 +150,8 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """The family's own: Phi-3 changes its rotary frequencies where a text grows long."""
-        return self.backbone.prepare_inputs_for_generation(*args, **kwargs)
+        backbone: Any = self.backbone
+        return backbone.prepare_inputs_for_generation(*args, **kwargs)
 
     def _check_routes(self, routes: Tensor, input_ids: Tensor | None) -> None:
         if routes.ndim != 3 or routes.shape[2] != self.num_layers:
@@ -164,8 +165,8 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         """The call of one forward pass."""
         if routes is None and router is None:
             return None
-        if hasattr(router, "require_fit"):
-            router.require_fit(self)
+        if require_fit := getattr(router, "require_fit", None):
+            require_fit(self)
         decide = _decision(routes, router)
         return RoutedCall(decide, self.action_compute, drops_blocks=self.config.skip == "block")
 

@@ -8,7 +8,6 @@ transformers, with its checkpoints, resuming and several GPUs.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -44,6 +43,7 @@ from duorl.models.families import inner_size
 from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.recipe import PretrainOptions
+from duorl.models.saving import precisions, save
 from duorl.models.tokenizer import train_tokenizer
 from duorl.models.training_options import training_arguments
 
@@ -206,26 +206,6 @@ def _short(error: Exception) -> str:
     return words if len(words) <= 300 else f"{words[:300]} ..."
 
 
-def precisions(model: DuoForCausalLM, options: PretrainOptions) -> dict[str, torch.dtype]:
-    """In which precision each of an untrained model's weights is saved, by name.
-
-    That of the model which stage 1 is given, float32 where it names none, so that what is not trained stays the same to
-    the bit; of a fresh model `backbone.dtype`, bfloat16 unless given: half of float32's bytes.
-    """
-    small = {id(weight) for ffn in model.stack.ffns for weight in ffn.small.parameters()}
-    if options.model is None:
-        dtype = backbone_config(options.backbone).dtype or torch.bfloat16
-        return {name: dtype for name, _ in model.named_parameters()}
-    dtype = AutoConfig.from_pretrained(options.model).dtype or torch.float32
-    # A model may hold single weights in a higher precision than it names.
-    fits = {name: id(weight) in small or _fits(weight, dtype) for name, weight in model.named_parameters()}
-    return {name: dtype if fits[name] else torch.float32 for name in fits}
-
-
-def _fits(weight: Tensor, dtype: torch.dtype) -> bool:
-    return torch.equal(weight.to(dtype).to(weight.dtype), weight)
-
-
 def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizerBase]:
     """The untrained duo model, in float32, and its tokenizer.
 
@@ -289,7 +269,8 @@ class Pretraining:
         if options.model is not None and not Path(options.model).is_dir():
             raise FileNotFoundError(f"no model in {options.model}: give a folder")
         self.model, self.tokenizer = build(options)
-        self.precisions = precisions(self.model, options)
+        fresh: Any = backbone_config(options.backbone).dtype or torch.bfloat16  # half of float32's bytes
+        self.precisions = precisions(self.model, options.model, fresh)
         read = partial(load_windows, options.corpus, self.tokenizer, length=options.window)
         self.training, self.held_out = read(split="model"), read(split="router")
         self.evaluation = {
@@ -326,8 +307,8 @@ class Pretraining:
         describe(self.options, self.out, self.arguments, self.evaluation)
 
     def train(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        """Train, and save under `options.out`: `config.json`, `model.safetensors` (see `precisions`), the tokenizer's
-        files, and last `history.json`, the Trainer's log.
+        """Train, and save under `options.out`: `config.json`, `model.safetensors` (its precision: see
+        `duorl.models.saving`), the tokenizer's files, and last `history.json`, the Trainer's log.
 
         Args:
             callbacks: callbacks of the Trainer.
@@ -339,9 +320,7 @@ class Pretraining:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.evaluate()
-        for name, weight in self.model.named_parameters():
-            weight.data = weight.to(self.precisions[name])
-        save(self.model, self.tokenizer, self.out)
+        save(self.model, self.tokenizer, self.out, self.precisions)
         write_json(self.out / "history.json", trainer.state.log_history)
 
     def _journal(self, trainer: Trainer, checkpoint: Path | None) -> None:
@@ -397,14 +376,3 @@ def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, 
         "windows": options.evaluation_windows,
     }
     write_card(out, facts=facts, losses=losses)
-
-
-def save(model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the model and its tokenizer, last `config.json`: a folder without it is no model."""
-    beside = out / ".part-model"
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    (out / "config.json").unlink(missing_ok=True)
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, out / path.name)
-    beside.rmdir()
