@@ -1,7 +1,8 @@
-"""How far approximate oracles and the pattern program are from the exhaustive ones: `python benchmarks/approximate.py`.
+"""Compares approximate oracles and pattern searches with the exhaustive ones: `python benchmarks/approximate.py`.
 
-On held-out text of duo-tiny in the reference context, whose exhaustive optimum is known. Distances are in nats of
-return at a price, with a 95 % interval over files; costs are FLOPs and seconds, the exhaustive search as 1.
+It uses held-out text and duo-tiny in the reference context, where the exact optimum is known. Regrets are in nats of
+return at a price, with a 95 % interval over files. Costs are FLOPs and seconds, divided by those of the exhaustive
+search.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     python -m benchmarks.prices --out docs/results/prices.json
 
-REINFORCE learns on duo-tiny's router text from equally many layer decisions each: once with the price as an input, and
-once at each of five prices alone, which is five times the training. Frontiers are measured on files of the router
-split that none has seen, in the routed context, and judged by their hypervolume, the fixed patterns' beside them.
+REINFORCE is trained on duo-tiny's router text: once with the price as an input, and once at each of five prices. Each
+training has equally many layer decisions, so the single routers have five times the training. Frontiers are measured in
+the routed context, on files of the router split that no training used, and compared by their hypervolume. The frontier
+of the fixed patterns is beside them.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ def learn(decisions: int, seed: int, price: float | None) -> Router:
 
 
 def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
-    """The three frontiers."""
+    """Train and measure the three frontiers."""
     model, training, held_out = text()
     windows = held_out.tokens[:HELD_OUT]
     steps = ladder(PRICES, STEPS)[::-1]
@@ -54,7 +55,7 @@ def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
 
 
 def rows(found: dict[str, Ladder], worst_loss: float) -> list[dict]:
-    """A row per frontier: its hypervolume, and the paired difference to the router per price at some computes."""
+    """A row per frontier: hypervolume, and paired difference to one router per price at some computes."""
     files = text()[2].files[:HELD_OUT]
     at = {name: {target: loss_at([ladder], target, files) for target in TARGETS} for name, ladder in found.items()}
     separate = at["one router per price"]

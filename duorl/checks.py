@@ -1,13 +1,23 @@
-"""Checks that several options share."""
+"""Checks that several options use."""
 
 from __future__ import annotations
+
+
+def require_seed(seed: int) -> None:
+    """Refuse a seed that not all generators take.
+
+    Raises:
+        ValueError: it is below 0, or has more than 32 bits.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in 0 to {2**32 - 1}, not {seed}")
 
 
 def require_positive(**numbers: float) -> None:
     """Refuse counts below 1, by name.
 
     Raises:
-        ValueError: names the first and what it must be.
+        ValueError: a count is below 1; the message names the first one.
     """
     for name, number in numbers.items():
         if number < 1:

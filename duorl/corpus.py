@@ -1,8 +1,8 @@
-"""Text to token windows: the built-in corpora, a user's own files, and the three splits.
+"""Makes token windows from text: built-in corpora, a user's own files, and the three splits.
 
-The model is trained on the split `model`, routers on `router`, which the model never saw, and
-`evaluation` is only ever evaluated on. A document's split is a hash of its path, so it is the same
-on every Python version, and a module's docstrings stay in the split of its source.
+The model is trained on the split `model`. Routers are trained on `router`, which the model never saw. `evaluation` is
+used for measurements only. The split of a document is a hash of its path. So it is the same on every Python version,
+and the docstrings of a module are in the same split as its source.
 
     windows = load_windows(["stdlib-code"], tokenizer, split="router", length=128)    # (W, 129)
 """
@@ -12,12 +12,14 @@ from __future__ import annotations
 import ast
 import hashlib
 import importlib
+import json
+import re
 import sysconfig
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -25,19 +27,21 @@ from torch import Tensor
 Split = Literal["model", "router", "evaluation"]
 # Ends of the three splits on the unit interval of hashes.
 _SPLIT_ENDS = {"model": 0.7, "router": 0.85, "evaluation": 1.0}
-# Tables of code points, generated text (read as `stdlib-docs`), and packages that are not everywhere.
+# Not used: tables of code points, generated text (it is in `stdlib-docs`), packages that not every Python has.
 _EXCLUDED_PACKAGES = {"encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 _TEST_PACKAGES = {"test", "tests", "idle_test"}
-_LOADERS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
+_COLUMN = "text"
 _BLOCK_CHARACTERS = 16384
+_NO_TEXT = re.compile(r"[\x00\ud800-\udfff]")
+_OTHER_FORMATS = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"PK\x03\x04": "a zip archive"}
 
 
 Keep = Callable[[str], bool]
-"""Whether a document of that path is wanted; asked before its text is looked at."""
+"""Whether a document with this path is wanted; called before its text is read."""
 
 
 class Document(NamedTuple):
-    """One text; `path` names it across machines and decides its split; `file` is what it was cut from, if it was."""
+    """One text; `path` is its name on every machine and decides its split; `file` names the file that holds it."""
 
     path: str
     text: str
@@ -81,7 +85,7 @@ def _stdlib_files(keep: Keep, *, tests: bool) -> Iterator[Document]:
 def _docstrings(document: Document) -> str:
     try:
         tree = ast.parse(document.text)
-    except (SyntaxError, ValueError):  # lib2to3 keeps Python 2 sources
+    except (SyntaxError, ValueError):  # lib2to3 has Python 2 sources
         return ""
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders))
@@ -107,7 +111,7 @@ BUILT_IN: dict[str, Callable[[Keep], Iterator[Document]]] = {
 def _text_blocks(name: str, text: str) -> Iterator[Document]:
     """Cut a long file at line ends, so that a single file can serve all three splits."""
     lines, size, file = [], 0, _named(name, text)
-    for line in text.splitlines(keepends=True):
+    for line in _short_lines(text):
         lines.append(line)
         size += len(line)
         if size >= _BLOCK_CHARACTERS:
@@ -117,28 +121,43 @@ def _text_blocks(name: str, text: str) -> Iterator[Document]:
         yield _block(name, "".join(lines), file)
 
 
+def _short_lines(text: str) -> Iterator[str]:
+    """Lines with their ends; one that is longer than a block is cut at spaces, or anywhere where it has none."""
+    for line in text.splitlines(keepends=True):
+        start = 0
+        while len(line) - start > _BLOCK_CHARACTERS:
+            end = line.rfind(" ", start, start + _BLOCK_CHARACTERS) + 1 or start + _BLOCK_CHARACTERS
+            yield line[start:end]
+            start = end
+        yield line[start:]
+
+
 def _block(name: str, text: str, file: str) -> Document:
     return Document(_named(name, text), text, file)
 
 
 def _named(name: str, text: str) -> str:
-    """A block or row has no path of its own: a digest of its text tells it from its neighbours."""
+    """A block or row has no path, so a digest of its text is part of its name."""
     return f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def check_sources(sources: str | Sequence[str]) -> None:
     """Find out whether there is text at all, without reading it; errors as for `documents`."""
-    for source in source_names(sources):
-        for path in [] if source in BUILT_IN else _files(source):
-            _check_file(path)
+    names = source_names(sources)
+    paths = [path for source in names if source not in BUILT_IN for path in _files(source)]
+    named = [source for source in names if source in BUILT_IN] + [str(path.resolve()) for path in paths]
+    if twice := sorted({name for name in named if named.count(name) > 1}):
+        raise ValueError(f"{twice[0]} is named twice in {', '.join(names)}: name each text once")
+    for path in paths:
+        _check_file(path)
 
 
 def _files(pattern: str) -> list[Path]:
-    paths = sorted(path for path in map(Path, glob(pattern, recursive=True)) if path.is_file())
+    literal = [pattern] if Path(pattern).is_file() else glob(pattern, recursive=True)
+    paths = sorted(path for path in map(Path, literal) if path.is_file())
     if not paths:
-        raise FileNotFoundError(
-            f"no text at {pattern!r}: give a file, a glob, or one of the built-in corpora {', '.join(BUILT_IN)}"
-        )
+        hint = f"it is a folder, give {pattern.rstrip('/')}/*.txt" if Path(pattern).is_dir() else "give a file, a glob"
+        raise FileNotFoundError(f"no text at {pattern!r}: {hint}, or one of the built-in corpora {', '.join(BUILT_IN)}")
     return paths
 
 
@@ -148,31 +167,121 @@ def _user_files(pattern: str, keep: Keep) -> Iterator[Document]:
 
 
 def _check_file(path: Path) -> None:
-    if path.suffix not in _LOADERS:
-        raise ValueError(f"cannot read {path}: text comes as {', '.join(_LOADERS)}")
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"cannot read {path}: text comes as {', '.join(_READERS)}")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: give a file with text")
 
 
 def _user_file(path: Path) -> Iterator[Document]:
     _check_file(path)
-    from datasets import disable_progress_bars, load_dataset
+    some = False
+    for place, text in _READERS[path.suffix.lower()](path):
+        if not isinstance(text, str):
+            raise ValueError(f"{place}: '{_COLUMN}' is {_json_name(text)}, not a string: mend it or leave the row out")
+        _check_characters(place, text)
+        some = some or not text.isspace()
+        yield from _text_blocks(path.name, text)
+    if not some:
+        raise ValueError(f"{path} holds no text: give a file with text")
 
-    disable_progress_bars()
-    whole_file = {"sample_by": "document"} if path.suffix == ".txt" else {}
+
+def _whole_text(path: Path) -> Iterator[tuple[str, Any]]:
+    """A text file's text with its place, which is the file."""
+    text = _decoded(path, path.read_bytes()).removeprefix("\ufeff")
+    yield str(path), text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The column of every line that is not blank, with its place."""
+    offset = 0
+    with path.open("rb") as file:
+        for number, content in enumerate(file, start=1):
+            line, place = _decoded(path, content, offset), f"{path}, line {number}"
+            offset += len(content)
+            if number == 1:
+                line = line.removeprefix("\ufeff")
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{place} is not JSON ({error}): write one object a line") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{place} is {_json_name(row)}, not an object: write one object a line")
+            _check_column(place, list(row))
+            yield place, row[_COLUMN]
+
+
+def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
+    """The column of every row, with its place."""
+    from pyarrow import parquet
+
+    number = 0
     try:
-        rows = load_dataset(_LOADERS[path.suffix], data_files=str(path), split="train", **whole_file)
-    except Exception as error:  # the loaders raise errors of their own, pyarrow's and pandas'
-        raise ValueError(f"cannot read {path} as {path.suffix}: {error}") from error
-    if "text" not in rows.column_names:
-        raise ValueError(f"{path} has no column 'text', only {', '.join(rows.column_names)}: rename one")
-    for text in rows["text"]:
-        yield from _text_blocks(path.name, text or "")
+        file = parquet.ParquetFile(path)
+        _check_column(str(path), file.schema_arrow.names)
+        for batch in file.iter_batches(columns=[_COLUMN]):
+            for text in batch.column(0).to_pylist():
+                number += 1
+                yield f"{path}, row {number}", text
+    except ImportError:
+        raise
+    except Exception as error:  # pyarrow's errors are of many kinds
+        if str(error).startswith(str(path)):
+            raise
+        raise ValueError(f"cannot read {path} as Parquet after row {number}: {error}") from error
+
+
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".txt": _whole_text,
+    ".jsonl": _json_rows,
+    ".parquet": _parquet_rows,
+}
+
+
+def _decoded(path: Path, content: bytes, offset: int = 0) -> str:
+    """Bytes from a place of a file as text."""
+    try:
+        return content.decode("utf8")
+    except UnicodeDecodeError as error:
+        place, found = offset + error.start, content[error.start]
+        starts = {} if offset else _OTHER_FORMATS
+        kind = next((name for start, name in starts.items() if content.startswith(start)), None)
+        fix = f"it looks like {kind}, convert it" if kind else "convert it, with iconv -f LATIN1 -t UTF-8 for instance"
+        raise ValueError(f"{path} is not UTF-8: byte {place} is 0x{found:02x}; {fix}") from error
+
+
+def _check_column(place: str, names: Sequence[str]) -> None:
+    if names.count(_COLUMN) != 1:
+        found = "more than one" if _COLUMN in names else "no"
+        raise ValueError(f"{place} has {found} column '{_COLUMN}', only {', '.join(map(str, names))}: rename one")
+
+
+def _check_characters(place: str, text: str) -> None:
+    """Refuse what no text holds: NUL, which binary files have, and halves of surrogate pairs, which JSON can write."""
+    found = _NO_TEXT.search(text)
+    if found:
+        line = text.count("\n", 0, found.start()) + 1
+        raise ValueError(f"{place}: line {line} of the text holds U+{ord(found[0]):04X}, which no text has: remove it")
+
+
+def _json_name(value: Any) -> str:
+    """What JSON calls a value that is no string."""
+    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "an array"}
+    return names.get(type(value), "an object" if isinstance(value, dict) else f"of type {type(value).__name__}")
 
 
 def source_names(sources: str | Sequence[str]) -> list[str]:
-    """One source or several, as a list."""
-    return [sources] if isinstance(sources, str) else list(sources)
+    """One source or several, as a list.
+
+    Raises:
+        ValueError: there is none.
+    """
+    names = [sources] if isinstance(sources, str) else list(sources)
+    if not all(names) or not names:
+        raise ValueError(f"no text is named in {names}: give a file, a glob, or one of {', '.join(BUILT_IN)}")
+    return names
 
 
 def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
@@ -181,14 +290,14 @@ def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
     Args:
         sources: names of built-in corpora (`BUILT_IN`), or paths and globs of .txt, .jsonl and .parquet
             files, the latter two with a column `text`.
-        split: which part.
+        split: the split.
 
     Returns:
-        The documents in the order of their hashes, a fixed shuffle.
+        The documents in the order of their hashes, a fixed random order.
 
     Raises:
         FileNotFoundError: a path or glob matches nothing.
-        ValueError: a file cannot be read, or is empty.
+        ValueError: a file is empty, not UTF-8, or broken, or a row of it is; names the file and the place in it.
     """
 
     def keep(path: str) -> bool:
@@ -203,14 +312,14 @@ def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
 def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, length: int) -> Tensor:
     """The token windows of one split.
 
-    The documents are joined with an end-of-text token between them and cut into windows that
-    overlap by one token, so that every token but the first is predicted once. They come in a fixed shuffled order,
-    so that the first few are drawn from all documents and not from the first.
+    The documents are joined with an end-of-text token between them and cut into windows that overlap by one token. So
+    every token except the first is predicted once. Windows are in a fixed random order, so that the first few are from
+    all documents.
 
     Args:
         sources: see `documents`.
         tokenizer: a transformers tokenizer with an `eos_token_id`.
-        split: which part.
+        split: the split.
         length: tokens to predict per window, T.
 
     Returns:
@@ -235,7 +344,7 @@ def read_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
 
 
 def cut(texts: Sequence[Document], tokenizer, length: int) -> Windows | None:
-    """Windows of some documents, as `load_windows` describes them; None where they are shorter than one."""
+    """Windows of some documents, see `load_windows`; None if the text is shorter than one window."""
     encoded = tokenizer([document.text for document in texts], add_special_tokens=False)["input_ids"] if texts else []
     end = tokenizer.eos_token_id
     stream = torch.tensor([token for ids in encoded for token in (*ids, end)], dtype=torch.int64)

@@ -1,4 +1,4 @@
-"""What a user brings along, named by its import path: a reward, a router, a learner, an input of a router.
+"""Finds a user's own parts by import path: a reward, a router, a learner, a router input.
 
 find("my_package.module.MyReward")
 """
@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -19,16 +20,25 @@ def find(path: str) -> Any:
         ValueError: there is no such module, it cannot be imported, or it has no such name; says which and why.
     """
     module_path, _, name = path.rpartition(".")
-    if not module_path:
-        raise ValueError(f"{path!r} is not an import path: write it as module.{path}")
-    make_reachable(path)
-    try:
-        module = importlib.import_module(module_path)
-    except Exception as error:  # importing runs a user's code, which may raise anything
-        raise ValueError(f"cannot import {module_path}: {type(error).__name__}: {error}") from error
+    if not all(part.isidentifier() for part in path.split(".")) or not module_path:
+        raise ValueError(f"{path!r} is not an import path: write it as module.{name or 'Name'}")
+    module = import_named(module_path)
     if not hasattr(module, name):
         raise ValueError(f"{module_path} has no {name}")
     return getattr(module, name)
+
+
+def import_named(path: str) -> ModuleType:
+    """The module that an import path names; it may lie in the current folder.
+
+    Raises:
+        ValueError: it cannot be imported; says why.
+    """
+    make_reachable(path)
+    try:
+        return importlib.import_module(path)
+    except (Exception, SystemExit) as error:  # importing runs a user's code, which may raise anything
+        raise ValueError(f"cannot import {path}: {type(error).__name__}: {error}") from error
 
 
 def make_reachable(path: str) -> None:

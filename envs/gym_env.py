@@ -10,14 +10,17 @@ import gymnasium
 import numpy as np
 import torch
 from gymnasium import spaces
+from gymnasium.error import ClosedEnvironmentError
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from torch import Tensor
 
+from duorl.checks import require_positive
 from duorl.corpus import load_windows
 from duorl.envs.lockstep import RoutingDynamics
 from duorl.envs.order import WindowOrder
-from duorl.models import load, load_tokenizer
+from duorl.envs.told import checked_actions, chosen_place, draw_place, drawn_route, objects, places_to_tensors
+from duorl.models import check_windows, load, load_tokenizer
 from duorl.rewards import Reward, Step
 from duorl.routed_pass import Context
 
@@ -48,7 +51,7 @@ def observation_space(dynamics: RoutingDynamics) -> spaces.Dict:
 
 
 def observe_tensors(dynamics: RoutingDynamics) -> dict[str, Tensor]:
-    """The observations of N tokens in lockstep: hidden (N, d), layer (N,), compute (N, 1), and features (N, C)."""
+    """The observations of N tokens: hidden (N, d), layer (N,), compute (N, 1), and features (N, C)."""
     hidden, compute = dynamics.hidden.detach().float(), dynamics.compute.detach().float()
     layer = torch.full((len(hidden),), dynamics.layer, device=hidden.device)
     batch = {"hidden": hidden, "layer": layer, "compute": compute[:, None].clamp(0.0, 1.0)}
@@ -69,17 +72,19 @@ def _build(
         if not isinstance(model, str):
             raise ValueError("a model given as an object has no tokenizer: give windows (W, T+1) with it")
         windows = _windows(model, tuple(corpus), window)
-    return RoutingDynamics(_load(model) if isinstance(model, str) else model, **options), windows
+    loaded = _load(model) if isinstance(model, str) else model
+    check_windows(loaded, windows)
+    return RoutingDynamics(loaded, **options), windows
 
 
 class DuoRoutingEnv(gymnasium.Env):
     r"""Route one token through a frozen duo model.
 
     ## Description
-    A language model carries two feed-forward networks in every layer, a big and a small one (Duo-LLM, arXiv
-    2410.10846). An episode is one token of a text: layer by layer the agent decides whether the token passes the
-    layer's small network, its big one, or none. The tokens before it were routed all-big (context `reference`),
-    so episodes do not depend on each other and the exhaustive oracle is the exact optimum.
+    A language model has two feed-forward networks (FFNs) in every layer, a big and a small one (Duo-LLM, arXiv
+    2410.10846). An episode is one token of a text. In each layer, the agent decides whether the token uses the small
+    network, the big one, or none. The tokens before it used the big network everywhere (context `reference`). So
+    episodes do not depend on each other, and the exhaustive oracle is the exact optimum.
 
     ## Action Space
     `Discrete(A)`, an index into `actions`, cheapest first; by default 0 is small and 1 is big.
@@ -89,18 +94,18 @@ class DuoRoutingEnv(gymnasium.Env):
 
     | key | space | meaning |
     |---|---|---|
-    | `hidden` | `Box(-inf, inf, (d,))` | what this layer's FFN would read; after the last, the final residual stream |
-    | `layer` | `Discrete(L + 1)` | the layer to decide, L at the end |
-    | `compute` | `Box(0, 1, (1,))` | FFN FLOPs spent so far, as a share of an all-big pass |
+    | `hidden` | `Box(-inf, inf, (d,))` | input of this layer's FFN; after the last layer, the final residual stream |
+    | `layer` | `Discrete(L + 1)` | index of the layer to decide; L at the end |
+    | `compute` | `Box(0, 1, (1,))` | FLOPs in the FFNs so far, as a share of an all-big pass |
     | `features` | `Box(-inf, inf, (C,))` | with `inputs`: further inputs of a router, see `duorl.inputs` |
 
     ## Rewards
-    `LossImprovement(price=0.1)`: each decision costs price * its compute, the last one also earns the token's
-    reference loss (all-small, same context) minus its loss, in nats. Any `duorl.rewards.Reward`, or a function of a
-    step, can be given.
+    `LossImprovement(price=0.1)`: the reward of each decision is -price * compute. The last decision also gets the
+    token's reference loss (all-small, same context) minus its loss. The unit is nats. Any other `duorl.rewards.Reward`
+    can be given, and a function of a step.
 
     ## Starting State
-    A window and a position in it, drawn uniformly with the environment's seeded generator, or given by
+    A window and a position in it, drawn uniformly by the environment's generator, or given by
     `reset(options={"window": i, "position": t})`.
 
     ## Episode End
@@ -108,12 +113,12 @@ class DuoRoutingEnv(gymnasium.Env):
 
     ## Arguments
     - `model`: an embedded model's name, a folder, or a frozen `DuoForCausalLM` (then `windows` too).
-    - `windows`: (W, T+1) tokens; from `corpus` unless given.
+    - `windows`: (W, T+1) tokens; by default from `corpus`.
     - `corpus`, `window`: text of the router split, and tokens per window.
     - `reward`, `actions`, `reference`: see `duorl.envs.RoutingDynamics`.
-    - `inputs`, `big_layers`: see there; with `big_layers=k` exactly k layers must be big, and `action_masks()` says
-      which actions can still meet that.
-    - `render_mode`: `"ansi"` draws the route so far, a character per layer: `.` skip, `s` small, `B` big.
+    - `inputs`, `big_layers`: see there. With `big_layers=k`, exactly k layers must be big, and `action_masks()` says
+      which actions still allow this.
+    - `render_mode`: `"ansi"` draws the route so far, one character per layer: `.` skip, `s` small, `B` big.
 
     ## Version History
     - v0: first version.
@@ -157,7 +162,7 @@ class DuoRoutingEnv(gymnasium.Env):
         """Begin with another token; `options` may name its `window` and `position`."""
         super().reset(seed=seed)
         drawn = draw_place(self.windows, self.np_random)
-        self._place = {key: int((options or {}).get(key, drawn[key])) for key in drawn}
+        self._place = chosen_place(drawn, options)
         tokens, positions = places_to_tensors(self.windows, [self._place])
         self.dynamics.reset(tokens, positions)
         self._route = []
@@ -165,21 +170,18 @@ class DuoRoutingEnv(gymnasium.Env):
 
     def step(self, action):
         """Decide one layer; returns Gymnasium's (observation, reward, terminated, truncated, info)."""
-        reward = self.dynamics.step(torch.tensor([int(action)]))
-        self._route.append(self.dynamics.actions[int(action)])
+        choice = checked_actions(self.dynamics, [action])
+        reward = self.dynamics.step(choice)
+        self._route.append(self.dynamics.actions[int(choice)])
         return self._observation(), float(reward), self.dynamics.done, False, self._info()
 
     def action_masks(self) -> np.ndarray:
-        """(A,) bool: the actions from which the budget can still be met; sb3-contrib's MaskablePPO asks for them."""
+        """(A,) bool: the actions that still allow the budget; the MaskablePPO of sb3-contrib calls this."""
         return self.dynamics.action_masks()[0].cpu().numpy()
 
     def render(self) -> str | None:
         """The route so far as text, e.g. `window 3 position 17: sBBs____`."""
-        if self.render_mode is None:
-            return None
-        marks = "".join({"skip": ".", "small": "s", "big": "B"}[name] for name in self._route)
-        route = marks.ljust(self.dynamics.layers, "_")
-        return f"window {self._place['window']} position {self._place['position']}: {route}"
+        return None if self.render_mode is None else drawn_route(self._place, self._route, self.dynamics.layers)
 
     def _observation(self) -> dict[str, Any]:
         batch = observe(self.dynamics)
@@ -198,25 +200,30 @@ class DuoRoutingVectorEnv(VectorEnv):
 
     With `tokens_per_window=1` (the default) it is N independent `DuoRoutingEnv`s: token i, reset with seed s, is
     the single environment reset with seed s + i. With `tokens_per_window=T` it takes whole windows: num_envs
-    must be a multiple of T * `group_size`, and the context may be `routed`, where the tokens of a window read each
-    other's routed keys and values, as in deployment.
+    must be a multiple of T * `group_size`. The context may then be `routed`: the tokens of a window read the keys and
+    values of each other's routed passes, as in deployment.
 
-    All episodes end together; the step that ends them returns the next episode's first observations, and
-    `infos["final_obs"]` the last ones (autoreset mode SAME_STEP). `infos` then also has `loss`, `gain` and
-    `compute`, each (N,).
+    All episodes end together; the step that ends them returns the next episode's first observations and infos
+    (autoreset mode SAME_STEP). As in Gymnasium, `infos["final_obs"]` then holds the last observations, (N,)
+    dictionaries, and `infos["final_info"]` what the single environments' last `info` has, (N,) each: `loss`, `gain`,
+    `compute` and `route`.
+    Every key has a mask beside it, `_final_obs` for instance, (N,) bool.
+
+    `reset(options={"window": i, "position": t})` begins all N with that token; whole windows take `window` alone.
 
     Args:
         num_envs: N tokens.
         tokens_per_window: 1, or T for whole windows.
         group_size: K copies of each window side by side, as (K, B, T) in the first axis.
         context: `reference`, or `routed` for whole windows.
-        model, windows, corpus, window, reward, actions, reference: see `DuoRoutingEnv`.
+        model, windows, corpus, window, reward, actions, reference, inputs, big_layers: see `DuoRoutingEnv`.
+        render_mode: `"ansi"` draws every token's route so far.
 
     Raises:
-        ValueError: num_envs does not fit, or the context needs whole windows.
+        ValueError: num_envs has the wrong size, or the context needs whole windows.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012  (Gymnasium's protocol)
+    metadata = {"render_modes": ["ansi"], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012  (the protocol)
 
     def __init__(
         self,
@@ -232,89 +239,122 @@ class DuoRoutingVectorEnv(VectorEnv):
         reward: Reward | Callable[[Step], Tensor] | None = None,
         actions: Sequence[str] = ("small", "big"),
         reference: str = "small",
-        render_mode: None = None,
+        inputs: Sequence[str] = (),
+        big_layers: int | None = None,
+        render_mode: Literal["ansi"] | None = None,
     ):
-        self.dynamics, self.windows = _build(
-            model,
-            windows,
-            corpus,
-            window,
-            reward=reward,
-            actions=actions,
-            context=context,
-            group_size=group_size,
-            reference=reference,
-        )
+        options: dict[str, Any] = {"reward": reward, "actions": actions, "reference": reference, "context": context}
+        options |= {"inputs": inputs, "big_layers": big_layers, "group_size": group_size}
+        self.dynamics, self.windows = _build(model, windows, corpus, window, **options)
         length = self.windows.shape[1] - 1
+        require_positive(num_envs=num_envs, group_size=group_size)
         if tokens_per_window not in (1, length):
             raise ValueError(f"tokens_per_window must be 1 or the window's {length}, not {tokens_per_window}")
         if context == "routed" and tokens_per_window != length:
             raise ValueError(f"context 'routed' routes whole windows: give tokens_per_window={length}")
         if num_envs % (tokens_per_window * group_size):
             raise ValueError(f"num_envs must be a multiple of {tokens_per_window * group_size}, not {num_envs}")
-        self.num_envs = num_envs
-        self.whole_windows = tokens_per_window == length
+        self.num_envs, self.render_mode = num_envs, render_mode
+        self.group_size, self.whole_windows = group_size, tokens_per_window == length
         self.batch = num_envs // (tokens_per_window * group_size)
         self.single_observation_space = observation_space(self.dynamics)
         self.single_action_space = spaces.Discrete(len(self.dynamics.actions))
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._generators: list[np.random.Generator] = []
+        self._routes: list[np.ndarray] = []
 
-    def reset(self, *, seed: int | Sequence[int] | None = None, options: dict[str, Any] | None = None):
-        """Begin N episodes; token i is seeded with `seed + i`, or with its own of N seeds."""
+    def reset(self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None):
+        """Begin N episodes; token i has the seed `seed + i`, or seed i if N seeds are given."""
+        self._require_open()
+        if options and "reset_mask" in options and not np.all(options["reset_mask"]):
+            raise ValueError("reset_mask: all tokens are in one layer, so that they begin together or not at all")
         if seed is not None or not self._generators:
             self._seed(seed)
-        self._draw()
-        return observe(self.dynamics), {}
+        self._draw(options)
+        return observe(self.dynamics), self._masked(self._place)
 
     def step(self, actions):
         """Decide one layer for all N tokens; actions (N,)."""
-        choice = torch.as_tensor(np.asarray(actions), dtype=torch.int64)
+        self._require_open()
+        choice = checked_actions(self.dynamics, actions)
         rewards = self.dynamics.step(choice).cpu().numpy().astype(np.float64)
+        self._routes.append(choice.numpy())
         ended = np.full(self.num_envs, self.dynamics.done)
         infos: dict[str, Any] = {}
         if self.dynamics.done:
-            outcome, final = self.dynamics.outcome, observe(self.dynamics)
-            infos = {name: getattr(outcome, name).cpu().numpy() for name in ("loss", "gain", "compute")}
-            rows = [{key: values[i] for key, values in final.items()} for i in range(self.num_envs)]
-            infos["final_obs"] = np.array([*rows, None], dtype=object)[:-1]
+            final = {"final_obs": self._final_observations(), "final_info": self._final_info()}
             self._draw()
+            infos = self._masked({**final, **self._place})
         return observe(self.dynamics), rewards, ended, np.zeros_like(ended), infos
 
-    def _seed(self, seed: int | Sequence[int] | None) -> None:
-        if self.whole_windows:
-            first = seed if seed is None or isinstance(seed, int) else seed[0]
-            self._order = WindowOrder(len(self.windows), self.batch, np.random.default_rng(first))
-            self._generators = [np.random.default_rng(first)]
-            return
-        if seed is None or isinstance(seed, int):
-            seed = [seed + i for i in range(self.num_envs)] if seed is not None else [None] * self.num_envs  # type: ignore[list-item]
-        self._generators = [gymnasium.utils.seeding.np_random(each)[0] for each in seed]
+    def action_masks(self) -> np.ndarray:
+        """(N, A) bool: the actions from which the budget can still be met."""
+        return self.dynamics.action_masks().cpu().numpy()
 
-    def _draw(self) -> None:
+    def render(self) -> tuple[str, ...] | None:  # type: ignore[override]
+        """Every token's route so far, as the single environment draws it."""
+        if self.render_mode is None:
+            return None
+        layers, places = self.dynamics.layers, zip(*self._place.values(), strict=True)
+        routes = self._route_names() if self._routes else [[] for _ in range(self.num_envs)]
+        named = (dict(zip(self._place, place, strict=True)) for place in places)
+        return tuple(drawn_route(place, route, layers) for place, route in zip(named, routes, strict=True))
+
+    def _require_open(self) -> None:
+        if self.closed:
+            raise ClosedEnvironmentError("the environment is closed: make another")
+
+    def _masked(self, infos: dict[str, Any]) -> dict[str, Any]:
+        """Infos as Gymnasium batches them: beside each the mask of the environments that have it, here all or none."""
+        return {key: value for name in infos for key, value in ((name, infos[name]), (f"_{name}", self._all()))}
+
+    def _all(self) -> np.ndarray:
+        return np.ones(self.num_envs, dtype=bool)
+
+    def _route_names(self) -> list[list[str]]:
+        return [[self.dynamics.actions[index] for index in route] for route in np.stack(self._routes, axis=1)]
+
+    def _final_observations(self) -> np.ndarray:
+        final = observe(self.dynamics)
+        return objects({key: values[i] for key, values in final.items()} for i in range(self.num_envs))
+
+    def _final_info(self) -> dict[str, Any]:
+        outcome = self.dynamics.outcome
+        numbers = {name: getattr(outcome, name).double().cpu().numpy() for name in ("loss", "gain", "compute")}
+        return self._masked({**numbers, "route": objects(self._route_names())})
+
+    def _seed(self, seed: int | Sequence[int | None] | None) -> None:
+        if seed is None or isinstance(seed, int | np.integer):
+            seeds = [None if seed is None else int(seed) + i for i in range(self.num_envs)]
+        else:
+            seeds = list(seed)
+        if len(seeds) != self.num_envs:
+            raise ValueError(f"give one seed, or one for each of the {self.num_envs} tokens, not {len(seeds)}")
+        super().reset(seed=seeds[0])
         if self.whole_windows:
-            self.dynamics.reset(self.windows[torch.from_numpy(next(self._order))])
+            self._generators = [np.random.default_rng(seeds[0])]
+            self._order = WindowOrder(len(self.windows), self.batch, self._generators[0])
             return
-        places = [draw_place(self.windows, generator) for generator in self._generators[: self.batch]]
+        self._generators = [gymnasium.utils.seeding.np_random(each)[0] for each in seeds]
+
+    def _draw(self, options: dict[str, Any] | None = None) -> None:
+        """Begin with other tokens, or with the one that is asked for; `_place` has each token's window and position."""
+        self._routes = []
+        if self.whole_windows:
+            self._draw_windows(options)
+            return
+        drawn = [draw_place(self.windows, generator) for generator in self._generators[: self.batch]]
+        places = [chosen_place(place, options) for place in drawn]
         self.dynamics.reset(*places_to_tensors(self.windows, places))
+        self._place = {key: np.tile([place[key] for place in places], self.group_size) for key in places[0]}
 
-
-def draw_place(windows: Tensor, generator: np.random.Generator) -> dict[str, int]:
-    """A uniformly drawn token: its window and its position there."""
-    count, length = windows.shape
-    return {"window": int(generator.integers(count)), "position": int(generator.integers(length - 1))}
-
-
-def places_to_tensors(windows: Tensor, places: Sequence[dict[str, int]]) -> tuple[Tensor, Tensor]:
-    """The windows (B, T+1) and positions (B, 1) of some tokens.
-
-    Raises:
-        ValueError: a window or position is out of range.
-    """
-    count, length = windows.shape
-    for place in places:
-        if not (0 <= place["window"] < count and 0 <= place["position"] < length - 1):
-            raise ValueError(f"{place} is out of range: there are {count} windows of {length - 1} tokens")
-    tokens = windows[[place["window"] for place in places]]
-    return tokens, torch.tensor([[place["position"]] for place in places])
+    def _draw_windows(self, options: dict[str, Any] | None) -> None:
+        if options and "position" in options:
+            raise ValueError("whole windows are routed at all positions: give a window alone")
+        index, length = next(self._order), self.windows.shape[1] - 1
+        index = np.array([chosen_place({"window": int(window), "position": 0}, options)["window"] for window in index])
+        tokens, _ = places_to_tensors(self.windows, [{"window": window, "position": 0} for window in index])
+        self.dynamics.reset(tokens)
+        window, position = np.repeat(index, length), np.tile(np.arange(length), len(index))
+        self._place = {"window": np.tile(window, self.group_size), "position": np.tile(position, self.group_size)}

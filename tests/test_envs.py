@@ -10,6 +10,8 @@ import stable_baselines3.common.env_checker
 import torch
 from conftest import make_duo
 from gymnasium.utils.env_checker import check_env
+from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from stable_baselines3.common.vec_env import VecMonitor
 
 from duorl import envs
 from duorl.envs import DuoRoutingEnv, DuoRoutingVectorEnv, Lockstep, RoutingDynamics, RoutingVecEnv
@@ -67,7 +69,7 @@ def test_a_batch_of_n_equals_n_single_episodes(duo, windows):
         env.reset(seed=11 + number)
         rewards, info = finish(env, actions[:, number])
         assert np.allclose(rewards, np.array(batch_rewards)[:, number], atol=1e-5)
-        assert infos["loss"][number] == pytest.approx(info["loss"], abs=1e-5)
+        assert infos["final_info"]["loss"][number] == pytest.approx(info["loss"], abs=1e-5)
         assert infos["final_obs"][number]["layer"] == 3
 
 
@@ -196,3 +198,107 @@ def test_bad_arguments_are_refused(duo, windows):
         Lockstep(duo, windows, windows_per_batch=9)
     with pytest.raises(ValueError, match="is trainable"):
         DuoRoutingEnv(make_duo("gpt2").requires_grad_(True), windows=windows)
+
+
+def same(one, other):
+    """Equal structure, types, and numbers but for rounding."""
+    assert type(one) is type(other)
+    if isinstance(one, dict):
+        assert one.keys() == other.keys()
+        return all(same(one[key], other[key]) for key in one)
+    if isinstance(one, np.ndarray) and one.dtype == object:
+        return one.shape == other.shape and all(same(*pair) for pair in zip(one, other, strict=True))
+    if isinstance(one, np.ndarray):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        return np.allclose(one, other, atol=1e-5)
+    return bool(np.allclose(one, other, atol=1e-5)) if isinstance(one, np.number) else one == other
+
+
+@pytest.mark.parametrize("options", [None, {"window": 2, "position": 3}, {"window": 4}])
+@pytest.mark.parametrize("seed", [5, [9, 8, 7]])
+def test_the_vector_environment_is_gymnasiums_own_of_single_ones(duo, windows, options, seed):
+    """Observations, rewards, ends and infos of every step, over an autoreset, and of another reset."""
+    arguments = {"model": duo, "windows": windows, "actions": ("skip", "small", "big"), "inputs": ("update_norm",)}
+    arguments |= {"reward": lambda step: step.gain - 0.2 * step.compute, "render_mode": "ansi"}
+    mode = AutoresetMode.SAME_STEP
+    theirs = SyncVectorEnv([lambda: DuoRoutingEnv(**arguments) for _ in range(3)], autoreset_mode=mode)
+    ours = gymnasium.make_vec("duorl/Routing-v0", num_envs=3, **arguments)
+    assert ours.metadata["autoreset_mode"] == theirs.metadata["autoreset_mode"]
+    assert ours.action_space == theirs.action_space and ours.observation_space == theirs.observation_space
+    for again in (seed, None):
+        first, second = (env.reset(seed=again, options=options) for env in (ours, theirs))
+        assert all(same(one, other) for one, other in zip(first, second, strict=True))
+        for actions in np.random.default_rng(0).integers(3, size=(5, 3)):
+            assert ours.render() == theirs.render()
+            first, second = ours.step(actions), theirs.step(actions)
+            assert ours.observation_space.contains(first[0])
+            assert all(same(one, other) for one, other in zip(first, second, strict=True))
+
+
+def test_gymnasiums_wrappers_take_the_vector_environment(duo, windows):
+    env = gymnasium.make_vec("duorl/Routing-v0", num_envs=4, model=duo, windows=windows)
+    wrapped = gymnasium.wrappers.vector.DictInfoToList(gymnasium.wrappers.vector.RecordEpisodeStatistics(env))
+    wrapped.reset(seed=1)
+    total = np.zeros(4)
+    for _ in range(3):
+        *_, rewards, _, _, infos = (None, *wrapped.step(np.ones(4, int)))
+        total += rewards
+    assert [info["episode"]["r"] for info in infos] == pytest.approx(total)
+    assert [info["final_info"]["route"] for info in infos] == [["big"] * 3] * 4
+
+
+@pytest.mark.parametrize("vector", [False, True])
+def test_both_environments_refuse_the_same(duo, windows, vector):
+    """Actions and options; `some` makes one action what the environment takes."""
+
+    def some(action):
+        return np.array([0, action]) if vector else action
+
+    make = gymnasium.make_vec if vector else gymnasium.make
+    env = make("duorl/Routing-v0", **({"num_envs": 2} if vector else {}), model=duo, windows=windows).unwrapped
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(some(0))
+    for options in ({"window": 6}, {"position": 7}, {"window": -1}):
+        with pytest.raises(ValueError, match="out of range"):
+            env.reset(options=options)
+    for options, message in (({"window": 1.5}, "a whole number"), ({"windows": 1}, "not 'windows'")):
+        with pytest.raises(ValueError, match=message):
+            env.reset(options=options)
+    env.reset(seed=0)
+    for action in (2, -1, 0.5, True):
+        with pytest.raises(ValueError, match=r"from 0 to 1 \(small, big\)"):
+            env.step(some(action) if action is not True else np.array([True] * (1 + vector)))
+    env.step(some(1))
+    assert env.dynamics.layer == 1  # what was refused did not count
+
+
+def test_the_vector_environment_refuses_what_only_it_can_be_told(duo, windows):
+    env = DuoRoutingVectorEnv(2, duo, windows=windows)
+    with pytest.raises(ValueError, match="one for each of the 2 tokens, not 3"):
+        env.reset(seed=[1, 2, 3])
+    env.reset(seed=0)
+    with pytest.raises(ValueError, match=r"shape \(2,\), not \(3,\)"):
+        env.step([0, 0, 0])
+    with pytest.raises(ValueError, match="together or not at all"):
+        env.reset(options={"reset_mask": np.array([True, False])})
+    env.close()
+    with pytest.raises(gymnasium.error.ClosedEnvironmentError):
+        env.step([0, 0])
+    with pytest.raises(ValueError, match="a window alone"):
+        DuoRoutingVectorEnv(7, duo, windows=windows, tokens_per_window=7).reset(options={"position": 1})
+    with pytest.raises(ValueError, match="longer than the model's 64 positions"):
+        DuoRoutingEnv(duo, windows=torch.zeros(2, 66, dtype=torch.int64))
+    with pytest.raises(ValueError, match="holds token 61, but the model knows 0 to 60"):
+        DuoRoutingEnv(duo, windows=windows + 1 + 60 - windows.max())
+
+
+def test_stable_baselines_is_told_of_the_last_observation(duo, windows):
+    env = VecMonitor(RoutingVecEnv(Lockstep(duo, windows, windows_per_batch=1)))
+    env.reset()
+    for layer in range(3):
+        observations, _, _, infos = env.step(np.zeros(7, int))
+        assert all(("terminal_observation" in info) == (layer == 2) for info in infos)
+    assert [info["terminal_observation"]["layer"] for info in infos] == [3] * 7 and (observations["layer"] == 0).all()
+    assert all(info["episode"]["l"] == 3 and not info["TimeLimit.truncated"] for info in infos)
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        env.step(np.full(7, 2))

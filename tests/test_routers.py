@@ -1,9 +1,12 @@
 """Routers: what they decide, that they survive saving, and that the taught ones learn."""
 
+import copy
 import json
 
 import pytest
 import torch
+from conftest import make_duo
+from safetensors.torch import load_file, save_file
 
 from duorl import routers
 from duorl.envs import Lockstep
@@ -13,8 +16,11 @@ from duorl.learners.soft import hardened, sharpness, soft_loss, soft_pass
 from duorl.oracle import exhaustive
 from duorl.rewards import LossImprovement
 from duorl.routers import (
+    BudgetRouter,
     ConstantRouter,
+    EnsembleRouter,
     HeadRouter,
+    KNNRouter,
     OracleRouter,
     PatternRouter,
     RandomRouter,
@@ -134,7 +140,7 @@ def test_a_soft_router_for_a_range_spends_less_where_compute_is_dear(duo, window
     router = Soft(env, updates=60, learning_rate=0.03).learn(1)
     spent = [measure(duo, router.at(price=price), windows).compute.mean() for price in (0.01, 20.0)]
     assert spent[1] < 0.3 < spent[0]
-    with pytest.raises(ValueError, match="a budget leaves nothing"):
+    with pytest.raises(ValueError, match="a budget or a range of prices"):
         Soft(env, budget=0.5)
     with pytest.raises(ValueError, match="unknown schedule 'cosine': choose from geometric"):
         Soft(env, schedule="cosine")
@@ -150,3 +156,111 @@ def test_the_soft_router_reaches_its_budget_and_obeys_a_price(duo, windows):
         assert measure(duo, router, windows).compute.mean() == pytest.approx(budget, abs=0.1)
     dear = train(price=50.0)
     assert (measure(duo, dear, windows).routes == 1).float().mean() > 0.95
+
+
+# Which model a router is for
+
+
+def trained(model, windows):
+    """A router after a short training."""
+    return Soft(Lockstep(model, windows, windows_per_batch=2), updates=1).learn(1)
+
+
+@pytest.mark.parametrize("wrap", [lambda router: router, lambda router: BudgetRouter(router, 1)])
+def test_a_router_knows_the_model_that_it_was_trained_for(duo, windows, wrap, tmp_path):
+    router = wrap(trained(duo, windows))
+    loaded = routers.load(save(router, tmp_path))
+    assert loaded.trained_for == router.trained_for and loaded.trained_for["layers"] == 3
+    measure(duo, loaded, windows)
+    loaded.require_fit(copy.deepcopy(duo).to(torch.float16))  # the same model, in another precision
+    other = copy.deepcopy(duo)
+    for parameter in other.stack.ffns[1].small.parameters():
+        parameter.data *= 1.1
+    for use in (
+        lambda: measure(other, loaded, windows),
+        lambda: other(input_ids=windows, router=routers.load(tmp_path / "saved")),
+        lambda: loaded.require_fit(make_duo("gpt2")),
+        lambda: Soft(Lockstep(other, windows), init=str(save(trained(duo, windows), tmp_path))),
+    ):
+        with pytest.raises(ValueError, match=r"trained for the model .*llama, 3 layers of width 32"):
+            use()
+
+
+def save(router, folder):
+    router.save_pretrained(folder / "saved")
+    return folder / "saved"
+
+
+@pytest.mark.parametrize(
+    ("router", "message"),
+    [
+        (HeadRouter(2, 32), "a model of layers 2, this one has 3"),
+        (HeadRouter(4, 32), "a model of layers 4, this one has 3"),
+        (HeadRouter(3, 16), "a model of hidden size 16, this one has 32"),
+        (KNNRouter(4, 32, 64), "layers 4"),
+        (EnsembleRouter(4, 32), "layers 4"),
+        (BudgetRouter(HeadRouter(4, 32), 1), "layers 4"),
+        (PatternRouter([1, 2]), "layers 2"),
+        (PatternRouter([1, 2, 1, 2]), "layers 4"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_a_router_of_other_sizes_is_refused(duo, windows, router, message):
+    with pytest.raises(ValueError, match=message):
+        measure(duo, router, windows)
+    with pytest.raises(ValueError, match=message):
+        duo(input_ids=windows, router=router)
+
+
+def spoil_json(**changes):
+    def spoil(folder):
+        path = folder / "router.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+    return spoil
+
+
+def spoil_weights(change):
+    def spoil(folder):
+        path = folder / "router.safetensors"
+        state = load_file(path)
+        change(state)
+        save_file(state, path)
+
+    return spoil
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda folder: (folder / "router.json").write_text("{"), "not JSON"),
+        (lambda folder: (folder / "router.json").write_text("[1]"), "no JSON object"),
+        (lambda folder: (folder / "router.json").write_bytes(b"\xff\xfe"), "not JSON"),
+        (lambda folder: (folder / "router.safetensors").write_bytes(b"12345678"), "router.safetensors is broken"),
+        (lambda folder: (folder / "router.safetensors").write_bytes(b""), "router.safetensors is broken"),
+        (spoil_json(config={"layers": 10**12, "hidden_size": 32}), "layers is 1000000000000, more than"),
+        (spoil_json(config={"layers": 40, "hidden_size": 40}), r"weights.0 is float32 \(3, 33, 2\).*\(40, 41, 2\)"),
+        (spoil_json(config={"layers": "three", "hidden_size": 32}), "HeadRouter refuses its configuration: TypeError"),
+        (spoil_json(config={"size": 3}), "HeadRouter refuses its configuration"),
+        (spoil_json(config=None), "an object `config`"),
+        (spoil_json(router="base"), "unknown router 'base'"),
+        (spoil_json(model={"weights": ["x"]}), "record `model` .* is broken"),
+        (spoil_weights(lambda state: state["heads.biases.0"].fill_(torch.nan)), "biases.0 holds numbers that are not"),
+        (spoil_weights(lambda state: state.pop("heads.biases.0")), "lacks heads.biases.0"),
+        (spoil_weights(lambda state: state.update(more=torch.zeros(1))), "more is not among the weights"),
+    ],
+)
+def test_a_broken_router_is_refused_by_file_and_cause(spoil, message, tmp_path):
+    folder = save(HeadRouter(3, 32), tmp_path)
+    spoil(folder)
+    with pytest.raises(ValueError, match=message) as refused:
+        routers.load(folder)
+    assert str(folder) in str(refused.value)
+
+
+def test_simple_routers_refuse_what_is_no_action_or_price():
+    for wrong in ([], [1, 3], [-1]):
+        with pytest.raises(ValueError, match="codes 0 to 2"):
+            PatternRouter(wrong)
+    with pytest.raises(ValueError, match="price must be at least 0"):
+        OracleRouter(float("nan"))

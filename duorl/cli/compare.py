@@ -1,4 +1,4 @@
-"""`duorl compare`: every learner with every seed, side by side on the machine's cores, then all in one table."""
+"""`duorl compare`: train every learner with every seed, in parallel, and compare all routers in one table."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from duorl.runs.jobs import Job, executor
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What the run's folder is called where it has no name, and what runs in it.
+    """The default name of the run's folder, and the function that runs in it.
 
     Args:
         options: `RunOptions` and the folder flags.
         config: the resolved options as YAML.
 
     Raises:
-        ValueError, OSError: the input cannot be used; the message names the thing and the fix.
+        ValueError, OSError: bad input; the message names it and the fix.
     """
     require_positive(seeds=options.seeds)
     if options.processes is not None:
@@ -53,14 +53,16 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         raise ValueError(f"targets must be computes between 0 and 1, not {options.targets}")
     bench = Workbench(options, config)
     check_evaluation(options, bench.model, bench.training, bench.held_out)
+    if options.targets:
+        held_out_texts(bench)  # each text must have an evaluation split of its own
     return "compare", Compare(bench)
 
 
 class Compare:
-    """A comparison, ready to run in a folder.
+    """A comparison that can be run in a folder.
 
     Args:
-        bench: the run's.
+        bench: workbench of the run.
     """
 
     def __init__(self, bench: Workbench):
@@ -68,7 +70,7 @@ class Compare:
         self.names = [*bench.rivals, *bench.agents]  # tables have them in this order
 
     def __call__(self, folder: Path) -> None:
-        """Train what the folder does not hold yet, compare, and say where everything is."""
+        """Train what is not in the folder yet, compare, and print where the results are."""
         processes = self.options.processes or torch.get_num_threads()
         jobs = self.jobs(folder, apart=processes > 1)
         finish_all(jobs, executor(min(processes, len(jobs)), torch.get_num_threads()), folder)
@@ -79,16 +81,16 @@ class Compare:
         say_logdir(folder)
 
     def places(self, folder: Path) -> list[Place]:
-        """Every learner with every seed."""
+        """The place of every learner with every seed."""
         seeds = range(self.options.seed, self.options.seed + self.options.seeds)
         return [Place(name, seed, folder, len(seeds) > 1) for seed in seeds for name in self.names]
 
     def jobs(self, folder: Path, *, apart: bool) -> list[Job]:
-        """All trainings, then the routers' ladders of prices.
+        """The jobs of all trainings, then those that measure routers at several prices.
 
         Args:
-            folder: the run's.
-            apart: they run in other processes, which read the run's configuration anew.
+            folder: folder of the run.
+            apart: the jobs run in other processes, which read the run's configuration again.
         """
         where: dict[str, Any] = {"run": str(folder)} if apart else {}
         learn: Callable[..., dict[str, Any]] = train_apart if apart else self.bench.train
@@ -107,7 +109,7 @@ class Compare:
         return [*jobs, *ladders]
 
     def _compare(self, folder: Path) -> Comparer:
-        """All routers at the run's price."""
+        """Compare all routers at the run's price."""
         bench, options, places = self.bench, self.options, self.places(folder)
         learned = {name: [place.load(bench) for place in places if place.name == name] for name in self.names}
         decisions = options.total_decisions * len(places)
@@ -134,7 +136,7 @@ class Compare:
         return comparer
 
     def _compare_budgets(self, folder: Path, comparer: Comparer) -> None:
-        """All routers at equal compute, on each text."""
+        """Compare all routers at equal compute, on each text."""
         patterns, texts = comparer.best_patterns(), {}
         for text, windows in held_out_texts(self.bench).items():
             ladders = {"best fixed": [Ladder.climb(self.bench.model, patterns, windows.tokens)]}

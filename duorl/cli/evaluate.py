@@ -3,41 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 from jsonargparse import Namespace
+from torch import Tensor
 
-from duorl.checks import require_positive
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, write
 from duorl.cli.console import say, typed_command
+from duorl.cli.material import Material
 from duorl.cli.parser import read_config
-from duorl.corpus import read_windows
-from duorl.costs import action_ids
+from duorl.costs import ACTIONS, action_ids
 from duorl.evaluation.measure import measure
-from duorl.models import load, load_tokenizer
-from duorl.rewards import LossImprovement
-from duorl.routers import Router
+from duorl.models import DuoForCausalLM
+from duorl.prices import check_price
+from duorl.routers import LogitRouter, Router
 from duorl.routers import load as load_router
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What measures the router.
+    """The default name of the folder, and the function that measures the router.
 
     Raises:
         ValueError, OSError: the input cannot be used; the message names the thing and the fix.
     """
-    action_ids(options.actions)
-    require_positive(window=options.window)
-    price = LossImprovement(options.price).price
+    action_ids(options.actions), action_ids([options.reference])
+    price = check_price(options.price)
     router = load_router(options.router)
     if router.takes_price:
         router = router.at(price=price)
-    model, tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
+    _check_actions(router, options)
+    material = Material.of(options.model, options.skip, options.window)
+    model, tokenizer = material.model, material.tokenizer
     router = router.to(model.device)
-    read = partial(read_windows, options.corpus, tokenizer, length=options.window)
-    training, (held_out, files) = read(split="router").tokens, read(split="evaluation")
-    measure(model, router, held_out[:1])  # a router of another model's sizes fails here
+    router.require_fit(model)
+    training = material.read(options.corpus, split="router").tokens
+    held_out, files = material.read(options.corpus, split="evaluation")
+    _try(router, model, held_out[:1])
     check_evaluation(options, model, training, held_out)
 
     def work(folder: Path) -> None:
@@ -48,6 +49,23 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         say(f"wrote {folder}/: report.html, comparison.json and .csv, figures/")
 
     return "evaluate", work
+
+
+def _check_actions(router: Router, options: Namespace) -> None:
+    """A router that takes what the oracle may not would stand above the bound."""
+    if isinstance(router, LogitRouter):
+        more = [ACTIONS[code] for code in router.codes.tolist() if ACTIONS[code] not in options.actions]
+        if more:
+            raise ValueError(f"{options.router} may take {more[0]}, which is not among --actions {options.actions}")
+
+
+def _try(router: Router, model: DuoForCausalLM, windows: Tensor) -> None:
+    """One window: a router that cannot decide is found before anything is written."""
+    try:
+        measure(model, router, windows)
+    except Exception as error:  # a user's class may raise anything
+        name = type(router).__name__
+        raise ValueError(f"the router {name} fails on the first window: {type(error).__name__}: {error}") from error
 
 
 def _row_name(router: str) -> str:

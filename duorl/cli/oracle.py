@@ -12,15 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from duorl.checks import require_positive
 from duorl.cli.console import console, say, typed_command
+from duorl.cli.material import Material
 from duorl.cli.parser import read_config
-from duorl.corpus import load_windows
 from duorl.evaluation import RouteSearchOptions, RouteSearchPlan, flops_per_second, plan_route_search, search_routes
 from duorl.evaluation.difficulty import TokenRow, save_table
 from duorl.files import write_json, write_text, writing
-from duorl.models import DuoForCausalLM, load, load_tokenizer
+from duorl.models import DuoForCausalLM
+from duorl.prices import check_price
 from duorl.reports import page
 from duorl.reports.figures import budget_table
-from duorl.rewards import LossImprovement
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
@@ -29,10 +29,11 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     Raises:
         ValueError, OSError: the input cannot be used, or the search is impossible.
     """
-    require_positive(window=options.window, windows=options.windows)
-    LossImprovement(options.price)
-    model, tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
-    tokens = load_windows(options.corpus, tokenizer, split="evaluation", length=options.window)[: options.windows]
+    require_positive(windows=options.windows)
+    check_price(options.price)
+    material = Material.of(options.model, options.skip, options.window)
+    model, tokenizer = material.model, material.tokenizer
+    tokens = material.read(options.corpus, split="evaluation").tokens[: options.windows]
     asked = RouteSearchOptions(
         method=options.method,
         context=options.context,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import io
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,16 +14,16 @@ from jsonargparse import Namespace
 from duorl.checks import require_positive
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.learners import LearnerFactory
-from duorl.cli.parser import read_config
+from duorl.cli.material import Material
+from duorl.cli.parser import read_config, typed
 from duorl.cli.trainings import JobsFailed
 from duorl.cli.workbench import make_lockstep
-from duorl.corpus import read_windows, source_names
+from duorl.corpus import source_names
 from duorl.envs import Lockstep
 from duorl.evaluation import check_searches
 from duorl.files import write_json, write_text
 from duorl.learners import Soft
 from duorl.learners.base import Learner
-from duorl.models import load, load_tokenizer
 from duorl.models.loading import model_folder
 from duorl.paper import Study, StudySize, dense, scaling
 from duorl.paper.claims import claims_page
@@ -42,12 +41,12 @@ _SAVE_EVERY = 120.0
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What redoes the study; see `Paper`."""
+    """The default name of the folder, and the study; see `Paper`."""
     return "paper", Paper(options, config)
 
 
 class Paper:
-    """`duorl paper`: everything that can be wrong with the input is found before a folder is made.
+    """`duorl paper`. The input is checked before a folder is made.
 
     Args:
         options: `PaperOptions` and the folder flags.
@@ -66,8 +65,7 @@ class Paper:
             )
         self.size = StudySize.quick() if options.quick else options.size
         self.soft = {**options.soft, "updates": _QUICK_UPDATES} if options.quick else options.soft
-        if unknown := set(self.soft) - set(inspect.signature(Soft).parameters) | {"env", "budget"} & set(self.soft):
-            raise ValueError(f"soft: {min(unknown)!r} is not an option of Soft that a study leaves open")
+        self.soft = typed(Soft, self.soft, "soft", skip=("env", "budget"))
         self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
         self._read()
         for factory in options.agents.values():
@@ -76,16 +74,17 @@ class Paper:
         Soft(self._lockstep(0.0), **self.soft)
 
     def _read(self) -> None:
-        """The model, and the texts by their names in the study."""
+        """Read the model, and the texts by their names in the study."""
         options = self.options
         self.sources = {"prose": source_names(options.prose), "code": source_names(options.code)}
         named = [", ".join(names) for names in self.sources.values()]
         kept = dense.find(options.dense, model_folder(options.model), named)
         self.dense = [] if options.quick else kept
-        self.model, self.tokenizer = load(options.model, skip=options.skip), load_tokenizer(options.model)
-        read = partial(read_windows, tokenizer=self.tokenizer, length=options.env.window)
-        self.training = read([name for names in self.sources.values() for name in names], split="router").tokens
-        self.texts = {name: read(names, split="evaluation") for name, names in self.sources.items()}
+        material = Material.of(options.model, options.skip, options.env.window)
+        self.model, self.tokenizer = material.model, material.tokenizer
+        everything = [name for names in self.sources.values() for name in names]
+        self.training = material.read(everything, split="router").tokens
+        self.texts = {name: material.read(names, split="evaluation") for name, names in self.sources.items()}
         for name, windows in self.texts.items():
             if len(windows.tokens) < 2:
                 raise ValueError(f"{name}: a study needs at least 2 windows of evaluation text: give more")
@@ -123,7 +122,7 @@ class Paper:
         )
         figures = study.run()
         if self.options.quick:
-            self.say("figure 8: small models of its own")
+            self.say("figure 8: training small models")
             with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its log
                 self.dense = dense.quick(self.folder / "dense", self.sources, self.options.seed)
         return figures | scaling(self.dense, {name: ", ".join(names) for name, names in self.sources.items()})
@@ -149,7 +148,7 @@ class Paper:
         return self._trained(name, partial(Soft, lockstep, budget=budget, **self.soft))
 
     def _trained(self, name: str, make: Callable[[], Learner]) -> Router:
-        """A job of its own: the router is kept, a training that was stopped goes on."""
+        """Train a router as a job: the router is kept, and a stopped training continues."""
         place = self.folder / "routers" / name.replace(" ", "-")
 
         def work(tell: Tell) -> dict[str, Any]:

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import inspect
 import re
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Any, NoReturn, get_args, get_type_hints
 
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_instance
 
 from duorl.cli.commands import COMMANDS, fail
-from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named
+from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
 
 _COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "knowable")
 _TRAIN_ONLY = ("target_compute",)
 _FLAGS = {
-    "overwrite": "replace a run that the output folder holds",
-    "resume": "keep what the output folder has finished, do the rest",
-    "quick": "few windows, short trainings, Fig. 8 on small models: says little, in minutes",
+    "overwrite": "replace the run in the output folder",
+    "resume": "continue the run in the output folder",
+    "quick": "few windows, short trainings, Fig. 8 on small models: takes minutes, results are noisy",
 }
 
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Leaves the lines of the rewards' section as they are."""
+    """Does not wrap the lines in the section about rewards."""
 
 
 class _Parser(ArgumentParser):
@@ -34,7 +36,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Print one line and exit."""
-        line = " ".join(str(message).split()).replace('Parser key "', 'option "')
+        line = " ".join(_condensed(str(message)).split()).replace('Parser key "', 'option "')
         unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", line)
         if unknown:
             names = sorted({name.lstrip("-") for name in self._option_string_actions})
@@ -45,12 +47,22 @@ class _Parser(ArgumentParser):
         fail(line)
 
 
+def _condensed(message: str) -> str:
+    """The parser's words on an option with several types: what each type says of it, once, and what was given."""
+    before, _, rest = message.partition("Does not validate against any of the Union subtypes")
+    _, _, errors = rest.partition("Errors:")
+    said, _, given = errors.partition("Given value type:")
+    _, _, value = given.partition("Given value:")
+    reasons = list(dict.fromkeys(reason.strip() for reason in re.split(r"\n\s*- ", said) if reason.strip()))
+    return f"{before}{' or '.join(map(_condensed, reasons))} (given:{value})" if reasons else message
+
+
 def build_parser(name: str, without: Collection[str] = ()) -> _Parser:
     """The parser of a command.
 
     Args:
-        name: of the command.
-        without: `agent`, `reward`: those that get no default.
+        name: name of the command.
+        without: the options among `agent` and `reward` that get no default.
     """
     command = COMMANDS[name]
     parser = _Parser(
@@ -85,10 +97,10 @@ def _add_defaults(parser: _Parser, name: str, without: Collection[str]) -> None:
 
 
 def _rewards_section() -> str:
-    """What there is to name after --reward, from the classes themselves."""
+    """The section about rewards in --help, from the docstrings of the classes."""
     from duorl import rewards
 
-    lines = ["rewards:", "  What a decision earns; a Sum adds several up. Explained in docs/rewards.md.", ""]
+    lines = ["rewards:", "  The reward of one decision; Sum adds several rewards. See docs/rewards.md.", ""]
     for name, kind in inspect.getmembers(rewards, inspect.isclass):
         if issubclass(kind, rewards.Reward) and kind not in (rewards.Reward, rewards.FunctionReward):
             given = inspect.signature(kind).parameters.values()
@@ -99,32 +111,106 @@ def _rewards_section() -> str:
 
 _OWN_REWARDS = (
     "",
-    "  Your own is a class with __call__(self, step) -> (N,) rewards, or a function of a step, by its import path:",
+    "  Your own reward is a class with __call__(self, step) -> (N,), or a function of a step, by its import path:",
     "      --reward thrifty.Thrifty --reward.bonus 0.02",
-    "  Worked examples are in examples/; --reward.help CLASS lists a class's options.",
+    "  There are examples in examples/. --reward.help CLASS lists the options of a class.",
 )
 
 
 def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
-    """What was typed after a command's name: its options with their classes built, and the same as YAML.
+    """Parse the words after the command: options with their classes made, and the same options as YAML.
 
     Raises:
-        SystemExit: it cannot be parsed; one line on standard error, exit code 2.
-        ValueError, TypeError, ...: a class refuses its arguments.
+        SystemExit: the words cannot be parsed; one line on standard error, exit code 2.
+        ValueError: a named class cannot be imported, or refuses its arguments.
     """
+    for path in yaml_files(words):
+        _check_yaml(path)
     make_known(words)
     parser = build_parser(name)
     parsed = parser.parse_args(list(words))
-    # The parser carries a default class's options over to the class that replaces it, PPO's learning rate to REINFORCE.
+    # The parser would keep the default class's options for another class, e.g. PPO's learning rate for REINFORCE.
     if replaced := _replaced(parsed, parser.get_defaults()):
         parser = build_parser(name, without=replaced)
         parsed = parser.parse_args(list(words))
     text = parser.dump(parsed, skip_unset=False)
-    return parser.instantiate(parsed), text
+    return _instantiated(parser, parsed), text
+
+
+def _check_yaml(path: Path) -> None:
+    """Refuse a file of options that is not UTF-8, or names one option twice: the parser would take the last.
+
+    Raises:
+        ValueError: says where.
+    """
+    try:
+        root = yaml.compose(path.read_bytes().decode("utf-8-sig"), Loader=yaml.CSafeLoader)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: byte {error.start} is 0x{error.object[error.start]:02x}") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    seen: set[int] = set()
+    waiting = [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or not isinstance(node, yaml.CollectionNode):
+            continue
+        seen.add(id(node))
+        parts = node.value
+        if isinstance(node, yaml.MappingNode):
+            keys = [key.value for key, _ in parts if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for key in keys if keys.count(key) > 1]:
+                raise ValueError(f"{path} names {twice[0]} twice, line {node.start_mark.line + 1} and on: give it once")
+            parts = [value for _, value in parts]
+        waiting += parts
+
+
+def _instantiated(parser: _Parser, parsed: Namespace) -> Namespace:
+    try:
+        return parser.instantiate(parsed)
+    except (Exception, SystemExit) as error:  # a user's class may raise anything
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        said = str(cause) if isinstance(cause, ValueError | OSError) else f"{type(cause).__name__}: {cause}"
+        named = re.search(r"class_path='([\w.]+)'", str(error))
+        where = f"{named[1]}: " if named and named[1] not in said else ""
+        raise ValueError(f"{where}{_condensed(said)}") from error
+
+
+def typed(kind: Callable[..., Any], values: Any, where: str, skip: Collection[str] = ()) -> dict[str, Any]:
+    """Options that are given as a dictionary within an option, with the types that a class asks for.
+
+    Args:
+        kind: the class.
+        values: the dictionary.
+        where: its name.
+        skip: arguments of the class that are not options.
+
+    Raises:
+        ValueError: it is no dictionary, or holds an unknown option or a value of another type; names it.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} must be options by name, not {values!r}")
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip=set(skip))
+    if unknown := [name for name in values if name not in inspect.signature(kind).parameters or name in skip]:
+        raise ValueError(f"{where}: {unknown[0]!r} is not an option there")
+    try:
+        parsed = parser.parse_object(values)
+        built = parser.instantiate(parsed)
+    except Exception as error:  # the parser's own, or the class's
+        said = _condensed(str(error)).replace('Parser key "', 'option "')
+        raise ValueError(f"{where}: {said}") from error
+    hints = get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
+    for name, value in values.items():
+        if value is None and type(None) not in get_args(hints[name]):
+            raise ValueError(f"{where}: {name} cannot be null")
+    return {name: built[name] for name in values}
 
 
 def _replaced(parsed: Namespace, defaults: Namespace) -> list[str]:
-    """Which of agent and reward are others than the default's class."""
+    """Which of agent and reward have another class than the default."""
     both = [key for key in ("agent", "reward") if parsed.get(key) and defaults.get(key)]
     return [key for key in both if _class_path(parsed[key]) != _class_path(defaults[key])]
 
@@ -134,5 +220,5 @@ def _class_path(value: Any) -> str:
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """The resolved options as plain values."""
+    """The complete options as plain values."""
     return yaml.safe_load(text) or {}

@@ -1,7 +1,8 @@
-"""From what was typed to what is done: cheap checks first, then the work's own, then the work in its folder."""
+"""Runs a command: first the cheap checks, then the checks of the command, then its work in a folder."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,18 +12,17 @@ from typing import NoReturn
 
 from jsonargparse import Namespace
 
+from duorl.checks import require_seed
 from duorl.cli.commands import COMMANDS, fail
 from duorl.cli.console import quieten, resume_command
-from duorl.cli.parser import parse
+from duorl.cli.parser import parse, read_config
 from duorl.corpus import check_sources
 from duorl.files import is_no_room
 from duorl.models.loading import model_folder
 from duorl.runs import folders, interrupts
 from duorl.runs.allocator import keep_freed_memory
 
-# What preparing a command may raise for its input; running it is outside, where an error is a bug and keeps its trace.
-_BAD_INPUT = (ValueError, OSError, KeyError, TypeError, AssertionError, ZeroDivisionError, RuntimeError)
-_DUO = ("train", "compare", "evaluate", "oracle", "paper")  # their --model is a duo's folder
+_DUO = ("train", "compare", "evaluate", "oracle", "paper")  # their --model is the folder of a duo model
 _TEXTS = ("corpus", "prose", "code")
 
 
@@ -30,11 +30,11 @@ def run_command(name: str, words: list[str]) -> None:
     """Parse, check, prepare and run a command.
 
     Args:
-        name: of the command.
-        words: what was typed after it.
+        name: name of the command.
+        words: the words after it.
 
     Raises:
-        SystemExit: 2 for input that cannot be used, 1 for a run that failed, 130 and 143 for one that was stopped.
+        SystemExit: 2 for bad input, 1 for a run that failed, 130 and 143 for a run that was stopped.
     """
     keep_freed_memory()
     with ExitStack() as stack:
@@ -48,7 +48,7 @@ def run_command(name: str, words: list[str]) -> None:
                 called, work = import_module(COMMANDS[name].module).prepare(options, config)
                 if "overwrite" in COMMANDS[name].flags:
                     folder = stack.enter_context(_claimed(called, options, config))
-            except _BAD_INPUT as error:
+            except Exception as error:  # of the input; running is outside, where an error is a bug and keeps its trace
                 fail(f"{type(error).__name__}: {error}".removeprefix("ValueError: "))
             _work(name, work, folder)
         except interrupts.Interrupted as stop:
@@ -57,11 +57,14 @@ def run_command(name: str, words: list[str]) -> None:
 
 
 def check_cheaply(name: str, options: Namespace, config: str) -> None:
-    """What can be found wrong before anything is loaded.
+    """Check everything that can be checked before anything is loaded.
 
     Raises:
         ValueError, OSError: the folder, the model or a text cannot be used.
     """
+    _require_finite(config)
+    if "seed" in options:
+        require_seed(options.seed)
     resume = options.get("resume", False)
     if "overwrite" in COMMANDS[name].flags:
         folders.check(options.out, resume=resume, overwrite=options.overwrite)
@@ -74,13 +77,21 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
             check_sources(options[texts])
 
 
+def _require_finite(config: str) -> None:
+    """No option is NaN or infinite: of such a rate or factor nothing comes but NaN."""
+    for name, value in folders.flatten(read_config(config)):
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise ValueError(f"{name} must be a finite number, not {number}")
+
+
 def _claimed(called: str, options: Namespace, config: str):
     resume = options.get("resume", False)
     return folders.claim(options.out, called, config, resume=resume, overwrite=options.overwrite)
 
 
 def _work(name: str, work: Callable[[Path | None], None], folder: Path | None) -> None:
-    """The work; a run that cannot be resumed leaves a folder that may be begun anew."""
+    """Do the work. If it fails and cannot be resumed, its folder can be used again."""
     from duorl.cli.trainings import JobsFailed
 
     resumable = "resume" in COMMANDS[name].flags

@@ -1,8 +1,8 @@
-"""The paper's claims beside what was measured here, agreeing or not.
+"""The claims of the paper, compared with our measurements.
 
 A claim *agrees* where the 95 % interval lies on the claimed side, *disagrees* where it lies on the other side, and is
-*open* where it includes the border. What the border is stands in the measured sentence. Many claims are many chances:
-which verdicts hold for all of them together is Holm's procedure's to say.
+*open* where it includes the border. What the border is stands in the measured sentence. A table
+of many claims has many chances to be wrong: Holm's procedure says which verdicts hold for all claims together.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ class Claim:
     """One claim of the paper and its measurement on one text.
 
     Attributes:
-        figure: the paper's.
-        paper: what it says.
-        text: what it was measured on.
-        measured: what was found, with intervals.
+        figure: figure of the paper.
+        paper: the claim.
+        text: text of the measurement.
+        measured: the measurement, with intervals.
         verdict: `agrees`, `disagrees` or `open`, by its own interval.
         holds: with 95 % confidence for all verdicts of the table together.
     """
@@ -62,7 +62,7 @@ class Claim:
 
 
 def claims(figures: Mapping[str, Numbers]) -> list[Claim]:
-    """All claims that the given figures bear on."""
+    """All claims about the given figures."""
     found = [*_oracle_claims(figures), *_schedule_claims(figures), *_pattern_claims(figures)]
     found += [*_router_claims(figures), *_difficulty_claims(figures), *_scaling_claims(figures)]
     held = holm([_p(claim.verdict, _freedom(figures, claim.text)) for claim in found])
@@ -86,8 +86,8 @@ def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> 
 
     Args:
         figures: numbers by the figure's name.
-        model: its name.
-        command: what made the numbers.
+        model: name of the model.
+        command: the command that made the numbers.
     """
     found = claims(figures)
     known = all("files" in found for found in figures["4b"]["texts"].values())
@@ -129,7 +129,7 @@ def _within(interval: Interval, border: float) -> Verdict:
 
 
 def _all(verdicts: Sequence[Verdict]) -> Verdict:
-    """A claim about several numbers: it disagrees where one does, and agrees where all do."""
+    """The verdict on several numbers: it disagrees if one does, and agrees if all do."""
     for name in ("disagrees", "open"):
         if found := [verdict for verdict in verdicts if verdict.name == name]:
             return min(found, key=lambda verdict: verdict.margin)

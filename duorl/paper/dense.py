@@ -1,10 +1,10 @@
-"""A duo against dense models of its FLOPs, and against small networks added to a frozen big model (Duo-LLM, Fig. 8).
+"""Compares a duo with dense models of the same FLOPs and with small networks beside a frozen model (Duo-LLM, Fig. 8).
 
-One recipe trains them all, each from scratch but the last:
+One recipe trains all models, each from scratch except the last:
 
 - `duo`: both networks, under random routing;
-- `dense-N`: one network of inner size N in every layer, as many FLOPs as the duo spends with a share of big;
-- `frozen`: small networks, trained beside the dense model of big's size, which stays as it is.
+- `dense-N`: one network of inner size N in every layer, with the FLOPs of a duo with some share of big;
+- `frozen`: small networks beside the dense model of big's size, which does not change.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from duorl.models.recipe import PretrainOptions
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """Train a duo, and dense models of its FLOPs with the same recipe, and measure them on held-out text.
+    """Train a duo and dense models of the same FLOPs with one recipe, and measure them on held-out text.
 
     Args:
         recipe: stage 1 of the duo: options of `duorl pretrain`, or a YAML file of them. The folder in it is not used.
-        shares: shares of big at which the duo is measured, each against a dense model of equal FLOPs.
-        texts: what they are measured on: built-in corpora, or paths and globs; several in one joined by ", ".
-        windows: windows of each text's evaluation split.
-        processes: trainings side by side; the machine's cores are divided among them.
-        seed: of the routes in the measurement.
-        out: folder for the models and dense.json; the first free `runs/dense-N` unless given.
+        shares: shares of big for which the duo is measured, each with a dense model of equal FLOPs.
+        texts: texts of the measurement: built-in corpora, or paths and globs; ", " joins several into one.
+        windows: number of windows of each text's evaluation split.
+        processes: number of trainings at the same time; they share the machine's cores.
+        seed: seed of the routes in the measurement.
+        out: folder for the models and dense.json; by default the first free `runs/dense-N`.
     """
 
     recipe: PretrainOptions
@@ -61,14 +61,14 @@ class DenseOptions:
 def plan(recipe: PretrainOptions, shares: Sequence[float], folder: Path) -> dict[str, PretrainOptions]:
     """The trainings by name; `frozen` is the last and starts from the dense model of big's size.
 
-    An inner size of small + share * (big - small) has the FLOPs of a duo with that share of big, for
-    a network's FLOPs are proportional to it.
+    An inner size of small + share * (big - small) has the FLOPs of a duo with that share of big, because the FLOPs of a
+    network are proportional to its inner size.
 
     Raises:
         ValueError: the recipe starts from a model, so the duo would not be trained from scratch.
     """
     if recipe.model is not None:
-        raise ValueError("the recipe must build its model from `backbone`: all are trained from scratch")
+        raise ValueError("the recipe must build its model from `backbone`: all models are trained from scratch")
     sizes = [dense_size(recipe, share) for share in shares]
     full = dense_size(recipe, 1.0)
     jobs = {"duo": recipe}
@@ -79,7 +79,7 @@ def plan(recipe: PretrainOptions, shares: Sequence[float], folder: Path) -> dict
 
 
 def dense_size(recipe: PretrainOptions, share: float) -> int:
-    """Inner size of the dense network with the FLOPs of a duo that takes big in a share of the decisions."""
+    """Inner size of the dense network with the FLOPs of a duo with a share of big decisions."""
     big = inner_size(backbone_config(recipe.backbone))
     small = max(1, big // recipe.small_ratio)
     return round(small + share * (big - small))
@@ -121,24 +121,24 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
 
 
 def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, options: DenseOptions) -> Windows:
-    """What the models are measured on; errors as for `load_windows`."""
+    """Windows of the measurement; errors as for `load_windows`."""
     found = read_windows(text.split(", "), tokenizer, split="evaluation", length=options.recipe.window)
     return Windows(found.tokens[: options.windows], found.files[: options.windows])
 
 
 def find(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a kept dense.json about some texts.
+    """The rows about some texts in a dense.json.
 
     Args:
-        place: the file or its folder; that beside the model unless given.
-        model: the model's folder.
-        texts: as the rows name them.
+        place: the file or its folder; by default the one in the model's folder.
+        model: folder of the model.
+        texts: names of the texts in the rows.
 
     Returns:
-        The rows; none where no place is given and the model has none.
+        The rows; empty if no place is given and the model's folder has no dense.json.
 
     Raises:
-        FileNotFoundError: there is none at the place given.
+        FileNotFoundError: there is no dense.json at the place.
         ValueError: it has no rows about one of the texts.
     """
     path = Path(place) if place is not None else model / "dense.json"
@@ -155,12 +155,12 @@ def find(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str,
 
 
 def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[dict[str, Any]]:
-    """The whole study in a minute, on models so small and so little trained that only the machinery is shown.
+    """The whole study in a minute, with very small models and very short trainings; only to show that it works.
 
     Args:
-        folder: for the models.
+        folder: folder for the models.
         texts: sources by name; the models are trained on all of them.
-        seed: of initialisation, order and routes.
+        seed: seed of initial weights, order and routes.
     """
     sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2}
     schedule = {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 5}
@@ -184,7 +184,7 @@ def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[d
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table: accuracy and loss, and the accuracy's paired difference to the rival."""
+    """The rows as a table: accuracy, loss, and the paired difference of the accuracy to the rival."""
     lines = [
         "| text | model | share of big | accuracy | loss | accuracy minus its rival's |",
         "|---|---|---:|---:|---:|---|",
@@ -206,7 +206,7 @@ def _difference(rival: Mapping[str, Any] | None) -> str:
 
 @torch.no_grad()
 def _score(model: DuoForCausalLM, share: float, *, windows: Tensor, seed: int) -> dict[str, Tensor]:
-    """Per window mean loss and accuracy, both (W,), with a random share of the decisions on big."""
+    """Mean loss and accuracy of each window, both (W,), with a random share of big decisions."""
     generator, parts = torch.Generator().manual_seed(seed), []
     for tokens in windows.split(16):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]

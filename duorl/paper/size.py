@@ -1,4 +1,4 @@
-"""How much of the study is measured and trained."""
+"""The size of the study: numbers of windows, patterns and trainings."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from duorl.checks import require_positive
 
 @dataclass(frozen=True)
 class StudySize:
-    """How much is measured and trained.
+    """The size of the study.
 
     Args:
-        windows: windows of each text's evaluation split that are searched exhaustively.
-        pattern_windows: windows of the router split on which fixed patterns are ranked.
-        final_windows: windows of it on which the best of them are measured again, to choose one.
-        random_patterns: random patterns in Fig. 4a (the paper: 100).
-        big: numbers of big layers that the soft router is trained for, besides the paper's three; all unless given.
-        prices: nats per all-big pass at which this project's routers are trained.
+        windows: number of windows of each text's evaluation split that are searched exhaustively.
+        pattern_windows: number of windows of the router split on which fixed patterns are ranked.
+        final_windows: number of windows of the router split on which the best patterns are measured again.
+        random_patterns: number of random patterns in Fig. 4a (the paper: 100).
+        big: numbers of big layers for which the soft router is trained, beside the paper's three; by default all.
+        prices: prices for the training of DuoRL's agents, nats per all-big pass.
     """
 
     windows: int = 32
@@ -29,7 +29,7 @@ class StudySize:
 
     @classmethod
     def quick(cls) -> StudySize:
-        """Minutes in place of a quarter of an hour, and wide intervals."""
+        """A size for a run of minutes, with wide intervals."""
         return cls(windows=8, pattern_windows=8, final_windows=32, big=(1,), prices=(0.3,))
 
     def __post_init__(self) -> None:

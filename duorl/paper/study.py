@@ -1,8 +1,9 @@
-"""What every figure of the paper shows, measured: numbers in, no pictures.
+"""Measures the numbers of every figure of the paper, without pictures.
 
-The paper's 12 layers are L here, and its budgets of 4, 6 and 8 big layers a third, a half and two thirds of L. Oracle
-and learned routers are compared in the `reference` context, on the same tokens, unless a number says `routed`; the
-paper does not name its context. Patterns and routers come from the router split, all numbers from the evaluation split.
+The paper's model has 12 layers, and its budgets are 4, 6 and 8 big layers. Here there are L layers, and the budgets are
+a third, a half and two thirds of L. Oracle and learned routers are compared in the `reference` context, on the same
+tokens, unless a number says `routed`. The paper does not name its context. Patterns and routers are from the router
+split, all numbers from the evaluation split.
 """
 
 from __future__ import annotations
@@ -34,18 +35,18 @@ from duorl.routers import PatternRouter, Router
 
 Numbers = dict[str, Any]
 Learner = Callable[[float], Router]
-"""Trains a router of this project at a price; the study itself knows no reinforcement learning."""
+"""Trains one of DuoRL's routers at a price; the study has no reinforcement learning itself."""
 SoftLearner = Callable[[float, Sequence[str]], Router]
-"""Trains the paper's router to a budget, a mean compute, with some actions."""
+"""Trains the paper's router for a mean compute, with some actions."""
 
 
 _BATCH = 16
 _SHOWN_TOKENS = 48
-_SMALL_PRICE = 0.01  # between routes of the same loss the cheaper one is shown
+_SMALL_PRICE = 0.01  # so that of routes with the same loss the cheaper one is shown
 
 
 class _Measured(NamedTuple):
-    """One point of a curve: mean number of big layers, mean compute, and the windows' mean losses, (W,)."""
+    """One point of a curve: mean number of big layers, mean compute, and mean loss of each window, (W,)."""
 
     big: float
     compute: float
@@ -58,13 +59,13 @@ class Study:
     Args:
         model: a frozen duo model whose routes can be enumerated.
         tokenizer: its tokenizer.
-        training: (W, T+1) of the router split, all texts together: patterns are chosen and routers trained on it.
+        training: (W, T+1) of the router split, all texts together, for the choice of patterns and the training.
         texts: evaluation windows by the text's name.
-        learners: this project's routers by name.
-        soft: trains the paper's learned router to a budget.
+        learners: trainings of DuoRL's routers, by name.
+        soft: trains the paper's soft router for a budget.
         size: see `StudySize`.
-        seed: of everything random.
-        progress: told what comes next.
+        seed: seed of all random generators.
+        progress: called with the next step.
     """
 
     def __init__(
@@ -88,7 +89,7 @@ class Study:
         self.depth = model.num_layers
 
     def run(self) -> dict[str, Numbers]:
-        """The numbers of all figures but the 8th (`duorl.paper.dense`), by the figure's name: `2a`, ..., `7`."""
+        """The numbers of all figures except the 8th (`duorl.paper.dense`), by the figure's name: `2a`, ..., `7`."""
         figures: dict[str, Numbers] = {}
         for letter, big in zip("abc", self.budgets, strict=True):
             self.progress(f"heat maps, {big} of {self.depth} big")
@@ -114,7 +115,7 @@ class Study:
 
     @cached_property
     def tables(self) -> dict[str, RouteTable]:
-        """All routes of all tokens over small and big, in the reference context."""
+        """The search of all routes with small and big, in the reference context."""
         return {name: on_cpu(exhaustive(self.model, windows)) for name, windows in self.texts.items()}
 
     @cached_property
@@ -135,7 +136,7 @@ class Study:
         return {name: self._in_reference(router, name).routes for name in self.texts}
 
     def _heat_maps(self, router: str, big: int, routes: Mapping[str, Tensor]) -> Numbers:
-        """Share of big per layer and position, where in depth the big ones stand, and where in the sequence."""
+        """Share of big per layer and position, and the mean places of big in depth and in the sequence."""
         texts = {}
         for name, found in routes.items():
             chosen = (found == BIG).float()  # (W, T, L)
@@ -168,7 +169,7 @@ class Study:
     # Figure 4
 
     def random_patterns(self) -> Numbers:
-        """Random patterns with half of the layers big, each for all tokens, against the oracle (Fig. 4a)."""
+        """Random patterns (each for all tokens) with half of the layers big, and the oracle (Fig. 4a)."""
         big, generator = self.budgets[1], torch.Generator().manual_seed(self.seed)
         texts = {}
         for name, table in self.tables.items():
@@ -193,7 +194,7 @@ class Study:
         return {"context": "reference", "big": big, "layers": self.depth, "texts": texts}
 
     def _against_fixed(self, name: str, measured: Measurement) -> Numbers:
-        """Loss minus that of the fixed patterns at the same compute, interpolated between their budgets."""
+        """Loss minus that of the fixed patterns at the same compute (interpolated between budgets)."""
         table = self.tables[name]
         index = table.index_of(torch.tensor([self.patterns[big] for big in sorted(self.patterns)]))
         losses, compute = table.losses[..., index].mean(1), table.compute[index].numpy()  # (W, L + 1), (L + 1,)
@@ -203,7 +204,7 @@ class Study:
         )
 
     def curves(self) -> Numbers:
-        """Loss against the number of big layers: oracle, fixed patterns, soft router, and ours (Fig. 4b)."""
+        """Loss against the number of big layers: oracle, fixed patterns, soft router, DuoRL's agents (Fig. 4b)."""
         routers = {"soft": [self._soft(big) for big in self._soft_budgets]}
         for learner in self.learners:
             routers[learner] = [self._learned(learner, price) for price in self.size.prices]
@@ -227,7 +228,7 @@ class Study:
         return sorted({*self.budgets, *more})
 
     def _all_big(self, name: str) -> Tensor:
-        """(W,), the same in both contexts: there is nothing else to read."""
+        """Losses of all-big, (W,); they are the same in both contexts."""
         table = self.tables[name]
         return table.losses[..., table.index_of(torch.full((self.depth,), BIG))].mean(1)
 
@@ -240,7 +241,7 @@ class Study:
         return {"oracle": oracle, "fixed": fixed}
 
     def _routed_oracle_and_fixed(self, name: str) -> dict[str, list[_Measured]]:
-        """The oracle that commits its routes, for the paper's budgets and for one big layer; all fixed patterns."""
+        """The oracle in the routed context, for the paper's budgets and for one big layer; all fixed patterns."""
         oracle = []
         for big in sorted({1, *self.budgets}):
             allowed = self.tables[name].with_big(big)
@@ -260,14 +261,14 @@ class Study:
         return _Measured(big, measured.compute.mean().item(), measured.loss.mean(1))
 
     def _point(self, name: str, found: _Measured, all_big: Tensor) -> Numbers:
-        """A point of a curve; intervals are of the paired difference to all-big, for windows differ far more."""
+        """A point of a curve; the interval is that of the paired difference to all-big, which varies less."""
         point = {"big": found.big, "compute": found.compute, "loss": found.loss.mean().item()}
         return (
             point | self._with_interval(name, found.loss - all_big, "minus_all_big") | {"windows": found.loss.tolist()}
         )
 
     def schedules(self) -> Numbers:
-        """A budget that falls or rises along the sequence against a constant one of the same mean (Fig. 4c)."""
+        """A budget that falls or rises along the sequence, and a constant one with the same mean (Fig. 4c)."""
         middle, spread = self.budgets[0], max(1, round(self.depth / 6))
         texts: dict[str, Numbers] = {}
         for name, table in self.tables.items():
@@ -309,7 +310,7 @@ class Study:
         return {"context": "reference", "texts": texts}
 
     def coloured_text(self) -> Numbers:
-        """Two windows of each text, to be coloured by loss and by difficulty (Fig. 6)."""
+        """Two windows of each text, for colours by loss and by difficulty (Fig. 6)."""
         texts = {}
         for name, windows in self.texts.items():
             table = self.tables[name]
@@ -319,10 +320,10 @@ class Study:
         return {"context": "reference", "texts": texts}
 
     def single_routes(self) -> Numbers:
-        """Routes of one sequence of each text: the oracle over three actions, the soft router, ours (Fig. 7).
+        """Routes of one sequence of each text: oracle with three actions, soft router, DuoRL's agents (Fig. 7).
 
-        The routers' are those of the routed context, in which they are deployed; the oracle's of the reference context.
-        Where three actions are too many to enumerate the oracle has two.
+        Routes of routers are from the routed context (deployment), those of the oracle from the reference context. If
+        three actions give too many routes, the oracle has two.
         """
         texts = {}
         actions = ACTIONS if len(ACTIONS) ** self.depth <= MOST_ROUTES else ("small", "big")

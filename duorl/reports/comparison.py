@@ -120,7 +120,7 @@ def _short(value: float, digits: int = 3) -> str:
 
 
 def _budgets(text: str, found: Numbers) -> list[str]:
-    """Routers at equal compute: their frontiers, and their losses at the targets with the difference to each rival."""
+    """Routers at equal compute: frontiers, losses at the targets, and differences to each rival."""
     figure = Figure()
     for router in found["routers"]:
         steps = router["frontier"]

@@ -21,7 +21,7 @@ from duorl.paper.pictures import around
 
 
 def frontier(comparison: Comparison) -> Figure:
-    """Loss against compute: every router with its 95 % interval, the fixed frontier, the oracle's where it is known."""
+    """Loss against compute: every router with its 95 % interval, the fixed frontier, and the oracle's if known."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, label, style, color in (
         ("fixed", "best fixed pattern per budget (routed)", "o-", "0.55"),
@@ -31,7 +31,7 @@ def frontier(comparison: Comparison) -> Figure:
             xs, ys = [point["compute"] for point in points], [point["loss"] for point in points]
             axes.plot(xs, ys, style, color=color, label=label, markersize=4, zorder=1)
     limit = max(point["loss"] for point in comparison.frontiers["fixed"]) + 0.15
-    off = [row["router"] for row in comparison.rows if row["loss"] > limit]  # all-skip would flatten the rest
+    off = [row["router"] for row in comparison.rows if row["loss"] > limit]  # all-skip would make the rest too small
     rivals = [row for row in comparison.rows if row["loss"] <= limit and not row["sees_label"]]
     for row in rivals:
         low, high = around(row, "loss", "loss_minus_fixed")
@@ -51,16 +51,16 @@ BOUNDS = {
     "lower bound": "No oracle: the bound is coordinate descent, a lower bound of the oracle's return.",
     None: "No oracle, and no bound in its place.",
 }
-"""What pictures and pages say where there is no oracle."""
+"""Sentence in pictures and pages if there is no oracle."""
 
 
 def bound_of(comparison: Comparison) -> str | None:
-    """What regrets are measured against: `exact`, a `lower bound`, or nothing. Older files knew only the first."""
+    """The bound of regrets: `exact`, `lower bound` or None; in older files it is always exact."""
     return comparison.rows[0].get("bound", "exact") if comparison.rows else None
 
 
 def _searched(comparison: Comparison) -> int:
-    """Tokens that were searched."""
+    """Number of searched tokens."""
     return min((row["reference"]["tokens"] for row in comparison.rows if row["reference"]), default=0)
 
 
@@ -93,14 +93,14 @@ _TERMINAL, _LEAST_NAME = 80, 12  # columns: of the terminal, and of a router's n
 
 
 def table(comparison: Comparison) -> Table:
-    """The comparison for a terminal of 80 columns or more; the caption says in which context each column was measured.
+    """The comparison as a table for a terminal of at least 80 columns; the caption names the context of each column.
 
-    Names are cut where there is no room for them, numbers never.
+    Names are shortened if there is no room for them; numbers are not.
     """
     shown = Table(title=_title(comparison), caption=_caption(comparison), box=SIMPLE_HEAD, padding=0, pad_edge=False)
     titles, rows = _titles(comparison), [_cells(row) for row in comparison.rows]
     widths = _widths(titles, rows)
-    if sum(widths[1:]) + len(widths) - 1 + _LEAST_NAME > _TERMINAL:  # an interval then goes below its number
+    if sum(widths[1:]) + len(widths) - 1 + _LEAST_NAME > _TERMINAL:  # then the interval is below its number
         rows = [[cell.replace(" (", "\n(") for cell in row] for row in rows]
         widths = _widths(titles, rows)
     shown.add_column(titles[0], min_width=_LEAST_NAME)
@@ -112,7 +112,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def _widths(titles: list[str], rows: list[list[str]]) -> list[int]:
-    """Of the columns: their longest line; titles are broken between words."""
+    """Width of each column: its longest line, with titles broken between words."""
     columns = zip(*([title.replace(" ", "\n") for title in titles], *rows), strict=True)
     return [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
 
@@ -143,7 +143,7 @@ def _titles(comparison: Comparison) -> list[str]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same table for a page of Markdown."""
+    """The same table in Markdown."""
     titles = _titles(comparison)
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *map(_cells, comparison.rows)]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
@@ -166,7 +166,7 @@ def _cells(row: dict) -> list[str]:
 
 
 def budget_table(rows: list[dict[str, float]], title: str) -> Table:
-    """An oracle's losses per number of big layers, beside the best fixed route's (`RouteTable.by_budget`)."""
+    """Losses of the oracle and of the best fixed route, per number of big layers (`RouteTable.by_budget`)."""
     shown = Table(title=title)
     for name in ("big layers", "oracle's loss", "compute", "best fixed route's loss", "its compute"):
         shown.add_column(name, justify="right")
@@ -177,11 +177,11 @@ def budget_table(rows: list[dict[str, float]], title: str) -> Table:
 
 
 def budget_frontiers(found: dict, text: str) -> Figure:
-    """Routers over all budgets: the frontiers with their bands, and how far they lie below the best fixed pattern.
+    """Frontiers of routers with bands, and their paired differences to the best fixed pattern.
 
     Args:
         found: one text of `budgets.json`.
-        text: its name.
+        text: name of the text.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for index, router in enumerate(found["routers"]):

@@ -1,9 +1,10 @@
-from .base import LogitRouter, Router, load
+from .base import LogitRouter, Router
 from .budget import BudgetRouter
 from .ensemble import EnsembleRouter
 from .heads import HeadRouter
 from .knn import KNNRouter
 from .simple import ConstantRouter, OracleRouter, PatternRouter, RandomRouter, ReplayRouter
+from .stored import load
 
 __all__ = [
     "BudgetRouter",

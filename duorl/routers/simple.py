@@ -1,4 +1,4 @@
-"""Routers that learn nothing: one action, chance, one fixed pattern, and the oracle, which sees the label."""
+"""Routers that learn nothing: one action, random actions, one fixed pattern, and the oracle, which sees the label."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from duorl.costs import action_ids
+from duorl.costs import ACTIONS, action_ids
+from duorl.prices import check_price
 from duorl.routers.base import Router
 
 if TYPE_CHECKING:
@@ -27,16 +28,16 @@ class ConstantRouter(Router):
         self.code = int(action_ids([action]))
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
-        """(...), all the same; see `Router.forward`."""
+        """(...), the same action for all; see `Router.forward`."""
         return torch.full(hidden.shape[:-1], self.code, device=hidden.device)
 
 
 class RandomRouter(Router):
-    """Each decision drawn uniformly.
+    """Draws each decision uniformly.
 
     Args:
         actions: names of the actions to draw from.
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     def __init__(self, actions: Sequence[str] = ("small", "big"), seed: int = 0):
@@ -59,6 +60,12 @@ class PatternRouter(Router):
 
     def __init__(self, route: Sequence[int]):
         super().__init__(route=[int(action) for action in route])
+        if not route or not set(self.config["route"]) <= set(range(len(ACTIONS))):
+            raise ValueError(f"a route has codes 0 to {len(ACTIONS) - 1} ({', '.join(ACTIONS)}), not {list(route)}")
+
+    def sizes(self) -> tuple[int | None, int | None]:
+        """The route's length."""
+        return len(self.config["route"]), None
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
         """(...), the route's action in this layer; see `Router.forward`."""
@@ -66,10 +73,10 @@ class PatternRouter(Router):
 
 
 class ReplayRouter(Router):
-    """Given routes of given windows: what a search found, deployed. It knows no other text.
+    """Repeats given routes on given windows, for example those that a search found.
 
     Args:
-        shape: B, T, L.
+        shape: (B, T, L), shape of the routes.
 
     Attributes:
         windows: (B, T+1), the tokens.
@@ -85,32 +92,36 @@ class ReplayRouter(Router):
         self.register_buffer("windows", torch.zeros(count, length + 1, dtype=torch.int64))
         self.register_buffer("routes", torch.zeros(count, length, layers, dtype=torch.int64))
 
+    def sizes(self) -> tuple[int | None, int | None]:
+        """The routes' length."""
+        return self.config["shape"][2], None
+
     @classmethod
     def of(cls, windows: Tensor, routes: Tensor) -> ReplayRouter:
-        """Replays routes (B, T, L) of windows (B, T+1)."""
+        """A router that repeats routes (B, T, L) on windows (B, T+1)."""
         router = cls(routes.shape)
         router.windows, router.routes = windows, routes.to(windows.device)
         return router
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
-        """All windows in one pass.
+        """Check that the pass is over its own windows, all in one batch.
 
         Raises:
-            ValueError: these are not its windows.
+            ValueError: the windows are others.
         """
         self.to(model.device)
         if not torch.equal(self.windows, tokens):
             raise ValueError("routes are replayed on the windows that they were found for, all in one batch")
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
-        """(B, T), the actions that were found; see `Router.forward`."""
+        """(B, T), the actions of the given routes; see `Router.forward`."""
         return self.routes[..., layer]
 
 
 class OracleRouter(Router):
-    """Each token's best route of an exhaustive search in the reference context. A bound: it sees the label.
+    """Takes each token's best route, found by an exhaustive search in the reference context. It sees the label.
 
-    Deployed in the routed context its routes are no longer exactly optimal.
+    In the routed context, these routes are not exactly optimal.
 
     Args:
         price: nats per all-big pass.
@@ -118,11 +129,12 @@ class OracleRouter(Router):
     """
 
     def __init__(self, price: float = 0.0, actions: Sequence[str] = ("small", "big")):
-        super().__init__(price=price, actions=list(actions))
+        super().__init__(price=check_price(price), actions=list(actions))
+        action_ids(actions)
         self._tokens: Tensor | None = None
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
-        """Search the windows' routes, once for the same windows."""
+        """Search the routes of the windows; for the same windows only once."""
         from duorl.oracle import exhaustive
 
         if self._tokens is None or not torch.equal(self._tokens, tokens):
@@ -131,5 +143,5 @@ class OracleRouter(Router):
             self._tokens = tokens
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
-        """(B, T), the searched actions; see `Router.forward`."""
+        """(B, T), the actions of the best routes; see `Router.forward`."""
         return self.routes[..., layer]

@@ -1,0 +1,106 @@
+"""Loading a saved router: what its files say is checked before it is believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from duorl.routers.base import Router, kind_of, rebuilt
+from duorl.routers.fit import checked_record
+
+
+def load(folder: str | Path) -> Router:
+    """A saved router.
+
+    Raises:
+        FileNotFoundError: the folder holds no router, or its weights are missing.
+        ValueError: a file is broken, its class cannot be had, or its weights are not those of its configuration, or not
+            finite; names the file.
+    """
+    folder = Path(folder)
+    path, weights = folder / "router.json", folder / "router.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"no router in {folder}: router.json is missing")
+    try:
+        description = _description(path.read_bytes())
+        state = _tensors(weights) if weights.is_file() else {}
+        _require_plausible(description, state)
+        router = rebuilt(description)
+        router.trained_for = checked_record(description.get("model"))
+    except ValueError as error:
+        raise ValueError(f"cannot load {path}: {error}") from error
+    if router.state_dict():
+        if not weights.is_file():
+            raise FileNotFoundError(f"{folder} lacks router.safetensors")
+        _require_same(weights, state, router.state_dict())
+        router.load_state_dict(state)
+    return router.eval()
+
+
+def _description(content: bytes) -> dict[str, Any]:
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it is not JSON ({error})") from error
+    if not isinstance(found, dict):
+        raise ValueError("it is no JSON object with `router` and `config`")
+    return found
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} is broken ({error}): save the router anew") from error
+
+
+def _require_plausible(description: dict[str, Any], state: dict[str, Tensor]) -> None:
+    """Find sizes that the weights do not have before memory is asked for by them.
+
+    Every size in the configuration of a router of ours divides the number of its weights.
+    """
+    kind, config = kind_of(description)
+    if not kind.__module__.startswith("duorl.routers."):
+        return
+    most = sum(tensor.numel() for tensor in state.values())
+    for name, size in _sizes(config):
+        if most and size > most:
+            raise ValueError(f"{name} is {size}, more than there are weights")
+    if most:
+        with torch.device("meta"):  # nothing is allocated
+            try:
+                expected = rebuilt(description).state_dict()
+            except ValueError as error:
+                if isinstance(error.__cause__, RuntimeError):  # it looks at numbers, which there are none of here
+                    return
+                raise
+        _require_same(Path("router.safetensors"), state, expected)
+
+
+def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
+    for name, value in config.items():
+        if isinstance(value, dict):
+            yield from _sizes(value)
+        elif isinstance(value, int) and name != "seed":
+            yield name, value
+
+
+def _require_same(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Refuse weights of other names, sizes or kinds than a router has, or that are no numbers."""
+    for name, tensor in expected.items():
+        if name not in found:
+            raise ValueError(f"{path} lacks {name}")
+        if found[name].shape != tensor.shape or found[name].is_floating_point() != tensor.is_floating_point():
+            said = [f"{each.dtype} {tuple(each.shape)}".removeprefix("torch.") for each in (found[name], tensor)]
+            raise ValueError(f"{path}: {name} is {said[0]}, but router.json says {said[1]}")
+        if not found[name].isfinite().all():
+            raise ValueError(f"{path}: {name} holds numbers that are not finite")
+    if more := sorted(found.keys() - expected.keys()):
+        raise ValueError(f"{path}: {more[0]} is not among the weights of the router in router.json")
