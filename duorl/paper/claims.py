@@ -136,7 +136,7 @@ def _all(verdicts: Sequence[Verdict]) -> Verdict:
     return min(verdicts, key=lambda verdict: verdict.margin, default=Verdict("open", 0.0))
 
 
-def _steps(points: Sequence[Numbers], files: Sequence[int] | None) -> tuple[str, str]:
+def _steps(points: Sequence[Numbers], files: Sequence[int] | None) -> tuple[str, Verdict]:
     """Whether each point's loss is below that of the one before."""
     steps = [
         _estimated([later, earlier], files, lambda means: means[0] - means[1]) for earlier, later in pairwise(points)

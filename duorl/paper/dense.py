@@ -95,7 +95,7 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
     Returns:
         Rows with `text`, `model`, `big_share`, `tokens`, `loss` (nats), `accuracy` (of the likeliest next token), and
         for the duo and the frozen one `rival` with the paired differences to it: the dense model of equal FLOPs,
-        and the duo. Each number has its 95 % bootstrap interval over windows beside it.
+        and the duo. Each number has its 95 % interval over files beside it.
     """
     tokenizer = load_tokenizer(folder / "duo")
     dense = {share: f"dense-{dense_size(options.recipe, share)}" for share in options.shares}
