@@ -1,12 +1,13 @@
 """The corpora, their splits, and windows of a user's own text."""
 
+import gzip
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from duorl.corpus import BUILT_IN, documents, load_windows, split_of
+from duorl.corpus import BUILT_IN, check_sources, documents, load_windows, split_of
 from duorl.models.tokenizer import train_tokenizer
 
 SPLITS = ("model", "router", "evaluation")
@@ -79,10 +80,93 @@ def test_bad_text_is_refused_by_name(tokenizer, tmp_path):
         ("page.html", "cannot read .*page"),
         ("short.txt", r"window of 16 \+ 1"),
         ("gone.txt", "no text at"),
+        (".", "it is a folder, give .*txt"),
+        ("*.jsonl*", "no column 'text'"),
     ):
         with pytest.raises((ValueError, FileNotFoundError), match=message):
             for split in SPLITS:
                 load_windows([str(tmp_path / name)], tokenizer, split=split, length=16)
+
+
+def parquet_of(columns, path):
+    import pyarrow
+    from pyarrow import parquet
+
+    parquet.write_table(pyarrow.table(columns), path)
+
+
+ROWS = [json.dumps({"text": f"row {number}"}) for number in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "caf\xe9 bar".encode("latin-1"), r"a\.txt is not UTF-8: byte 3 is 0xe9; convert it"),
+        ("a.txt", "text".encode("utf-16"), "looks like UTF-16"),
+        ("a.txt", gzip.compress(b"text"), "looks like gzip"),
+        ("a.txt", b"one\ntwo\0", r"a\.txt: line 2 of the text holds U\+0000"),
+        ("a.txt", b" \n\t\n", "holds no text"),
+        ("a.jsonl", "\n".join([*ROWS, "{'text': 1}"]).encode(), r"a\.jsonl, line 6 is not JSON"),
+        ("a.jsonl", "\n".join([*ROWS, "", '["x"]']).encode(), r"line 7 is an array, not an object"),
+        ("a.jsonl", "\n".join([*ROWS, '{"text": null}']).encode(), r"line 6: 'text' is null, not a string"),
+        ("a.jsonl", "\n".join([*ROWS, '{"text": NaN}']).encode(), r"line 6: 'text' is a number, not a string"),
+        ("a.jsonl", "\n".join([*ROWS, '{"text": {}}']).encode(), r"line 6: 'text' is an object"),
+        ("a.jsonl", "\n".join([*ROWS, '{"body": "x"}']).encode(), r"line 6 has no column 'text', only body"),
+        ("a.jsonl", "\n".join([*ROWS, '{"text": "\\ud800"}']).encode(), r"line 6: .* U\+D800"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "\xff"}', r"is not UTF-8: byte 24 is 0xff"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is not JSON"),
+        ("a.parquet", b"PAR1 and no more", r"cannot read .*a\.parquet as Parquet"),
+        ("a.parquet", {"text": [1, 2]}, r"a\.parquet, row 1: 'text' is a number"),
+        ("a.parquet", {"text": ["x", None]}, r"row 2: 'text' is null"),
+        ("a.parquet", {"text": [["x"]]}, r"row 1: 'text' is an array"),
+        ("a.parquet", {"text": [b"x"]}, r"row 1: 'text' is of type bytes"),
+        ("a.parquet", {"text": []}, "holds no text"),
+        ("a.parquet", {"body": ["x"]}, "no column 'text', only body"),
+    ],
+)
+def test_what_is_no_text_is_refused_by_file_place_and_cause(name, content, message, tmp_path):
+    path = tmp_path / name
+    parquet_of(content, path) if isinstance(content, dict) else path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as refused:
+        documents([str(path)], "model")
+    assert str(path) in str(refused.value)
+
+
+def read(path) -> str:
+    return "".join(document.text for split in SPLITS for document in documents([str(path)], split))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("a.txt", b"\xef\xbb\xbfone\r\ntwo\rthree", "one\ntwo\nthree"),
+        ("A.TXT", "caf\xe9 \U0001f600".encode(), "caf\xe9 \U0001f600"),
+        ("a b [1] \xfc.txt", b"odd name", "odd name"),
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "one"}\r\n\n  \n', "one"),
+        ("a.jsonl", b'{"other": NaN, "text": "\\ud83d\\ude00 \xe2\x80\xa8"}', "\U0001f600 \u2028"),
+    ],
+)
+def test_odd_files_that_are_text_are_read_right(name, content, text, tmp_path):
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / name) == text
+
+
+def test_one_long_line_serves_all_splits(tmp_path):
+    words = " ".join(str(number) for number in range(100_000))
+    (tmp_path / "line.txt").write_text(words)
+    parts = [documents([str(tmp_path / "line.txt")], split) for split in SPLITS]
+    assert all(parts) and all(len(document.text) <= 2**15 for part in parts for document in part)
+    assert sorted(" ".join(document.text for part in parts for document in part).split()) == sorted(words.split())
+
+
+def test_texts_are_named_once(tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    for names in (["stdlib-code", "stdlib-code"], [f"{tmp_path}/a.txt", f"{tmp_path}/*.txt"]):
+        with pytest.raises(ValueError, match="is named twice"):
+            check_sources(names)
+    for names in ([], [""], ""):
+        with pytest.raises(ValueError, match="no text is named"):
+            check_sources(names)
 
 
 @given(st.text())

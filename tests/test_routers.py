@@ -264,3 +264,10 @@ def test_simple_routers_refuse_what_is_no_action_or_price():
             PatternRouter(wrong)
     with pytest.raises(ValueError, match="price must be at least 0"):
         OracleRouter(float("nan"))
+
+
+def test_a_stored_choice_that_is_no_action_is_refused(tmp_path):
+    folder = save(KNNRouter(3, 32, 64), tmp_path)
+    spoil_weights(lambda state: state["choices"][0, 1, :1].fill_(2))(folder)
+    with pytest.raises(ValueError, match="choices are 0 to 1, not 2"):
+        routers.load(folder)

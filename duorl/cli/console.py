@@ -34,9 +34,10 @@ def resume_command(folder: Path) -> str:
 
 
 def quieten() -> None:
-    """Switch off the progress bars of transformers."""
+    """Switch off the progress bars and warnings of transformers: bad input gets one line."""
     import transformers
 
+    transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
 
 

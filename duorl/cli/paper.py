@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -78,7 +79,7 @@ class Paper:
         options = self.options
         self.sources = {"prose": source_names(options.prose), "code": source_names(options.code)}
         named = [", ".join(names) for names in self.sources.values()]
-        kept = dense.find(options.dense, model_folder(options.model), named)
+        kept = _kept_dense(options.dense, model_folder(options.model), named)
         self.dense = [] if options.quick else kept
         material = Material.of(options.model, options.skip, options.env.window)
         self.model, self.tokenizer = material.model, material.tokenizer
@@ -166,3 +167,12 @@ class Paper:
             say(f"{job.name} failed: {said['error']} (traceback: {said['traceback']})")
         elif "completed" in said:
             self.say(f"train {job.name}: {100 * said['completed'] / max(1, said['total']):.0f} %")
+
+
+def _kept_dense(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a dense study; errors as for `dense.find`, and where its file is not one."""
+    try:
+        return dense.find(place, model, texts)
+    except (LookupError, TypeError, json.JSONDecodeError) as error:
+        where = place or model / "dense.json"
+        raise ValueError(f"cannot read dense.json at {where}: {type(error).__name__}: {error}") from error

@@ -6,7 +6,9 @@ transformers is imported only when a model is loaded, so a missing folder is fou
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,7 +70,9 @@ def load(
         raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: make one with duorl.convert")
     _require_plausible(folder, settings)
     try:
-        loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True, **changed)
+        with _without_report():
+            info = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
+            loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **info, **changed)
     except SafetensorError as problem:
         raise ValueError(f"cannot read the weights in {folder}: {problem}") from problem
     except Exception as problem:  # whatever a broken config.json or a shard that is missing leads to in transformers
@@ -96,8 +100,24 @@ def _require_plausible(folder: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{folder / 'config.json'}: {name} is {value}, but the weights are {count} tensors")
 
 
+@contextmanager
+def _without_report() -> Iterator[None]:
+    """transformers tells in a table which weights it lacks; here it is an error, in one line."""
+    logger = logging.getLogger("transformers.modeling_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 def _check_weights(folder: Path, model: DuoForCausalLM, found: Mapping[str, Any]) -> None:
     """Refuse weights that are not the model's, or no numbers."""
+    if found["mismatched_keys"]:
+        name, kept, expected = min(found["mismatched_keys"])
+        sizes = f"{tuple(kept)} and not {tuple(expected)}"
+        raise ValueError(f"the weights in {folder}: {name} has shape {sizes}, which config.json says")
     if found["missing_keys"]:
         raise ValueError(f"the weights in {folder} lack {min(found['missing_keys'])}")
     if found["unexpected_keys"]:

@@ -210,6 +210,8 @@ def _steered_backbone(config: DuoConfig) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config.backbone, attn_implementation=function)
     except KeyError as problem:
         family = config.backbone.model_type
+        if problem.args != (function,):
+            raise ValueError(f"{family}: transformers knows no {problem}, which its configuration names") from problem
         raise ValueError(
             f"{family}: attention bypasses transformers' attention interface: name one of the family's own in "
             "duorl.models.families"

@@ -85,6 +85,13 @@ class Router(nn.Module):
             require_fit(self, model)
             self._fits = ref(model)  # a model is looked at once, and not for every token that it generates
 
+    def check(self) -> None:
+        """Called when it has been loaded.
+
+        Raises:
+            ValueError: its buffers hold what they cannot hold.
+        """
+
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
         """Called before each pass over windows (B, T+1). Deployable routers do not look at the targets."""
 

@@ -75,6 +75,11 @@ class KNNRouter(LogitRouter):
         self.register_buffer("choices", torch.zeros(rungs, layers, size, dtype=torch.uint8))
         self._searches: dict[int, NearestNeighbors] = {}
 
+    def check(self) -> None:
+        """Every choice is one of the actions; see `Router.check`."""
+        if self.choices.max() >= len(self.codes):
+            raise ValueError(f"choices are 0 to {len(self.codes) - 1}, not {self.choices.max()}")
+
     def votes(self, hidden: Tensor, layer: int) -> Tensor:
         """Share of the votes for each action.
 

@@ -96,6 +96,11 @@ class ReplayRouter(Router):
         """The routes' length."""
         return self.config["shape"][2], None
 
+    def check(self) -> None:
+        """Routes are action codes; see `Router.check`."""
+        if not ((self.routes >= 0) & (self.routes < len(ACTIONS))).all():
+            raise ValueError(f"routes are codes 0 to {len(ACTIONS) - 1} ({', '.join(ACTIONS)})")
+
     @classmethod
     def of(cls, windows: Tensor, routes: Tensor) -> ReplayRouter:
         """A router that repeats routes (B, T, L) on windows (B, T+1)."""

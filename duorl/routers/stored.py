@@ -41,6 +41,10 @@ def load(folder: str | Path) -> Router:
             raise FileNotFoundError(f"{folder} lacks router.safetensors")
         _require_same(weights, state, router.state_dict())
         router.load_state_dict(state)
+        try:
+            router.check()
+        except ValueError as error:
+            raise ValueError(f"{weights}: {error}") from error
     return router.eval()
 
 

@@ -85,7 +85,10 @@ def check_same_options(out: str, config: str) -> None:
     path = Path(out) / CONFIG
     if not path.is_file():
         return
-    now, then = (dict(flatten(yaml.safe_load(text))) for text in (config, path.read_text()))
+    try:
+        now, then = (dict(flatten(yaml.safe_load(text))) for text in (config, path.read_text(encoding="utf8")))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"cannot read {path}: {error}: give --overwrite to begin anew") from error
     for name in sorted(now.keys() | then.keys()):
         if name not in _FREE and now.get(name) != then.get(name):
             raise ValueError(f"{out} was made with {name} {then.get(name)}, not {now.get(name)}: cannot resume it")
