@@ -1,4 +1,4 @@
-"""How often an interval that says 95 % holds the true value: the table of docs/metrics.md.
+"""How often a 95 % interval contains the true value: the table of docs/metrics.md.
 
     python -m benchmarks.coverage --draws 2000
 
@@ -50,7 +50,7 @@ SPREADS = {
 
 
 def draw(generator: np.random.Generator, spread: Spread, seeds: int, *, skewed: bool) -> tuple[Tensor, Tensor]:
-    """Losses (S, W) whose mean over all seeds and files is 0, and the windows' files (W,)."""
+    """Random losses (S, W) with mean 0 over all seeds and files, and the file of each window, (W,)."""
     shares = np.exp(1.3 * stats.norm.ppf((np.arange(FILES) + 0.5) / FILES))
     lengths = generator.multinomial(WINDOWS, shares / shares.sum())
     files = np.repeat(np.arange(FILES), lengths)
@@ -65,7 +65,7 @@ def _effects(generator: np.random.Generator, skewed: bool, *shape: int) -> np.nd
 
 
 def _standard(normal: np.ndarray, skewed: bool) -> np.ndarray:
-    """Of mean 0 and variance 1; skewed: log-normal, of skewness 1.75."""
+    """Random effects with mean 0 and variance 1; skewed: log-normal with skewness 1.75."""
     return (np.exp(0.5 * normal) - np.exp(0.125)) / np.sqrt((np.exp(0.25) - 1) * np.exp(0.25)) if skewed else normal
 
 
@@ -88,18 +88,18 @@ def satterthwaite(found: Estimate) -> Interval:
 
 
 def area(means: np.ndarray) -> float:
-    """The hypervolume of a frontier that the mean effect bends, so that other steps of it count."""
+    """The hypervolume of a frontier whose shape changes with the mean effect."""
     return hypervolume(STEPS, LOSSES + TURNS * means[0], worst_loss=3.0)
 
 
 def true_area(spread: Spread, *, skewed: bool) -> float:
-    """Its mean over seeds, on all files."""
+    """Its mean over seeds and files."""
     quantiles = stats.norm.ppf((np.arange(2000) + 0.5) / 2000)
     return float(np.mean([area([spread.seed * effect]) for effect in _standard(quantiles, skewed)]))
 
 
 def covered(spread: Spread, seeds: int, draws: int, *, skewed: bool) -> np.ndarray:
-    """Per method (M, 2): the share of intervals that hold the truth, and their mean width."""
+    """For each method, (M, 2): share of intervals that contain the true value, and mean width."""
     generator, found = np.random.default_rng(seeds), []
     truths = (0.0, 0.0, 0.0, true_area(spread, skewed=skewed))
     for _ in range(draws):
@@ -115,7 +115,7 @@ METHODS = ("percentile bootstrap", "Satterthwaite", "used", "used, hypervolume")
 
 
 def markdown(draws: int) -> str:
-    """The table; with one seed all is about that one router, and seeds do not differ."""
+    """The table. With one seed, the interval is about this one router."""
     lines = [f"| effects | seeds | {' | '.join(METHODS)} |", f"| --- | ---: |{' ---: |' * len(METHODS)}"]
     for name, spread in SPREADS.items():
         for seeds in SEEDS:
@@ -130,7 +130,7 @@ def markdown(draws: int) -> str:
 def main() -> None:
     """Simulate, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=2000, help="made-up experiments per line")
+    parser.add_argument("--draws", type=int, default=2000, help="simulated experiments per line")
     print(markdown(parser.parse_args().draws))
 
 

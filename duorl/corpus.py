@@ -49,7 +49,7 @@ class Document(NamedTuple):
 
 
 class Windows(NamedTuple):
-    """Windows of text, and where they are from.
+    """Windows of text, with their files.
 
     Attributes:
         tokens: (W, T+1), see `load_windows`.
@@ -122,7 +122,7 @@ def _text_blocks(name: str, text: str) -> Iterator[Document]:
 
 
 def _short_lines(text: str) -> Iterator[str]:
-    """Lines with their ends; one that is longer than a block is cut at spaces, or anywhere where it has none."""
+    """Lines with their line ends. A line that is longer than a block is cut at spaces, or anywhere without spaces."""
     for line in text.splitlines(keepends=True):
         start = 0
         while len(line) - start > _BLOCK_CHARACTERS:
@@ -142,7 +142,7 @@ def _named(name: str, text: str) -> str:
 
 
 def check_sources(sources: str | Sequence[str]) -> None:
-    """Find out whether there is text at all, without reading it; errors as for `documents`."""
+    """Check that the sources exist, without reading the text; errors as for `documents`."""
     names = source_names(sources)
     paths = [path for source in names if source not in BUILT_IN for path in _files(source)]
     named = [source for source in names if source in BUILT_IN] + [str(path.resolve()) for path in paths]
@@ -193,7 +193,7 @@ def _whole_text(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The column of every line that is not blank, with its place."""
+    """The text of every line that is not blank, with its place."""
     offset = 0
     with path.open("rb") as file:
         for number, content in enumerate(file, start=1):
@@ -214,7 +214,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The column of every row, with its place."""
+    """The text of every row, with its place."""
     from pyarrow import parquet
 
     number = 0
@@ -227,7 +227,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}, row {number}", text
     except ImportError:
         raise
-    except Exception as error:  # pyarrow's errors are of many kinds
+    except Exception as error:  # pyarrow raises errors of many classes
         if str(error).startswith(str(path)):
             raise
         raise ValueError(f"cannot read {path} as Parquet after row {number}: {error}") from error
@@ -259,7 +259,7 @@ def _check_column(place: str, names: Sequence[str]) -> None:
 
 
 def _check_characters(place: str, text: str) -> None:
-    """Refuse what no text holds: NUL, which binary files have, and halves of surrogate pairs, which JSON can write."""
+    """Refuse characters that no text has: NUL (in binary files), and halves of surrogate pairs (possible in JSON)."""
     found = _NO_TEXT.search(text)
     if found:
         line = text.count("\n", 0, found.start()) + 1
@@ -267,7 +267,7 @@ def _check_characters(place: str, text: str) -> None:
 
 
 def _json_name(value: Any) -> str:
-    """What JSON calls a value that is no string."""
+    """The JSON name of the type of a value."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "an array"}
     return names.get(type(value), "an object" if isinstance(value, dict) else f"of type {type(value).__name__}")
 
@@ -297,7 +297,7 @@ def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
 
     Raises:
         FileNotFoundError: a path or glob matches nothing.
-        ValueError: a file is empty, not UTF-8, or broken, or a row of it is; names the file and the place in it.
+        ValueError: a file or a row is empty, not UTF-8 or broken; the message names the file and the place.
     """
 
     def keep(path: str) -> bool:
@@ -357,7 +357,7 @@ def cut(texts: Sequence[Document], tokenizer, length: int) -> Windows | None:
 
 
 def _files_of(count: int, names: Sequence[str], encoded: Sequence[Sequence[int]], length: int) -> Tensor:
-    """See `Windows.files`; runs are of W^(1/3) windows, the order at which a block bootstrap's variance errs least.
+    """See `Windows.files`; a block has W^(1/3) windows, the best order for the variance of a block bootstrap.
 
     The order is of Hall, Horowitz and Jing (1995), On blocking rules for the bootstrap with dependent data.
     """

@@ -274,7 +274,7 @@ def checked(reward: Reward, step: Step) -> Tensor:
 
 
 def checked_contextual(reward: Reward, step: Step) -> Tensor:
-    """What a reward credits to the routes of earlier tokens, (N,), part by part; errors as for `checked`."""
+    """The `contextual` part of a reward, (N,), checked part by part; errors as for `checked`."""
     parts = [_checked(f"{part.name}.contextual", part.contextual, step) for part in _flat(reward)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 

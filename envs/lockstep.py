@@ -275,7 +275,7 @@ class RoutingDynamics:
         return walk
 
     def _teacher_gain(self) -> Tensor:
-        """(N,) nats: see `Step.teacher_gain`."""
+        """(N,) nats; see `Step.teacher_gain`."""
         teacher = self._constant(BIG)
         distances = self._reference_pass().divergences(teacher).repeat(self.group_size, 1)
         return (distances - self._walk.divergences(teacher)).flatten()

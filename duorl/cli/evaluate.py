@@ -52,7 +52,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
 
 
 def _check_actions(router: Router, options: Namespace) -> None:
-    """A router that takes what the oracle may not would stand above the bound."""
+    """Refuse a router with actions that the oracle may not take: it could be better than the bound."""
     if isinstance(router, LogitRouter):
         more = [ACTIONS[code] for code in router.codes.tolist() if ACTIONS[code] not in options.actions]
         if more:
@@ -60,7 +60,7 @@ def _check_actions(router: Router, options: Namespace) -> None:
 
 
 def _try(router: Router, model: DuoForCausalLM, windows: Tensor) -> None:
-    """One window: a router that cannot decide is found before anything is written."""
+    """Run the router on one window, so that a bad router is refused before anything is written."""
     try:
         measure(model, router, windows)
     except Exception as error:  # a user's class may raise anything

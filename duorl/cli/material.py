@@ -1,4 +1,4 @@
-"""What commands measure and train on: a model, its tokenizer, and text that fits both."""
+"""The input of commands: a model, its tokenizer, and text that fits both."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from duorl.models.calls import Skip
 
 
 class Material(NamedTuple):
-    """A model, its tokenizer, and the length of the windows that text is cut into."""
+    """A model, its tokenizer, and the length of windows."""
 
     model: DuoForCausalLM
     tokenizer: PreTrainedTokenizerBase
@@ -25,7 +25,7 @@ class Material(NamedTuple):
         """Load a model.
 
         Raises:
-            ValueError, OSError: it cannot be used; see `duorl.models.load`.
+            ValueError, OSError: see `duorl.models.load`.
         """
         require_positive(window=window)
         return cls(load(model, skip=skip), load_tokenizer(model), window)

@@ -78,7 +78,7 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
 
 
 def _require_finite(config: str) -> None:
-    """No option is NaN or infinite: of such a rate or factor nothing comes but NaN."""
+    """Refuse options that are NaN or infinite."""
     for name, value in folders.flatten(read_config(config)):
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):

@@ -1,8 +1,9 @@
 """Routers at equal compute: their frontiers over a ladder of prices, with seeds, files and paired tests.
 
-A router that was trained for a range of prices is measured at several of them, a fixed pattern with every
-number of big layers: its `Ladder`. Between two steps a deployment may mix them, so at a given compute the loss
-is interpolated linearly. All routers of a table spend exactly the same then, and are compared on the same windows.
+A router for a range of prices is measured at several prices; for fixed patterns, the best one of every number of big
+layers is measured. These measurements are a `Ladder`. A deployment can mix two steps of a ladder, so the loss at a
+given compute is interpolated linearly. All routers of a table then have exactly the same compute, and are compared on
+the same windows.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Ladder:
 
     @classmethod
     def load(cls, path: Path) -> Ladder:
-        """A saved ladder; an older file knows only the means of compute, which are every window's then."""
+        """Load a ladder; older files have only the mean compute, which is then used for every window."""
         found = load_file(path)
         if "spent" not in found:
             return cls(found["compute"][:, None].expand_as(found["losses"]).contiguous(), found["losses"])
@@ -72,23 +73,23 @@ class Ladder:
 
 
 Ladders = Mapping[str, Sequence[Ladder]]
-"""By router, one ladder per training seed."""
+"""For each router, one ladder per training seed."""
 
 
 def budget_rows(ladders: Ladders, targets: Sequence[float], files: Tensor | None = None) -> list[Row]:
-    """A row per target compute and router.
+    """Rows for each target compute and router.
 
     Args:
-        ladders: by router.
-        targets: computes.
-        files: (W,), which file a window is from.
+        ladders: ladders by router.
+        targets: values of the compute.
+        files: (W,), file of each window.
 
     Returns:
         Rows with `router`, `seeds`, `target`, `compute` (the target: all are interpolated to it), `loss` in nats with
         its `loss_interval`, and `minus`: by rival the paired `difference` of losses (below 0 is better than the rival),
         its `interval`, its two-sided `p`, and whether it `holds` by Holm's procedure over all routers and targets that
-        are compared with this rival. A router that cannot spend the target has None for all of these, and `spends` says
-        what it can: least and most. See `duorl.evaluation.statistics` for intervals and tests.
+        are compared with this rival. If a router does not reach the target, all of these are None, and
+        `spends` is the range of its compute. See `duorl.evaluation.statistics` for intervals and tests.
     """
     rows = [row for target in targets for row in _rows_at(ladders, target, files)]
     for rival in ladders:
@@ -120,7 +121,7 @@ def _rows_at(ladders: Ladders, target: float, files: Tensor | None) -> list[Row]
 
 
 def loss_at(seeds: Sequence[Ladder], target: float, files: Tensor | None = None) -> Estimate | None:
-    """Nats at a compute, the mean over seeds; None unless every seed reaches it."""
+    """Mean loss over seeds at a compute, in nats; None if a seed does not reach it."""
     low, high = _range(seeds)
     if not low - 1e-6 <= target <= high + 1e-6:  # compute is a sum of floats
         return None
@@ -152,23 +153,23 @@ def minus(own: Estimate, rival: Estimate) -> Row:
 
 
 def _range(seeds: Sequence[Ladder]) -> list[float]:
-    """What all seeds can spend."""
+    """The range of compute that all seeds reach."""
     return [max(ladder.compute.min().item() for ladder in seeds), min(ladder.compute.max().item() for ladder in seeds)]
 
 
 def summaries(ladders: Ladders, *, level: float, worst: Tensor, files: Tensor | None = None) -> list[Row]:
-    """A row per router for its whole frontier.
+    """Rows for the whole frontier of each router.
 
     Args:
         ladders: by router.
-        level: a loss in nats, all-big's, for instance.
+        level: a loss in nats, for example that of all-big.
         worst: (W,) nats, losses of the windows whose mean is the corner of the hypervolume, at compute 1.
         files: (W,), which file a window is from.
 
     Returns:
         Rows with `router`, `seeds`, `hypervolume` (nats x compute), the mean of the seeds', with its
-        `hypervolume_interval`, `level_at`: the least compute at which the frontier of the seeds' means is at the level
-        or below, or None, and the `frontier`: per step `compute`, `loss` and its `interval`, means over seeds.
+        `hypervolume_interval`, `level_at`: the smallest compute at which the frontier of the seeds' means is at or
+        below the level, or None, and the `frontier`: per step `compute`, `loss` and its `interval`, means over seeds.
     """
     rows = []
     for name, seeds in ladders.items():

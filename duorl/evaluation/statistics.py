@@ -1,9 +1,9 @@
 """Estimates with intervals and tests, and frontiers: pure functions.
 
-An estimate's two sources of chance are crossed: which seeds the learners had, and which files the text is from. Windows
-of one file resemble each other, so a file is left out as a whole. For each source the jackknife gives a variance; the
-two are added, each with the t quantile of its own degrees of freedom. `python -m benchmarks.coverage` shows how often
-such intervals hold the true value; docs/metrics.md has its table.
+An estimate varies with the seeds of the learners and with the files of the text. Windows of one file are similar, so a
+whole file is left out at a time. The jackknife gives a variance for the seeds and one for the files. The interval adds
+both, each with the t quantile of its own degrees of freedom. `python -m benchmarks.coverage` shows how often such
+intervals contain the true value; docs/metrics.md has the table.
 
     loss = estimate(losses, files)              # (S, W), (W,)
     loss.value, loss.interval
@@ -31,11 +31,12 @@ _LEAST_P = 1e-15
 
 @dataclass(frozen=True)
 class Estimate:
-    """A statistic that is averaged over seeds, with its chance variation.
+    """A statistic, averaged over seeds, with its variance.
 
     Attributes:
-        seeds: by independent group of seeds their values, (S,) each; the estimate is the sum of the groups' means.
-        without: (F,), the estimate with one file left out; empty of a single file.
+        seeds: values of the seeds, (S,), for each independent group of seeds; the estimate is the sum of the groups'
+            means.
+        without: (F,), the estimate without each one of the files; empty if there is only one file.
         freedom: degrees of freedom of the files' variance.
     """
 
@@ -50,11 +51,11 @@ class Estimate:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % confidence interval, value -+ sqrt(sum of (t * standard error)^2); None where nothing was repeated.
+        """95 % confidence interval, value -+ sqrt(sum of (t * standard error)^2); None with one seed and one window.
 
-        Banerjee (1960), Approximate confidence interval for linear functions of means of k populations: it covers at
-        least as often as it says, whatever the ratio of the variances, where effects are normal. With one seed it is
-        about this one router on other files; with several about the learner on other files.
+        Banerjee (1960), Approximate confidence interval for linear functions of means of k populations: for
+        normal effects, it covers at least 95 %, for any ratio of the variances. With one seed, the interval is about
+        this router on other files. With several seeds, it is about the learner on other files.
         """
         if not self.errors:
             return None
@@ -72,7 +73,7 @@ class Estimate:
         return _LEAST_P if beyond(least) <= 0 else float(np.exp(brentq(beyond, least, 0.0, xtol=1e-6)))
 
     def __sub__(self, rival: Estimate) -> Estimate:
-        """The paired difference on the same windows: files are left out of both, equally many seeds go in pairs."""
+        """The paired difference on the same windows. Files are left out of both; equal numbers of seeds are paired."""
         without = self.without - rival.without
         if len(self.seeds) == len(rival.seeds) == 1:
             own, other = self.seeds[0], rival.seeds[0]
@@ -82,7 +83,7 @@ class Estimate:
 
     @property
     def errors(self) -> list[tuple[float, float]]:
-        """Variance and degrees of freedom by source of chance: groups of seeds, and files."""
+        """Variance and degrees of freedom of each group of seeds and of the files."""
         found = [(group.var(ddof=1) / len(group), len(group) - 1.0) for group in self.seeds if len(group) > 1]
         if count := len(self.without):
             found.append(((count - 1) / count * np.square(self.without - self.value).sum(), self.freedom))
@@ -94,7 +95,7 @@ def _half_width(errors: Sequence[tuple[float, float]], level: float) -> float:
 
 
 def estimate(values: Tensor, files: Tensor | None = None, *, statistic: Statistic | None = None) -> Estimate:
-    """A mean over windows and seeds, or a statistic of several means, with its chance variation.
+    """A mean over windows and seeds, or a statistic of several means, with its variance.
 
     The files' variance is the jackknife's: MacKinnon, Nielsen and Webb (2023), Fast and reliable jackknife and
     bootstrap methods for cluster-robust inference. Its degrees of freedom are Kish's effective number of files, minus
@@ -102,8 +103,8 @@ def estimate(values: Tensor, files: Tensor | None = None, *, statistic: Statisti
 
     Args:
         values: (W,) or (S, W); with a statistic (S, C, W), C numbers per window.
-        files: (W,), which file a window is from; without it, or where all are from one, each window is its own.
-        statistic: of the means over windows, (C,); it is averaged over seeds. The only column itself unless given.
+        files: (W,), file of each window. Without it, or if all windows are from one file, each window is its own file.
+        statistic: a function of the means over windows, (C,); it is averaged over seeds. By default, the only column.
     """
     array = values.double().cpu().numpy()
     array = array if statistic else np.atleast_2d(array)[:, None]
@@ -128,10 +129,10 @@ def _by_file(array: np.ndarray, files: Tensor | None) -> tuple[np.ndarray, np.nd
 
 
 def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
-    """Which of several tests hold, if the chance that any of them holds wrongly is to stay below a level.
+    """Which of several tests hold, so that the probability of any false one stays below a level.
 
-    Holm (1979), A simple sequentially rejective multiple test procedure: the least p is held against level / m, the
-    next against level / (m - 1), until one fails.
+    Holm (1979), A simple sequentially rejective multiple test procedure: the smallest p is compared with level / m,
+    the next with level / (m - 1), and so on until one fails.
     """
     holds = [False] * len(p)
     for rank, index in enumerate(sorted(range(len(p)), key=p.__getitem__)):
@@ -142,12 +143,12 @@ def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
 
 
 def hypervolume(compute: Frontier, loss: Frontier, *, worst_compute: float = 1.0, worst_loss: float) -> float:
-    """Area that a frontier dominates: what a set of trade-offs is worth (Zitzler and Thiele 1999), both axes down.
+    """Area that a frontier dominates (Zitzler and Thiele 1999); smaller is better on both axes.
 
     Args:
         compute: (P,).
         loss: (P,) nats.
-        worst_compute, worst_loss: the corner against which the area is taken; points beyond it add nothing.
+        worst_compute, worst_loss: the corner of the area; points beyond it add nothing.
 
     Returns:
         Nats times share of compute.
@@ -161,7 +162,7 @@ def hypervolume(compute: Frontier, loss: Frontier, *, worst_compute: float = 1.0
 
 
 def reaches(compute: Tensor, loss: Tensor, level: float) -> float | None:
-    """The least compute at which a frontier's loss, linear between its points, is at or below a level; or None."""
+    """The smallest compute at which a frontier's loss, linear between its points, is at or below a level; or None."""
     order = compute.argsort()
     spent, lost = compute[order].tolist(), loss[order].tolist()
     for index, (here, now) in enumerate(zip(spent, lost, strict=True)):

@@ -13,7 +13,7 @@ from duorl.models.families import inner_size_name
 class DuoConfig(PreTrainedConfig):
     """Configuration of a Hugging Face decoder, and the inner size of the small networks.
 
-    What it does not hold itself, `vocab_size` or `hidden_size` for instance, it reads from and writes to the decoder's.
+    Settings of the decoder, for example `vocab_size` and `hidden_size`, are read from and written to `backbone`.
 
     Args:
         backbone: the decoder's configuration, or its dictionary form with `model_type`.
@@ -52,14 +52,14 @@ class DuoConfig(PreTrainedConfig):
             setattr(self, name, value)
 
     def __getattr__(self, name: str) -> Any:
-        """The decoder's setting: asked for what is not here."""
+        """A setting of the decoder, if this configuration does not have it."""
         backbone = self.__dict__.get("backbone")
         if backbone is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
         return getattr(backbone, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """A setting that only the decoder has is set there."""
+        """Set a setting; those that only the decoder has are set there."""
         backbone = self.__dict__.get("backbone")
         own = backbone is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(backbone, name)
         super().__setattr__(name, value) if own else setattr(backbone, name, value)

@@ -29,7 +29,7 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn"
 
     Returns:
         A trainable duo model with copies of the weights, on the same device and each in the same precision. Buffers
-        that transformers computes, rotary frequencies for instance, are those of a model that was loaded: float32.
+        that transformers computes, for example rotary frequencies, are float32, as in a loaded model.
 
     Raises:
         ValueError: the family cannot be run layer by layer, or all-big does not give the original's logits.

@@ -110,8 +110,8 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """The backbone's forward pass with routed feed-forward networks.
 
-        The arguments that all families know are named: transformers reads the signature, and hands to a model, or keeps
-        of a data set, only what it finds there.
+        The arguments that all families have are in the signature, because transformers reads it. It passes only these
+        to the model, and keeps only these columns of a data set.
 
         Args:
             input_ids: (B, T).
@@ -121,8 +121,8 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
             labels: (B, T), the tokens themselves; -100 is not scored.
             use_cache: return keys and values.
             logits_to_keep: number of last positions whose logits are computed, or their indices; 0: all.
-            routes: (B, T, L) int64, each token's action in each layer: 0 skip, 1 small, 2 big.
-            router: decides in place of `routes`, layer by layer; see `RouterLike`.
+            routes: (B, T, L) int64, action of each token in each layer: 0 skip, 1 small, 2 big.
+            router: decides layer by layer, in place of `routes`; see `RouterLike`.
             kwargs: further ones of the backbone (its cache, ...).
 
         Returns:

@@ -200,7 +200,7 @@ def kind_of(description: Any) -> tuple[type[Router], dict[str, Any]]:
 
 
 def rebuilt(description: Any) -> Router:
-    """The router of a description, with fresh weights.
+    """The router of a description, with new weights.
 
     Raises:
         ValueError: its class cannot be found, is no router, or refuses its configuration.
