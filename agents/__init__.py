@@ -1,6 +1,6 @@
-"""Agents: what learns a router by reinforcement.
+"""Agents: learners that train a router by reinforcement learning.
 
-The command line knows them by their class's name, `--agent PPO`; in Python they are also `PPOAgent`, `ReinforceAgent`.
+On the command line, use the name of the class: `--agent PPO`. In Python, `PPOAgent` and `ReinforceAgent` are names too.
 """
 
 import lazy_loader

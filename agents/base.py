@@ -1,4 +1,4 @@
-"""Agent: a learner that learns by reinforcement, in a `Lockstep` of tokens."""
+"""Agent: a learner that uses reinforcement learning, in a `Lockstep` environment."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from duorl.learners import HeadLearner
 
 
 class Agent(HeadLearner):
-    """Learns from episodes of all tokens in lockstep, one per update.
+    """Learns from episodes; in each update, all tokens of some windows play one episode in parallel.
 
     Args:
-        env: tokens in lockstep; its seed also starts the weights and the sampled actions.
+        env: the environment; its seed also starts the weights and the sampled actions.
         options: see `HeadLearner`.
     """
 
@@ -21,7 +21,7 @@ class Agent(HeadLearner):
 
 
 def refuse_budget(env: Lockstep, name: str) -> None:
-    """Learners whose choices cannot be ruled out do not take a hard budget.
+    """Refuse a hard budget, for learners that cannot mask actions.
 
     Raises:
         ValueError: the environment has one.

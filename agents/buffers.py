@@ -1,4 +1,4 @@
-"""Rollout buffers for Stable-Baselines3: observations stay tensors, advantages are relative to a group of copies."""
+"""Rollout buffers for Stable-Baselines3: observations are tensors, advantages are relative to a group of copies."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from duorl.agents.advantages import leave_one_out, rewards_to_go
 class GroupRolloutBuffer(DictRolloutBuffer):
     """A rollout of whole episodes, L steps of N tokens.
 
-    Stable-Baselines3 copies observations to arrays and back, which is most of what a rollout costs it; here they stay
-    the tensors that the model made. With K copies of each token, the leave-one-out mean of the group takes the
-    critic's place in the advantage; it is unbiased and knows the token's own difficulty, which the critic has to guess.
+    Stable-Baselines3 copies observations to arrays and back, and this is most of the time of its rollouts. Here
+    observations stay the tensors of the model. With K copies of each token, the baseline of the advantage is the
+    leave-one-out mean of the group, not the critic. This mean is unbiased and includes the difficulty of the token,
+    which a critic has to estimate.
 
     Args:
-        group_size: K; 1 keeps Stable-Baselines3's advantages (GAE).
-        args, kwargs: as Stable-Baselines3 gives them.
+        group_size: K; with 1, advantages are those of Stable-Baselines3 (GAE).
+        args, kwargs: arguments from Stable-Baselines3.
     """
 
     sample_class: type[Any] = DictRolloutBufferSamples
@@ -35,14 +36,14 @@ class GroupRolloutBuffer(DictRolloutBuffer):
         super().__init__(*args, **kwargs)
 
     def reset(self) -> None:
-        """Forget the last rollout."""
+        """Delete the last rollout."""
         shapes, self.obs_shape = self.obs_shape, {}  # no arrays for the observations
         super().reset()
         self.obs_shape = shapes
         self._steps = {key: [] for key in shapes}
 
     def add(self, obs, *args, **kwargs) -> None:
-        """One step of N tokens; see Stable-Baselines3's."""
+        """Add one step of N tokens; see `DictRolloutBuffer.add`."""
         for key, values in obs.items():
             self._steps[key].append(values)
         super().add({}, *args, **kwargs)
@@ -56,9 +57,9 @@ class GroupRolloutBuffer(DictRolloutBuffer):
             self.advantages = (returns - leave_one_out(returns, self.group_size)).numpy()
 
     def get(self, batch_size: int | None = None) -> Generator[Any, None, None]:  # type: ignore[override]
-        """Minibatches in a random order, the one that Stable-Baselines3 would draw."""
+        """Minibatches in the same random order as in Stable-Baselines3."""
         total = self.buffer_size * self.n_envs
-        # It counts decisions token by token; they lie here layer by layer.
+        # Stable-Baselines3 counts decisions token by token; here they are stored layer by layer.
         token, layer = np.divmod(np.random.permutation(total), self.buffer_size)
         order = torch.from_numpy(layer * self.n_envs + token)
         for index in order.split(batch_size or total):
@@ -93,6 +94,11 @@ class MaskableGroupRolloutBuffer(GroupRolloutBuffer, MaskableDictRolloutBuffer):
     """For MaskablePPO."""
 
     sample_class = MaskableDictRolloutBufferSamples
+
+    @property
+    def allowed(self) -> Tensor:
+        """Choices that were not ruled out, bool, (L * N, A)."""
+        return torch.from_numpy(self.action_masks).flatten(0, 1).bool()
 
     def _more(self, index: Tensor) -> dict[str, Tensor]:
         return {"action_masks": self._picked(self.action_masks, index)}

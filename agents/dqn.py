@@ -1,4 +1,4 @@
-"""DQN and MEX: value learners. The router's logits are Q values, so the deployed router is the greedy Q policy."""
+"""DQN and MEX learn action values (Q). The router's logits are the Q values, so its policy is the greedy one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from duorl.routers import HeadRouter
 
 
 def epsilon_greedy_entropy(epsilon: float, actions: int) -> float:
-    """Entropy in nats of a policy that takes one of A actions at random with probability epsilon, else the best."""
+    """Entropy in nats of an epsilon-greedy policy over A actions."""
     shares = [1 - epsilon + epsilon / actions] + [epsilon / actions] * (actions - 1)
     return -sum(share * math.log(share) for share in shares if share > 0)
 
@@ -35,14 +35,14 @@ def epsilon_greedy_entropy(epsilon: float, actions: int) -> float:
 def mex_loss(q: Tensor, chosen: Tensor, target: Tensor, eta: float) -> Tensor:
     """Mean of (Q(s, a) - target)^2 - eta * (max_b Q(s, b) - logsumexp_b Q(s, b)), a scalar.
 
-    Maximize to Explore (Liu et al. 2023, arXiv 2305.18258): the error of the values and, against it, an optimistic
-    value, in one objective. Less the logsumexp only the lead of the best action counts, not the level of all.
+    Maximize to Explore (Liu et al. 2023, arXiv 2305.18258) minimizes the error of the values and maximizes the value of
+    the best action, in one objective. The logsumexp removes the common level of all actions.
 
     Args:
         q: (B, A), nats.
         chosen: (B,) int64, the actions that were taken.
         target: (B,), nats: reward + value of the next state.
-        eta: weight of optimism; 0 for the squared error alone.
+        eta: weight of optimism; 0 for the squared error only.
     """
     error = mse_loss(q.gather(1, chosen[:, None]).squeeze(1), target)
     return error - eta * (q.amax(1) - q.logsumexp(1)).mean()
@@ -63,12 +63,12 @@ class _RouterQ(BasePolicy):
 
 
 class RoutingQPolicy(DQNPolicy):
-    """For Stable-Baselines3's DQN: a `HeadRouter` and a copy of it as the target network.
+    """Policy for the DQN of Stable-Baselines3: a `HeadRouter`, and a copy of it as the target network.
 
     Args:
         router: trained in place.
-        optimizer: of its weights.
-        args, kwargs: as Stable-Baselines3 gives them.
+        optimizer: optimizer of its weights.
+        args, kwargs: arguments from Stable-Baselines3.
     """
 
     def __init__(self, *args, router: HeadRouter, optimizer: torch.optim.Optimizer, **kwargs):
@@ -83,13 +83,13 @@ class RoutingQPolicy(DQNPolicy):
 
 
 class _TokenDQN(stable_baselines3.DQN):
-    """Every token explores for itself; Stable-Baselines3's own tosses one coin for all environments of a step."""
+    """Every token explores independently. In Stable-Baselines3, all environments of a step explore, or none."""
 
     agent: DQN
 
     @property
     def epsilon(self) -> float:
-        """The share of random choices; all of them before learning starts."""
+        """Probability of a random action; 1 before learning starts."""
         if self.num_timesteps < self.learning_starts:
             return 1.0
         return self.exploration_schedule(1 - self.num_timesteps / self.agent.planned)
@@ -104,7 +104,7 @@ class _TokenDQN(stable_baselines3.DQN):
 
 
 class _MexDQN(_TokenDQN):
-    """DQN with MEX's loss."""
+    """DQN with the loss of MEX."""
 
     eta: float
 
@@ -129,7 +129,7 @@ class _MexDQN(_TokenDQN):
 
 @torch.no_grad()
 def _last_episode(algorithm: _TokenDQN, layers: int) -> tuple[Tensor, Tensor]:
-    """Q of the choices that were made and the returns that followed, both (L, N)."""
+    """Q values of the chosen actions in the last episode and their returns, both (L, N)."""
     buffer = cast(DictReplayBuffer, algorithm.replay_buffer)
     last = np.arange(buffer.pos - layers, buffer.pos) % buffer.buffer_size
     observations = {
@@ -145,21 +145,21 @@ def _last_episode(algorithm: _TokenDQN, layers: int) -> tuple[Tensor, Tensor]:
 class DQN(StableBaselinesAgent):
     """Deep Q-learning (Mnih et al. 2015) by Stable-Baselines3, undiscounted: Q(s, a) = r + max_b Q(s', b).
 
-    After every episode of all tokens it takes `gradient_steps` steps on past decisions. Each decision is random
-    with probability epsilon, for every token by itself. `train/entropy` is that epsilon-greedy policy's and
-    `train/explained_variance` that of the returns to come by Q of the choices made, random ones included.
+    After every episode of all tokens, DQN makes `gradient_steps` steps on past decisions. Each decision of each token
+    is random with probability epsilon. `train/entropy` is the entropy of this epsilon-greedy policy.
+    `train/explained_variance` says how well the Q values of all chosen actions, also random ones, predict the returns.
 
     Args:
-        env: tokens in lockstep; its seed also starts the weights, the exploration and the sampled batches.
-        learning_rate: of Adam; falls linearly to 0.
-        buffer_size: decisions to learn from, the latest ones, in whole episodes of all tokens and at least one;
-            one takes 8 * hidden_size bytes.
+        env: the environment; its seed also starts the weights, the exploration and the sampled batches.
+        learning_rate: learning rate of Adam; it falls linearly to 0.
+        buffer_size: number of decisions in the replay buffer, in whole episodes of all tokens and at least one
+            episode; a decision takes 8 * hidden_size bytes.
         batch_size: decisions per gradient step.
-        gradient_steps: per episode of all tokens.
-        target_interval: episodes of all tokens between copies of the router into the target network.
-        learning_starts: decisions before the first gradient step, all random.
-        exploration_fraction: the share of the decisions over which epsilon falls linearly from 1.
-        exploration_final: epsilon from then on.
+        gradient_steps: gradient steps per episode of all tokens.
+        target_interval: episodes of all tokens after which the router is copied to the target network.
+        learning_starts: number of random decisions before the first gradient step.
+        exploration_fraction: share of the decisions in which epsilon falls linearly from 1.
+        exploration_final: epsilon after that.
         width: hidden units of a head; 0 for linear heads.
         init: folder of a saved router to start from; its logits are the first Q values.
 
@@ -201,7 +201,7 @@ class DQN(StableBaselinesAgent):
             gamma=1.0,
             train_freq=env.layers,
             gradient_steps=gradient_steps,
-            # The next episode's first state stands where a final one should; `done` keeps its value out.
+            # The buffer has the next episode's first state in place of the final one; `done` makes its value 0.
             replay_buffer_kwargs={"handle_timeout_termination": False},
             target_update_interval=target_interval * episode,
             exploration_fraction=exploration_fraction,
@@ -223,7 +223,7 @@ class DQN(StableBaselinesAgent):
         }
 
     def charge(self, price: float) -> None:
-        """Charge another price; decisions that were paid at the old one are forgotten."""
+        """Change the price, and delete the decisions that have rewards at the old price."""
         super().charge(price)
         cast(DictReplayBuffer, self.algorithm.replay_buffer).reset()
 
@@ -234,7 +234,7 @@ class DQN(StableBaselinesAgent):
 
     @property
     def replay(self) -> State:
-        """What the replay buffer holds."""
+        """Content of the replay buffer."""
         buffer = cast(DictReplayBuffer, self.algorithm.replay_buffer)
         held = slice(None) if buffer.full else slice(buffer.pos)
         columns = {name: getattr(buffer, name)[held] for name in _COLUMNS}
@@ -256,11 +256,11 @@ _COLUMNS, _STATES = ("actions", "rewards", "dones"), ("observations", "next_obse
 
 
 class MEX(DQN):
-    """Maximize to Explore (Liu et al. 2023): DQN that weighs the error of its values against optimism, see `mex_loss`.
+    """Maximize to Explore (Liu et al. 2023): DQN with an optimistic loss, see `mex_loss`.
 
     Args:
         env: as for `DQN`.
-        eta: weight of optimism, about the lead in nats that it adds to the best action; 0 for none.
+        eta: weight of optimism; it raises the best action by about this many nats. 0: no optimism.
         options: as for `DQN`.
 
     Raises:

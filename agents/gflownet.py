@@ -1,8 +1,8 @@
-"""GFlowNet: routes sampled in proportion to exp(return / temperature), by sub-trajectory balance.
+"""GFlowNet: samples routes in proportion to exp(return / temperature), trained by sub-trajectory balance.
 
 Amortized inference (Hu et al. 2023, arXiv 2310.04363) with the loss of Madan et al. 2022 (arXiv 2209.12782). A state is
-a token's route so far, a tree of depth L, so the backward policy is 1. The flow F(s) of a state is the sum of
-exp(return / temperature) over the routes through it, and where it is known the policy is too:
+a token's route so far. The states form a tree of depth L, so the backward policy is 1. The flow F(s) of a state is the
+sum of exp(return / temperature) over the routes through it. The policy follows from the flow:
 pi(a | s) = F(s a) / F(s).
 """
 
@@ -22,15 +22,15 @@ from duorl.envs.lockstep import Lockstep
 def subtrajectory_balance(log_flow: Tensor, log_chosen: Tensor, decay: float) -> Tensor:
     """Sub-trajectory balance (Madan et al. 2022, eq. 10 and 11 with P_B = 1), a scalar.
 
-    The mean over tokens and, weighted by decay^(j - i), over i < j of
+    Mean over tokens and over i < j, with weights decay^(j - i), of
     [log F(s_i) + log pi(a_i | s_i) + ... + log pi(a_{j-1} | s_{j-1}) - log F(s_j)]^2.
 
     Args:
         log_flow: (L+1, N), log F of the states of N routes; the last row is return / temperature.
-        log_chosen: (L, N), log-probabilities of their choices.
-        decay: above 0; towards 0 only single decisions count, above 1 whole routes count most.
+        log_chosen: (L, N), log-probabilities of the chosen actions.
+        decay: above 0. Near 0, only single decisions count. Above 1, whole routes have the largest weight.
     """
-    # The sum of log pi from i to j is a difference of prefix sums, and so is the whole bracket.
+    # The sum of log pi from i to j is a difference of prefix sums. So is the whole bracket.
     excess = log_flow - torch.cat([torch.zeros_like(log_flow[:1]), log_chosen.cumsum(0)])
     start, end = torch.triu_indices(len(excess), len(excess), offset=1, device=excess.device)
     weights = decay ** (end - start).to(excess.dtype)
@@ -40,19 +40,19 @@ def subtrajectory_balance(log_flow: Tensor, log_chosen: Tensor, decay: float) ->
 class GFlowNet(Agent):
     """Samples routes with P(route) ~ exp(return / temperature), by sub-trajectory balance on its own samples.
 
-    Deployed, the router takes each layer's likeliest action. That is the best route for a low temperature; a high one
-    also keeps the runners-up likely. The distribution is exact where a token's return depends on its own route alone
-    (context `reference`); in the routed context the other tokens' routes are noise in it.
+    In deployment, the router takes the most probable action in each layer. With a low temperature, this is the best
+    route. With a high temperature, other good routes are also probable. The distribution is exact if a token's return
+    depends only on its own route (context `reference`). In the routed context, the routes of other tokens add noise.
 
-    log F(s_l) = (rewards before l + V(s_l)) / temperature + (L - l) log A. V is the learned head, in nats: what
-    is still to come. Since the rewards so far are known in s_l this only renames what is learned (the forward-looking
-    form of Pan et al. 2023, arXiv 2302.01687), and V = 0 is right where nothing is earned.
+    log F(s_l) = (rewards before l + V(s_l)) / temperature + (L - l) log A. V is a learned head, in nats; it predicts
+    the rewards after l. This is the forward-looking form of Pan et al. 2023 (arXiv 2302.01687): the rewards before l
+    are known in s_l. If all rewards are 0, V = 0 is exact.
 
     Args:
-        env: tokens in lockstep; its seed also starts the weights and the sampled actions. Hard budgets are kept.
-        temperature: in nats of return, above 0.
-        decay: weight of a sub-trajectory per decision in it, see `subtrajectory_balance`; above 0.
-        learning_rate: of Adam; falls linearly to 0.
+        env: the environment; its seed also starts the weights and the sampled actions. It may have a hard budget.
+        temperature: nats of return, above 0.
+        decay: above 0; a sub-trajectory of n decisions has the weight decay^n.
+        learning_rate: learning rate of Adam; it falls linearly to 0.
         width: hidden units of a head; 0 for linear heads.
         init: folder of a saved router to start from.
 
@@ -82,8 +82,8 @@ class GFlowNet(Agent):
     def update(self) -> dict[str, float]:
         """One episode of all tokens and one gradient step; returns its metrics by tag.
 
-        `train/explained_variance` is of the return to come by temperature * (log F + log pi of the choices to come),
-        which is that return itself in perfect balance.
+        `train/explained_variance` compares the later rewards with their estimate from temperature * (log F + log pi of
+        the later choices); both are equal in perfect balance.
         """
         episode = sample(self.env, self.router, self.generator, self.values)
         assert episode.values is not None

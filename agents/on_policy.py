@@ -1,4 +1,4 @@
-"""PPO, A2C and MaskablePPO: Stable-Baselines3's own algorithms, with this project's policy and a group baseline."""
+"""PPO, A2C and MaskablePPO of Stable-Baselines3 and sb3-contrib, with our policy and a group baseline."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class _HeadPolicy(BasePolicy):
     Args:
         router: the actor, trained in place.
         critic: heads with one output, trained in place.
-        optimizer: of both.
-        args, kwargs: as Stable-Baselines3 gives them.
+        optimizer: optimizer of both.
+        args, kwargs: arguments from Stable-Baselines3.
     """
 
     action_dist: Any
@@ -50,7 +50,7 @@ class _HeadPolicy(BasePolicy):
         self.action_dist = self.choices(len(self.router.codes))
 
     def get_distribution(self, obs, action_masks=None) -> Any:
-        """The distribution over choices, without those that are ruled out."""
+        """The distribution over the actions that are not masked."""
         return self._distribution(self.router.heads(*head_inputs(obs)), action_masks)
 
     def predict_values(self, obs) -> Tensor:
@@ -80,28 +80,28 @@ class _HeadPolicy(BasePolicy):
 
 
 class RoutingPolicy(_HeadPolicy, ActorCriticPolicy):
-    """For Stable-Baselines3's PPO and A2C."""
+    """Policy for the PPO and A2C of Stable-Baselines3."""
 
     choices = CategoricalDistribution
 
 
 class MaskableRoutingPolicy(_HeadPolicy, MaskableActorCriticPolicy):
-    """For sb3-contrib's MaskablePPO."""
+    """Policy for the MaskablePPO of sb3-contrib."""
 
     choices = MaskableCategoricalDistribution
 
 
 class _OnPolicy(StableBaselinesAgent):
-    """What the three have in common.
+    """Base of PPO, MaskablePPO and A2C.
 
-    Where the environment holds K > 1 copies of each token, advantages are relative to the group.
+    If the environment has K > 1 copies of each token, advantages are relative to the group.
     """
 
     algorithm: OnPolicyAlgorithm
     stateful = ("critic", *StableBaselinesAgent.stateful)
 
     def _shared(self, entropy_bonus: float, value_weight: float, gae_lambda: float) -> dict[str, Any]:
-        """Arguments of Stable-Baselines3's that all three take."""
+        """The arguments of Stable-Baselines3 that all three have."""
         self.critic = self.critic_heads()
         return {
             "env": self.vec_env,
@@ -116,16 +116,18 @@ class _OnPolicy(StableBaselinesAgent):
         }
 
     def measured(self) -> dict[str, float]:
-        """Metrics of the rollout, by the policy that made it."""
+        """Metrics of the rollout, for the policy that made it."""
         assert self.vec_env.outcome is not None
         buffer = cast(GroupRolloutBuffer, self.algorithm.rollout_buffer)
         values, returns = (torch.from_numpy(x).flatten() for x in (buffer.values, buffer.returns))
         with torch.no_grad():
             observations = {key: x.flatten(0, 1) for key, x in buffer.observations.items()}
-            spread = entropy(self.router.heads(*head_inputs(observations))).mean().item()
+            logits = self.router.heads(*head_inputs(observations))
+        if isinstance(buffer, MaskableGroupRolloutBuffer):
+            logits = logits.masked_fill(~buffer.allowed.to(logits.device), -torch.inf)
         return {
             **self.vec_env.outcome.metrics(),
-            "train/entropy": spread,
+            "train/entropy": entropy(logits).mean().item(),
             "train/explained_variance": explained_variance(values, returns),
         }
 
@@ -134,19 +136,19 @@ class PPO(_OnPolicy):
     """Proximal policy optimization (Schulman et al. 2017) by Stable-Baselines3.
 
     Args:
-        env: tokens in lockstep; its seed also starts the weights and the sampled actions.
-        learning_rate: of Adam; falls linearly to 0.
+        env: the environment; its seed also starts the weights and the sampled actions.
+        learning_rate: learning rate of Adam; it falls linearly to 0.
         epochs: passes over a rollout.
         batch_size: decisions per gradient step.
-        clip_range: of the probability ratio.
-        gae_lambda: lambda of generalized advantage estimation, used without copies.
+        clip_range: clip range of the probability ratio.
+        gae_lambda: lambda of generalized advantage estimation; used only without copies.
         entropy_bonus: weight of the policy's entropy.
         value_weight: weight of the critic's squared error.
         width: hidden units of a head; 0 for linear heads.
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: the environment has a hard budget, which MaskablePPO keeps.
+        ValueError: the environment has a hard budget; use MaskablePPO.
     """
 
     algorithm_class: type[OnPolicyAlgorithm] = stable_baselines3.PPO
@@ -185,7 +187,7 @@ class PPO(_OnPolicy):
 
 
 class MaskablePPO(PPO):
-    """PPO for hard budgets (Huang and Ontanon 2020), by sb3-contrib: choices that break the budget have no chance.
+    """PPO for hard budgets (Huang and Ontanon 2020), by sb3-contrib: actions that break the budget are masked.
 
     Args and errors as for `PPO`, but the environment may have `big_layers`.
     """
@@ -200,16 +202,16 @@ class A2C(_OnPolicy):
     """Advantage actor-critic (Mnih et al. 2016) by Stable-Baselines3: one gradient step per rollout.
 
     Args:
-        env: tokens in lockstep; its seed also starts the weights and the sampled actions.
-        learning_rate: of Adam; falls linearly to 0.
-        gae_lambda: lambda of generalized advantage estimation, used without copies.
+        env: the environment; its seed also starts the weights and the sampled actions.
+        learning_rate: learning rate of Adam; it falls linearly to 0.
+        gae_lambda: lambda of generalized advantage estimation; used only without copies.
         entropy_bonus: weight of the policy's entropy.
         value_weight: weight of the critic's squared error.
         width: hidden units of a head; 0 for linear heads.
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: the environment has a hard budget, which MaskablePPO keeps.
+        ValueError: the environment has a hard budget; use MaskablePPO.
     """
 
     def __init__(

@@ -20,16 +20,16 @@ class REINFORCE(Agent):
     """Policy gradient: E[sum_l grad log pi(a_l | s_l) * (G_l - b_l)], one update per episode of all tokens.
 
     Args:
-        env: tokens in lockstep; its seed also starts the weights and the sampled actions.
-        baseline: b_l: `none`; `mean` of the batch in that layer; `leave-one-out`, the mean of the same token's other
-            copies (needs the environment's group_size of at least 2); `value`, a learned head per layer.
-        learning_rate: of Adam; falls linearly to 0.
+        env: the environment; its seed also starts the weights and the sampled actions.
+        baseline: b_l. `none`: 0; `mean`: the mean of the batch in that layer; `leave-one-out`: the mean of the token's
+            other copies (needs a group_size of at least 2 in the environment); `value`: a learned head per layer.
+        learning_rate: learning rate of Adam; it falls linearly to 0.
         entropy_bonus: weight of the policy's entropy, in nats of return per nat of entropy.
         width: hidden units of a head; 0 for linear heads.
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: `leave-one-out` without copies.
+        ValueError: `leave-one-out` without other copies of a token.
     """
 
     stateful = ("critic", "optimizer", "generator")

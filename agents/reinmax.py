@@ -1,6 +1,9 @@
-"""ReinMax: a policy gradient whose advantages are the frozen model's own derivatives."""
+"""ReinMax: a policy gradient with advantages from the derivatives of the frozen model."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,28 +16,31 @@ from duorl.envs.lockstep import Lockstep
 class ReinMax(Agent):
     """Policy gradient through the differentiable model, on sampled routes.
 
-    The model is frozen and differentiable, so that one backward pass along a sampled route tells, for every layer
-    and token at once, what another action would have changed to first order, later tokens' losses included. ReinMax
-    (Liu et al. 2023, Heun's method) weighs these derivatives so that the estimate of an action's advantage is of
-    second order: `action_effects`. It is biased by what is of higher order, and its variance is far below REINFORCE's.
+    The model is frozen and differentiable. So one backward pass along a sampled route computes, for every layer and
+    token, how another action would change the return to first order, with its effect on later tokens. ReinMax (Liu et
+    al. 2023, Heun's method) weights these derivatives so that the estimate of an action's advantage is of second order:
+    `action_effects`. The terms of higher order are its bias. Its variance is much smaller than that of REINFORCE.
+    The rewards of later tokens count in full. If the environment has a `token_discount`, they are discounted by it:
+    `discounted_slopes`.
 
-    With `correction` 1 the estimate becomes a control variate instead: REINFORCE on what the other copies'
-    derivatives do not explain, plus their exact expectation, as in MuProp (Gu et al. 2016) and REBAR (Tucker et al.
-    2017): unbiased up to its scale, which is fitted to the batch. Values between the two trade bias for variance.
+    With `correction` 1, the estimate is a control variate, as in MuProp (Gu et al. 2016) and REBAR (Tucker et al.
+    2017): REINFORCE on the part of the return that the derivatives of the other copies do not explain, plus the exact
+    expectation of these derivatives. It has no bias, except for its scale, which is fitted to the batch. With values
+    between 0 and 1, a larger value gives less bias and more variance.
 
     Args:
-        env: tokens in lockstep; its seed also starts the weights and the sampled actions.
-        correction: share of REINFORCE in the gradient, 0 to 1; above 0 it needs the environment's group_size of at
-            least 2.
-        learning_rate: of Adam; falls linearly to 0.
-        least_share: actions are not taken to be rarer than this in weighing derivatives, which bounds the weights.
-        sharpness: inverse temperature at the end of training; it rises geometrically from 1, so that what is sampled
-            comes near the greedy routes that are deployed.
+        env: the environment; its seed also starts the weights and the sampled actions.
+        correction: share of REINFORCE in the gradient, 0 to 1; above 0, the environment needs a group_size of at least
+            2.
+        learning_rate: learning rate of Adam; it falls linearly to 0.
+        least_share: lower bound of the probabilities in the weights of the derivatives; it bounds the weights.
+        sharpness: inverse temperature at the end of training; it rises geometrically from 1, so that the sampled
+            routes become similar to the greedy routes in deployment.
         width: hidden units of a head; 0 for linear heads.
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: a correction without copies, or not in [0, 1]; a sharpness below 1.
+        ValueError: the correction is not in [0, 1], or above 0 without copies; or the sharpness is below 1.
     """
 
     stateful = ("optimizer", "generator")
@@ -79,7 +85,7 @@ class ReinMax(Agent):
         }
 
     def _unbiased(self, logits: Tensor, chosen: Tensor, effects: Tensor) -> Tensor:
-        """REINFORCE on what the other copies' derivatives leave unexplained, and their own expectation exactly."""
+        """REINFORCE on the returns that the other copies' derivatives do not explain, and their exact expectation."""
         size = self.env.group_size
         shares, returns = logits.softmax(-1), rewards_to_go(self.env.outcome.credits)
         with torch.no_grad():
@@ -94,7 +100,7 @@ class ReinMax(Agent):
 
     def _episode(self) -> tuple[Tensor, Tensor, Tensor]:
         """Sample one route per token: logits, choices as zeros and ones, slopes d rewards / d choices; (L, N, A)."""
-        env, logits, mixtures, rewards = self.env, [], [], []
+        env, logits, mixtures = self.env, [], []
         env.draw()
         inverse = self.sharpness**self.progress
         while not env.done:
@@ -104,19 +110,59 @@ class ReinMax(Agent):
             outputs = (inverse * outputs).masked_fill(~env.action_masks(), -torch.inf)
             choice = torch.multinomial(outputs.detach().softmax(-1), 1, generator=self.generator)
             mixture = torch.zeros_like(outputs).scatter(1, choice, 1.0).requires_grad_()
-            rewards.append(env.step(choice.squeeze(1), mixture))
+            env.step(choice.squeeze(1), mixture)
             logits.append(outputs)
             mixtures.append(mixture)
-        slopes = torch.autograd.grad(torch.stack(rewards).sum(), mixtures)
-        return torch.stack(logits), torch.stack(mixtures).detach(), torch.stack(slopes)
+        return torch.stack(logits), torch.stack(mixtures).detach(), self._slopes(mixtures)
+
+    def _slopes(self, mixtures: list[Tensor]) -> Tensor:
+        """What each choice changes, its own token's rewards and later ones', to first order: (L, N, A)."""
+        env = self.env
+        if env.token_discount and env.context == "routed":
+            length = env.windows.shape[1] - 1
+            return discounted_slopes(env.rewards, mixtures, env.token_discount, length, env.model.dtype)
+        return torch.stack(torch.autograd.grad(env.rewards.sum(), mixtures))
+
+
+def discounted_slopes(
+    rewards: Tensor, choices: Sequence[Tensor], discount: float, length: int, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Derivatives of what a token is credited with by its own choices: its rewards, and later ones by their distance.
+
+    D_t = d / d choice_t of sum_{s >= t} discount^(s - t) * r_s. Each reward counts once: the derivative of a later one
+    has come through attention, so that the credit which is added to rewards for learners without derivatives would
+    count it again. A token does not change what earlier ones earn, so that one backward pass with weights
+    discount^(s - a) gives discount^(t - a) * D_t for all tokens t >= a; before that underflows another one begins.
+
+    Args:
+        rewards: (L, N), windows of `length` tokens side by side.
+        choices: per layer (N, A), by which the rewards can be differentiated.
+        discount: per token of distance, in (0, 1).
+        length: T.
+        dtype: of the derivatives inside the model.
+
+    Returns:
+        Shape (L, N, A).
+    """
+    least = torch.finfo(dtype).tiny ** 0.25
+    span = max(1, int(math.log(least) / math.log(discount)))
+    position, earned = torch.arange(rewards.shape[1], device=rewards.device) % length, rewards.sum(0)
+    slopes = torch.zeros(len(choices), *choices[0].shape, device=rewards.device)
+    for start in range(0, length, span):
+        distance = position - start
+        weights = torch.where(distance < 0, 0.0, discount ** distance.clamp(min=0))
+        found = torch.autograd.grad(earned @ weights, choices, retain_graph=start + span < length)
+        inside = ((distance >= 0) & (distance < span))[:, None]
+        slopes = torch.where(inside, torch.stack(found) / weights[:, None], slopes)
+    return slopes
 
 
 def action_effects(slopes: Tensor, chosen: Tensor, shares: Tensor, least_share: float) -> Tensor:
-    """What each action is worth by the derivatives at the chosen one, up to a constant: ReinMax, for A actions.
+    """Estimate the effect of each action, up to a constant, from the derivatives at the chosen one: ReinMax.
 
-    sum_a e_a grad pi_a estimates grad E[R]. With R(a) - R(c) replaced by the mean of the derivatives at both ends
-    times the difference (the trapezoid rule, exact where R is quadratic in the choice), and the far end's
-    derivative sampled where it is chosen, with weight 1 / pi:
+    sum_a e_a grad pi_a estimates grad E[R]. R(a) - R(c) is replaced by the mean of the derivatives at a and c times the
+    difference of the choices (the trapezoid rule, exact if R is quadratic in the choice). The derivative at a is known
+    only if a is chosen, so it gets the weight 1 / pi:
     e_a = D_a / 2 + [a = c] (D_c - sum_b pi_b D_b) / (2 pi_c), D the slopes at the choice c.
 
     Args:
@@ -134,8 +180,8 @@ def action_effects(slopes: Tensor, chosen: Tensor, shares: Tensor, least_share: 
 
 
 def explained_by(effects: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:
-    """The part of a return that a choice explains: its effect less the policy's mean effect, (..., A) to (...).
+    """The part of a return that a choice explains: its effect minus the mean effect of the policy, (..., A) to (...).
 
-    Its mean over the policy is 0 where the effects do not depend on the choice.
+    Its mean over the policy is 0 if the effects do not depend on the choice.
     """
     return (effects * (chosen - shares)).sum(-1)

@@ -1,4 +1,4 @@
-"""What agents do with an episode of all tokens in lockstep: sample routes, step by step."""
+"""Sample an episode of all tokens in lockstep, step by step."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class Episode:
     """One sampled route per token.
 
     Attributes:
-        logits: (L, N, A), the policy's, -inf where a choice was ruled out.
-        log_chosen: (L, N), log-probabilities of the choices.
-        values: (L, N), a critic's estimates; None without one.
-        outcome: what it came to.
+        logits: (L, N, A), logits of the policy, -inf for masked actions.
+        log_chosen: (L, N), log-probabilities of the chosen actions.
+        values: (L, N), estimates of a critic; None without one.
+        outcome: losses, rewards and routes of the episode.
     """
 
     logits: Tensor
@@ -30,7 +30,7 @@ class Episode:
 
 
 def sample(env: Lockstep, router: HeadRouter, generator: torch.Generator, critic: LayerHeads | None = None) -> Episode:
-    """Draw the next windows and let the policy choose for every token; logits and values carry gradients."""
+    """Draw the next windows and let the policy choose for every token; logits and values have gradients."""
     logits, log_chosen, values = [], [], []
     env.draw()
     while not env.done:

@@ -1,4 +1,4 @@
-"""What agents share whose algorithm is Stable-Baselines3's."""
+"""Base of the agents that use an algorithm of Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ _COUNTERS = ("num_timesteps", "_n_updates", "_n_calls", "_episode_num")
 
 
 class Randomness:
-    """NumPy's and torch's global generators, from which Stable-Baselines3 draws, as one learner's own.
+    """Gives one learner its own states of the global generators of NumPy and torch, which Stable-Baselines3 uses.
 
     Args:
-        seed: of both.
-        device: whose torch generator is drawn from.
+        seed: seed of both.
+        device: device of the torch generator.
     """
 
     def __init__(self, seed: int, device: torch.device):
@@ -35,7 +35,7 @@ class Randomness:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Draws inside go on where those of the last time ended; outside, everything is as it was."""
+        """Use these states inside the block; afterwards the global generators are as before."""
         outside = np.random.get_state()
         on_cuda = self._device.type == "cuda"
         with torch.random.fork_rng([self._device] if on_cuda else []):
@@ -49,16 +49,16 @@ class Randomness:
                 np.random.set_state(outside)
 
     def state(self) -> State:
-        """Both generators' states."""
+        """The states of both generators."""
         return {"numpy": self._numpy, "torch": self._torch}
 
     def restore(self, state: State) -> None:
-        """Take over both."""
+        """Set the states of both generators."""
         self._numpy, self._torch = state["numpy"], state["torch"]
 
 
 class Report(BaseCallback):
-    """Keeps the metrics of the last rollout, which an algorithm measures before it learns from it."""
+    """Keeps the metrics of the last rollout, measured before the algorithm learns from it."""
 
     def __init__(self, agent: StableBaselinesAgent):
         super().__init__()
@@ -76,12 +76,12 @@ class StableBaselinesAgent(Agent):
     """An update is one call of the algorithm's own `learn`, for one episode of all tokens: L steps of N environments.
 
     Args:
-        env: tokens in lockstep.
+        env: the environment.
         options: see `HeadLearner`.
 
     Attributes:
-        vec_env: the tokens as Stable-Baselines3 sees them.
-        algorithm: given to `start` by the subclass.
+        vec_env: the environment for Stable-Baselines3.
+        algorithm: set by `start`, which the subclass calls.
     """
 
     algorithm: BaseAlgorithm
@@ -94,7 +94,7 @@ class StableBaselinesAgent(Agent):
         self._report = Report(self)
 
     def start(self, algorithm: BaseAlgorithm) -> None:
-        """Take over a fresh algorithm."""
+        """Set a new algorithm."""
         self.algorithm = algorithm
         algorithm.set_logger(Logger(folder=None, output_formats=[]))
         algorithm.lr_schedule = lambda _: self.rate
@@ -104,23 +104,23 @@ class StableBaselinesAgent(Agent):
         return -(-total_decisions // self.decisions_per_update) * self.decisions_per_update
 
     def update(self) -> dict[str, float]:
-        """One episode of all tokens, and what the algorithm learns from it; returns its metrics by tag."""
+        """Play one episode of all tokens and learn from it; returns the metrics by tag."""
         with self.randomness.in_use():
             learn: Any = self.algorithm.learn
             learn(self.decisions_per_update, callback=self._report, reset_num_timesteps=False, log_interval=None)
         return self._report.metrics
 
     def measured(self) -> dict[str, float]:
-        """Metrics of the rollout that has just been made, by tag."""
+        """Metrics of the last rollout, by tag."""
         raise NotImplementedError
 
     @property
     def counters(self) -> dict[str, int]:
-        """What the algorithm counts."""
+        """The counters of the algorithm."""
         return {name: getattr(self.algorithm, name) for name in _COUNTERS if hasattr(self.algorithm, name)}
 
     @counters.setter
     def counters(self, values: dict[str, int]) -> None:
         for name, value in values.items():
             setattr(self.algorithm, name, value)
-        self.algorithm._last_obs = None  # the next update begins with the windows that were to come
+        self.algorithm._last_obs = None  # the next update begins with new windows

@@ -1,7 +1,8 @@
-"""How far approximate oracles and the pattern program are from the exhaustive ones: `python benchmarks/approximate.py`.
+"""Compares approximate oracles and pattern searches with the exhaustive ones: `python benchmarks/approximate.py`.
 
-On held-out text of duo-tiny in the reference context, whose exhaustive optimum is known. Distances are in nats of
-return at a price, with a 95 % interval over windows; costs are FLOPs and seconds, the exhaustive search as 1.
+It uses held-out text and duo-tiny in the reference context, where the exact optimum is known. Regrets are in nats of
+return at a price, with a 95 % interval over files. Costs are FLOPs and seconds, divided by those of the exhaustive
+search.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import time
 import torch
 
 import duorl
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.corpus import Windows, read_windows
+from duorl.evaluation.statistics import estimate
 from duorl.oracle import beam, best_of_random, descent, exhaustive, fixed_patterns
 from duorl.oracle.patterns import pattern_losses
 from duorl.runs.allocator import keep_freed_memory
@@ -20,9 +22,9 @@ _WINDOWS, _PATTERN_WINDOWS, _LENGTH = 16, 32, 128
 _PRICES = (0.0, 0.3)
 
 
-def approximate_oracles(model: duorl.DuoForCausalLM, tokens: torch.Tensor, start: list[int]) -> None:
+def approximate_oracles(model: duorl.DuoForCausalLM, windows: Windows, start: list[int]) -> None:
     """Print the table of searches per token."""
-    started = time.perf_counter()
+    started, tokens = time.perf_counter(), windows.tokens
     table = exhaustive(model, tokens)
     exact_seconds = time.perf_counter() - started
     print("| search | regret at price 0 | regret at price 0.3 | FLOPs | time |\n|---|---:|---:|---:|---:|")
@@ -48,8 +50,9 @@ def approximate_oracles(model: duorl.DuoForCausalLM, tokens: torch.Tensor, start
         for price in _PRICES:
             found, best = search(price), table.best(price)
             cost = found.losses + price * found.compute - table.loss(best) - price * table.compute[best]
-            low, high = bootstrap_interval(cost.mean(1))
-            regrets.append(f"{cost.mean():.3f} ({low:.3f}, {high:.3f})")
+            regret = estimate(cost.mean(1), windows.files)
+            low, high = regret.interval or (regret.value, regret.value)
+            regrets.append(f"{regret.value:.3f} ({low:.3f}, {high:.3f})")
         costs = f"{found.flops / table.flops:.2f} | {found.seconds / exact_seconds:.2f}"
         print(f"| {name} | {' | '.join(regrets)} | {costs} |")
 
@@ -77,11 +80,12 @@ def main() -> None:
     """Measure and print tables in Markdown."""
     keep_freed_memory()
     model, tokenizer = duorl.load("duo-tiny"), duorl.load_tokenizer("duo-tiny")
-    read = lambda split: duorl.load_windows("stdlib-code", tokenizer, split=split, length=_LENGTH)  # noqa: E731
-    router, held_out = read("router")[:_PATTERN_WINDOWS], read("evaluation")[:_WINDOWS]
+    read = lambda split: read_windows("stdlib-code", tokenizer, split=split, length=_LENGTH)  # noqa: E731
+    router, (tokens, files) = read("router").tokens[:_PATTERN_WINDOWS], read("evaluation")
+    held_out = Windows(tokens[:_WINDOWS], files[:_WINDOWS])
     start = next(p.route for p in fixed_patterns(model, router) if p.budget[1] == model.num_layers // 2)
     approximate_oracles(model, held_out, start)
-    patterns(model, router, held_out)
+    patterns(model, router, held_out.tokens)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What each device against variance, and each way of giving credit, does: the table of docs/learning.md.
+"""Compares methods of reducing variance and of assigning credit: the table of docs/learning.md.
 
     python -m benchmarks.credit --out docs/results/credit.json
 
 Every variant learns from equally many layer decisions on duo-tiny at one price, with several seeds. Its return is
-measured in the routed context on files of the router split that none has seen, against the leave-one-out REINFORCE
-of the same seed; the evaluation split is not touched. The gradient's spread is that of a fresh policy and of one at
-the end of its training: the trace of the covariance of single updates' gradients over the squared norm of their mean.
+measured in the routed context, on files of the router split that no training used, and compared with that of REINFORCE
+with leave-one-out and the same seed. The evaluation split is not used. The spread of the gradient is measured before
+and after the training. It is the trace of the covariance of single updates' gradients, divided by the squared norm of
+their mean.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from torch import Tensor
 import duorl
 from duorl import agents
 from duorl.agents.stable_baselines import StableBaselinesAgent
-from duorl.corpus import cut, documents
+from duorl.corpus import Windows, cut, documents
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.evaluation.statistics import estimate
 from duorl.learners import Soft
 from duorl.rewards import LogitLensShaping, LossImprovement, Reward, TeacherKL
 from duorl.routers import ConstantRouter, PatternRouter
@@ -37,12 +38,12 @@ from duorl.runs.allocator import keep_freed_memory
 
 PRICE = 0.3
 HELD_OUT = 256  # windows
-PATTERN = [1, 1, 1, 1, 1, 2, 1, 2]  # the best with two big layers on router text
+PATTERN = [1, 1, 1, 1, 1, 2, 1, 2]  # the best pattern with two big layers, on router text
 YARDSTICK = "REINFORCE, leave-one-out of 2"
 
 
 class BareLoss(Reward):
-    """The default reward without the paired reference: minus the loss itself."""
+    """The default reward with minus the loss in place of the gain."""
 
     def __call__(self, step):
         """(N,) nats."""
@@ -50,7 +51,7 @@ class BareLoss(Reward):
 
 
 def variants() -> dict[str, tuple[Callable[..., agents.Agent], dict]]:
-    """By name: a learner, and the options of its environment where they are not the usual ones."""
+    """By name: a learner, and the options of its environment that are not the default."""
     reinforce = agents.REINFORCE
     default = LossImprovement(PRICE)
     return {
@@ -77,19 +78,19 @@ def variants() -> dict[str, tuple[Callable[..., agents.Agent], dict]]:
 
 
 @lru_cache(maxsize=1)
-def text() -> tuple[duorl.DuoForCausalLM, Tensor, Tensor]:
-    """The model, and windows of the router split: of the files to learn on, and of others, held out."""
+def text() -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
+    """The model, and windows of the router split: of files for training, and of held-out files."""
     model, tokenizer = duorl.load("duo-tiny"), duorl.load_tokenizer("duo-tiny")
     files = documents(["stdlib-code", "stdlib-docs"], "router")
     held_out = set(sorted({file.path for file in files})[::3])
     learned = cut([file for file in files if file.path not in held_out], tokenizer, 128)
     others = cut([file for file in files if file.path in held_out], tokenizer, 128)
     assert learned is not None and others is not None
-    return model, learned, others[:HELD_OUT]
+    return model, learned.tokens, Windows(others.tokens[:HELD_OUT], others.files[:HELD_OUT])
 
 
 def learner(name: str, seed: int, starts: Path) -> agents.Agent:
-    """A fresh learner of a variant."""
+    """A new learner of a variant."""
     factory, options = variants()[name]
     if isinstance(factory, partial) and "init" in factory.keywords:
         factory = partial(factory, init=str(starts / factory.keywords["init"]))
@@ -99,9 +100,9 @@ def learner(name: str, seed: int, starts: Path) -> agents.Agent:
 
 
 def gradient_spread(agent: agents.Agent, updates: int) -> float | None:
-    """Trace of the covariance of an update's gradient over the squared norm of its mean; the policy stays as it is.
+    """Trace of the covariance of an update's gradient over the squared norm of its mean; the policy does not change.
 
-    Infinite where so few updates show no mean at all; None for learners of Stable-Baselines3.
+    Infinite if the mean of these updates cannot be told from noise; None for learners of Stable-Baselines3.
     """
     if isinstance(agent, StableBaselinesAgent):
         return None
@@ -113,21 +114,21 @@ def gradient_spread(agent: agents.Agent, updates: int) -> float | None:
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in agent.router.parameters()]))
     found = torch.stack(gradients)
     variance = found.var(0).sum()
-    signal = found.mean(0).square().sum() - variance / updates  # less what the mean owes to noise
+    signal = found.mean(0).square().sum() - variance / updates  # minus the noise of the mean
     return (variance / signal).item() if signal > 0 else math.inf
 
 
 @torch.no_grad()
 def returns(router) -> Tensor:
-    """(W,) held-out returns per window at the price."""
-    model, _, windows = text()
+    """Held-out returns per window at the price, (W,)."""
+    model, _, (windows, _) = text()
     reference = measure(model, ConstantRouter("small"), windows).loss
     measured = measure(model, router, windows)
     return (reference - measured.loss - PRICE * measured.compute).mean(1)
 
 
 def study(job: tuple[str, int], decisions: int, updates: int, starts: Path) -> dict:
-    """One training: its returns, and its gradient's spread before and after."""
+    """Train once; returns the returns, and the spread of the gradient before and after."""
     name, seed = job
     fresh = gradient_spread(learner(name, seed, starts), updates) if seed == 0 else None
     agent = learner(name, seed, starts)
@@ -137,7 +138,7 @@ def study(job: tuple[str, int], decisions: int, updates: int, starts: Path) -> d
 
 
 def prepare(starts: Path, soft_updates: int) -> None:
-    """The routers from which some variants start."""
+    """Train the routers from which some variants start."""
     model, training, _ = text()
     PatternRouter(PATTERN).save_pretrained(starts / "pattern")
     env = Lockstep(model, training, reward=LossImprovement(PRICE), windows_per_batch=8)
@@ -145,8 +146,9 @@ def prepare(starts: Path, soft_updates: int) -> None:
 
 
 def rows(found: list[dict]) -> list[dict]:
-    """A row per variant: its mean return, paired with the yardstick's of the same seed, and its gradient's spread."""
+    """A row per variant: mean return, paired difference to REINFORCE with the same seed, spread of the gradient."""
     by_name = {name: [one for one in found if one["name"] == name] for name in variants()}
+    files = text()[2].files
     stacked = {name: torch.tensor([one["returns"] for one in seeds]) for name, seeds in by_name.items()}
     return [
         {
@@ -154,7 +156,7 @@ def rows(found: list[dict]) -> list[dict]:
             "seeds": len(values),
             "return": values.mean().item(),
             "minus": (values - stacked[YARDSTICK]).mean().item(),
-            "interval": bootstrap_interval(values - stacked[YARDSTICK]),
+            "interval": estimate(values - stacked[YARDSTICK], files).interval,
             "fresh": by_name[name][0]["fresh"],
             "trained": by_name[name][0]["trained"],
         }
@@ -184,7 +186,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--decisions", type=int, default=200_000, help="layer decisions of every training")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--updates", type=int, default=10, help="gradients behind a spread")
+    parser.add_argument("--updates", type=int, default=10, help="number of gradients for a spread")
     parser.add_argument("--processes", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/credit.json"))
     options = parser.parse_args()

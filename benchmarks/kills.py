@@ -1,8 +1,8 @@
-"""Kill runs at random moments, go on with them, and compare with runs that were left alone.
+"""Kill runs at random moments, continue them, and compare them with runs that were not killed.
 
 python benchmarks/kills.py --kills 50      # a Markdown table on standard output
 
-Every run ends with the weights of the run that was not killed, to the bit, and with its curves in TensorBoard.
+Every run must end with the same weights, to the last bit, and the same TensorBoard curves as the run without kills.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-_EVALUATION = "{windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2, resamples: 50}"
+_EVALUATION = "{windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2}"
 _SMALL = f"""
 corpus: [text.txt]
 env: {{windows_per_batch: 1, group_size: 2, window: 32}}
@@ -28,7 +28,7 @@ evaluation: {_EVALUATION}
 validations: 3
 save_every: 0
 """
-_SPARSE = _SMALL.replace("save_every: 0", "save_every: 2")  # what came after the last save is done again
+_SPARSE = _SMALL.replace("save_every: 0", "save_every: 2")  # the updates after the last save are repeated
 _RIVALS = """
 rivals:
   supervised: {class_path: Supervised, init_args: {windows: 1, epochs: 3}}
@@ -58,11 +58,11 @@ RUNS = {
     ),
     "pretrain": ("pretrain", _PRETRAIN),
 }
-_TIMES = ("time", "runtime", "per_second", "total_flos")  # of a run, not of what it computes
+_TIMES = ("time", "runtime", "per_second", "total_flos")  # depend on the time of a run, not on its results
 
 
 def prepare(folder: Path) -> None:
-    """The text and the configurations of all runs."""
+    """Write the text and the configurations of all runs."""
     modules = sorted(Path(os.__file__).parent.glob("*.py"))[:20]
     (folder / "text.txt").write_text("\n".join(module.read_text("utf8") for module in modules))
     for name, (_, config) in RUNS.items():
@@ -70,7 +70,7 @@ def prepare(folder: Path) -> None:
 
 
 def command(name: str, out: str, *more: str) -> list[str]:
-    """What starts a run, in a fresh process."""
+    """The command of a run, in a new process."""
     code = "from duorl.cli import main; main()"
     return [sys.executable, "-c", code, RUNS[name][0], "--config", f"{name}.yaml", "--out", out, *more]
 
@@ -83,7 +83,7 @@ def start(name: str, out: str, folder: Path, *more: str) -> subprocess.Popen:
 
 
 def finish(name: str, out: str, folder: Path, *more: str) -> float:
-    """Run to the end; returns its seconds."""
+    """Run to the end; returns the seconds."""
     began = time.monotonic()
     if (code := start(name, out, folder, *more).wait()) != 0:
         raise RuntimeError(f"{name} ended with {code}:\n{(folder / f'{out}.log').read_text()[-2000:]}")
@@ -91,8 +91,8 @@ def finish(name: str, out: str, folder: Path, *more: str) -> float:
 
 
 def kill(name: str, out: str, folder: Path, after: float, signum: int) -> int | None:
-    """Start a run, or go on with it, and send it a signal after so many seconds; its exit code, None where it was
-    faster.
+    """Start or continue a run, and send it a signal after some seconds; returns the exit code, or None if it ended
+    earlier.
     """
     begun = (folder / out).is_dir()
     process = start(name, out, folder, *(["--resume"] if begun else []))
@@ -105,7 +105,7 @@ def kill(name: str, out: str, folder: Path, after: float, signum: int) -> int | 
 
 
 def kill_in_training(name: str, out: str, folder: Path, signum: int, after: float) -> int:
-    """Start a run, and send it a signal so many seconds after its first checkpoint; its exit code."""
+    """Start a run, and send it a signal some seconds after its first checkpoint; returns the exit code."""
     process = start(name, out, folder)
     while process.poll() is None and not any((folder / out).rglob("*checkpoint*")):
         time.sleep(0.05)
@@ -117,7 +117,7 @@ def kill_in_training(name: str, out: str, folder: Path, signum: int, after: floa
 
 
 def differences(one: Path, other: Path) -> list[str]:
-    """What differs between two finished runs: weights by file, curves by tag."""
+    """Differences between two finished runs: weights by file, curves by tag."""
     found = []
     weights = [path.relative_to(one) for path in sorted(one.rglob("*.safetensors")) if "checkpoints" not in path.parts]
     for path in weights:
@@ -137,7 +137,7 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def interrupted(name: str, folder: Path, seconds: float, draw: random.Random, kills: int, out: str) -> dict[str, int]:
-    """Kill a run so many times, resume it to its end, and count what came of it."""
+    """Kill a run several times, resume it to its end, and count the kinds of kills."""
     counts = {"kills": 0, "early": 0}
     for _ in range(kills):
         signum = draw.choice([signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
@@ -158,8 +158,8 @@ def interrupted(name: str, folder: Path, seconds: float, draw: random.Random, ki
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50, help="of all runs together")
-    parser.add_argument("--each", type=int, default=3, help="kills of one run, before it is left to end")
+    parser.add_argument("--kills", type=int, default=50, help="number of kills, of all runs together")
+    parser.add_argument("--each", type=int, default=3, help="maximum of kills of one run")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     draw, folder = random.Random(options.seed), Path(tempfile.mkdtemp())

@@ -1,12 +1,12 @@
-"""The exhaustive search against naive enumeration and against the machine: `python benchmarks/oracle.py`.
+"""The speed of the exhaustive search: `python benchmarks/oracle.py`.
 
-Per case, all measured in one process, the runs taken in turns:
+It measures for each case, in one process and with alternating runs:
 
-- FLOPs and time of naive enumeration, one full forward per route, divided by those of the search. The goal is a time
-  ratio of at least 0.9 of the FLOP ratio: what prefixes share is really saved;
-- the share of the machine's matrix-multiplication peak that the search's own FLOPs reach. The goal is 60 %.
+- FLOPs and time of naive enumeration, one full forward pass per route, divided by those of the search. The goal is a
+  time ratio of at least 0.9 of the FLOP ratio;
+- FLOPs per second of the search, divided by the peak of the machine's matrix multiplication. The goal is 60 %.
 
-Naive enumeration of the large cases is timed on some of the routes and scaled up.
+In the large cases, naive enumeration is timed on some of the routes, and the time is scaled up.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ _TRIED = 16  # routes of naive enumeration that are timed
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time of one run."""
+    """Wall time of one run, in seconds."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started
 
 
 def random_duo(layers: int) -> duorl.DuoForCausalLM:
-    """A duo of duo-tiny's sizes with another number of layers, random weights."""
+    """A duo model with the sizes of duo-tiny, another number of layers and random weights."""
     backbone = duorl.load("duo-tiny").config.backbone.to_dict() | {"num_hidden_layers": layers}
     torch.manual_seed(0)
     model = duorl.DuoForCausalLM(DuoConfig(backbone=LlamaConfig.from_dict(backbone), small_size=48))
@@ -54,14 +54,14 @@ def naive_flops(model: duorl.DuoForCausalLM, actions: tuple[str, ...], positions
 
 
 def naive(model: duorl.DuoForCausalLM, inputs: Tensor, routes: Tensor) -> None:
-    """Routes applied to every token in a full forward pass each, and the targets' losses."""
+    """Run one full forward pass per route, with the same route for every token, and compute the losses."""
     for route in routes:
         logits = model(input_ids=inputs, routes=route.expand(*inputs.shape, -1)).logits.flatten(0, 1)
         torch.nn.functional.cross_entropy(logits, inputs.flatten(), reduction="none")
 
 
 def measure(name: str, model: duorl.DuoForCausalLM, actions: tuple[str, ...], context: str, windows: int) -> None:
-    """Print one case's row of the table."""
+    """Print the row of one case."""
     generator, length = torch.Generator().manual_seed(0), _TOKENS // windows
     tokens = torch.randint(model.config.backbone.vocab_size, (windows, length + 1), generator=generator)
     square = torch.randn(_PEAK_SIZE, _PEAK_SIZE, generator=generator)

@@ -2,9 +2,10 @@
 
     python -m benchmarks.prices --out docs/results/prices.json
 
-REINFORCE learns on duo-tiny's router text from equally many layer decisions each: once with the price as an input, and
-once at each of five prices alone, which is five times the training. Frontiers are measured on files of the router
-split that none has seen, in the routed context, and judged by their hypervolume, the fixed patterns' beside them.
+REINFORCE is trained on duo-tiny's router text: once with the price as an input, and once at each of five prices. Each
+training has equally many layer decisions, so the single routers have five times the training. Frontiers are measured in
+the routed context, on files of the router split that no training used, and compared by their hypervolume. The frontier
+of the fixed patterns is beside them.
 """
 
 from __future__ import annotations
@@ -13,14 +14,12 @@ import argparse
 import json
 from pathlib import Path
 
-from torch import Tensor
-
 from benchmarks.credit import text
 from duorl import agents
 from duorl.envs import Lockstep
-from duorl.evaluation import Ladder
-from duorl.evaluation.statistics import bootstrap_interval, hypervolume, interpolate
-from duorl.oracle import fixed_patterns
+from duorl.evaluation import Baseline, EvaluationOptions, Ladder
+from duorl.evaluation.budgets import loss_at
+from duorl.evaluation.statistics import Estimate, hypervolume
 from duorl.prices import ladder
 from duorl.rewards import LossImprovement
 from duorl.routers import ConstantRouter, PatternRouter, Router
@@ -40,12 +39,14 @@ def learn(decisions: int, seed: int, price: float | None) -> Router:
 
 
 def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
-    """The three frontiers."""
-    model, training, windows = text()
-    windows = windows[:HELD_OUT]
+    """Train and measure the three frontiers."""
+    model, training, held_out = text()
+    windows = held_out.tokens[:HELD_OUT]
     steps = ladder(PRICES, STEPS)[::-1]
     one = learn(decisions, seed, None)
-    patterns = [PatternRouter(found.route) for found in fixed_patterns(model, training[:24])]
+    rounds = EvaluationOptions(fixed_windows=24, final_windows=96)
+    ranked = {"method": "enumeration", "actions": ("small", "big"), "price": 0.0, "options": rounds}
+    patterns = [PatternRouter(route) for route in Baseline(model, training, **ranked).per_big().values()]
     return {
         "best fixed": Ladder.climb(model, patterns, windows),
         "one router per price": Ladder.climb(model, [learn(decisions, seed, price) for price in steps], windows),
@@ -54,26 +55,27 @@ def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
 
 
 def rows(found: dict[str, Ladder], worst_loss: float) -> list[dict]:
-    """A row per frontier: its hypervolume, and the paired difference to the router per price at some computes."""
-    separate = found["one router per price"]
+    """A row per frontier: hypervolume, and paired difference to one router per price at some computes."""
+    files = text()[2].files[:HELD_OUT]
+    at = {name: {target: loss_at([ladder], target, files) for target in TARGETS} for name, ladder in found.items()}
+    separate = at["one router per price"]
     return [
         {
             "name": name,
             "compute": [ladder.compute.min().item(), ladder.compute.max().item()],
             "hypervolume": hypervolume(ladder.compute, ladder.loss, worst_loss=worst_loss),
-            "minus": {str(target): _minus(ladder, separate, target) for target in TARGETS},
+            "minus": {str(target): _minus(at[name][target], separate[target]) for target in TARGETS},
         }
         for name, ladder in found.items()
     ]
 
 
-def _minus(ladder: Ladder, separate: Ladder, target: float) -> list[float] | None:
+def _minus(own: Estimate | None, rival: Estimate | None) -> list[float] | None:
     """Difference of losses at a compute, and its interval."""
-    own, rival = (interpolate(one.compute, one.losses, target) for one in (ladder, separate))
     if own is None or rival is None:
         return None
-    difference: Tensor = own - rival
-    return [difference.mean().item(), *bootstrap_interval(difference)]
+    difference = own - rival
+    return [difference.value, *(difference.interval or ())]
 
 
 def markdown(table: list[dict]) -> str:
@@ -99,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     model, _, windows = text()
-    small = Ladder.climb(model, [ConstantRouter("small")], windows[:HELD_OUT]).loss.item()
+    small = Ladder.climb(model, [ConstantRouter("small")], windows.tokens[:HELD_OUT]).loss.item()
     table = rows(ladders(options.decisions, options.seed), small)
     command = f"python -m benchmarks.prices --decisions {options.decisions}"
     options.out.parent.mkdir(parents=True, exist_ok=True)

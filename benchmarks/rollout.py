@@ -1,13 +1,13 @@
-"""What a routed pass costs, in plain forward passes of the same model: `python benchmarks/rollout.py [threads ...]`.
+"""The time of a routed pass, in plain forward passes of the same model: `python benchmarks/rollout.py [threads ...]`.
 
-A plain pass is transformers' own forward, with the head and the losses, of a model whose layers are big and small in
-turn: the feed-forward FLOPs of a random rollout. All passes of a round run one after the other, and each is divided by
-the plain one of its round, so that a slow moment of the machine hits both.
+A plain pass is the forward pass of transformers, with head and losses, of a model with alternating big and small
+layers. It has the FFN FLOPs of a random rollout. All passes of a round run one after the other. The time of each is
+divided by that of the plain pass in its round, so that a slow moment of the machine affects both.
 
 - plain: one forward, all logits at once.
-- plain, losses by rows: the same, its head in parts that stay in a processor's cache, as a `RoutedPass` does it.
+- plain, losses by rows: the same, with the head in parts that fit into a processor's cache, as in `RoutedPass`.
 - constant walk: a `RoutedPass` along the same route.
-- random rollout: a `RoutedPass` with a coin for every token and layer.
+- random rollout: a `RoutedPass` with a random action for every token and layer.
 - all-big walk: twice the feed-forward FLOPs.
 """
 
@@ -32,7 +32,7 @@ WINDOWS, LENGTH, ROUNDS = 16, 128, 25
 
 
 def half_big(model: duorl.DuoForCausalLM) -> PreTrainedModel:
-    """The decoder as transformers has it, its layers small and big in turn."""
+    """The decoder of transformers, with alternating small and big layers."""
     plain = copy.deepcopy(model.backbone)
     for layer, ffn in enumerate(model.stack.ffns):
         plain.base_model.layers[layer].mlp = ffn.big if route_of(model)[layer] == BIG else ffn.small
@@ -45,7 +45,7 @@ def route_of(model: duorl.DuoForCausalLM) -> list[int]:
 
 
 def passes(model: duorl.DuoForCausalLM, tokens: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """What is timed, by name; each returns losses."""
+    """The passes to be timed, by name; each returns losses."""
     plain, route, coins = half_big(model), route_of(model), torch.Generator().manual_seed(1)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
     rows = head_rows(model.config.backbone.vocab_size, tokens.device)
@@ -74,7 +74,7 @@ def passes(model: duorl.DuoForCausalLM, tokens: Tensor) -> dict[str, Callable[[]
 
 
 def measured(runs: dict[str, Callable[[], Tensor]], rounds: int = ROUNDS) -> dict[str, list[float]]:
-    """Seconds of every round, after one to warm up."""
+    """Seconds in every round, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():

@@ -1,7 +1,7 @@
 """Ratios measured in one run: `python benchmarks/speed.py`.
 
 - grouped execution against computing every network and selecting;
-- an all-small pass against an all-big one, the most that routing can save.
+- an all-small pass against an all-big one: the largest saving that routing can reach.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def seconds(run: Callable[[], object], repeats: int = 5) -> float:
 
 
 def compute_and_select(ffn: DuoFFN, hidden: Tensor, actions: Tensor) -> Tensor:
-    """What grouped execution avoids: every network on every token."""
+    """Every network on every token, then a selection; grouped execution avoids this."""
     both = torch.stack([ffn.small(hidden), ffn.big(hidden)])
     return both.gather(0, (actions - 1)[None, ..., None].expand(1, *hidden.shape)).squeeze(0)
 

@@ -1,9 +1,9 @@
-"""What an update of each learner costs, in plain forward passes: `python -m benchmarks.updates`.
+"""The time of one update of each learner, in plain forward passes: `python -m benchmarks.updates`.
 
-A plain pass is the one of benchmarks/rollout.py: transformers' own forward of a model whose layers are big and small in
-turn, over as many tokens, with the head and the losses. Every learner learns from 2,048 tokens of duo-tiny per update,
-with windows that it has met before, as it has after the first time through its text. Each update stands between two
-plain passes and is divided by their mean; printed are the median and the quartiles.
+A plain pass is the one of benchmarks/rollout.py: the forward pass of transformers, with head and losses, of a model
+with alternating big and small layers, over equally many tokens. Every update uses 2,048 tokens of duo-tiny. The windows
+were used before, as in a training after its first pass over the text. Each update runs between two plain passes, and
+its time is divided by their mean. The benchmark prints medians and quartiles.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WINDOWS, LENGTH = 16, 128
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Wall time."""
+    """Wall time in seconds."""
     started = time.perf_counter()
     run()
     return time.perf_counter() - started

@@ -5,7 +5,7 @@
     tokens = duorl.load_windows(["stdlib-code"], tokenizer, split="evaluation", length=128)
     table = duorl.oracle.exhaustive(model, tokens[:4], context="reference", actions=("small", "big"))
 
-The names are listed in `__init__.pyi`. Each is imported when it is first asked for, so that `import duorl` is quick.
+The names are listed in `__init__.pyi`. Each is imported when it is first used, so `import duorl` is fast.
 """
 
 import gymnasium
@@ -13,7 +13,7 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
-# By path, for the environments import torch. `gymnasium.make("duorl:duorl/Routing-v0")` gets here by itself.
+# By path, because the environments import torch. `gymnasium.make("duorl:duorl/Routing-v0")` imports this module.
 gymnasium.register(
     "duorl/Routing-v0",
     entry_point="duorl.envs.gym_env:DuoRoutingEnv",

@@ -1,4 +1,4 @@
-"""Checks that several options share."""
+"""Checks that several options use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def require_positive(**numbers: float) -> None:
     """Refuse counts below 1, by name.
 
     Raises:
-        ValueError: names the first and what it must be.
+        ValueError: a count is below 1; the message names the first one.
     """
     for name, number in numbers.items():
         if number < 1:

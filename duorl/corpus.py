@@ -1,8 +1,8 @@
-"""Text to token windows: the built-in corpora, a user's own files, and the three splits.
+"""Makes token windows from text: built-in corpora, a user's own files, and the three splits.
 
-The model is trained on the split `model`, routers on `router`, which the model never saw, and
-`evaluation` is only ever evaluated on. A document's split is a hash of its path, so it is the same
-on every Python version, and a module's docstrings stay in the split of its source.
+The model is trained on the split `model`. Routers are trained on `router`, which the model never saw. `evaluation` is
+used for measurements only. The split of a document is a hash of its path. So it is the same on every Python version,
+and the docstrings of a module are in the same split as its source.
 
     windows = load_windows(["stdlib-code"], tokenizer, split="router", length=128)    # (W, 129)
 """
@@ -27,7 +27,7 @@ from torch import Tensor
 Split = Literal["model", "router", "evaluation"]
 # Ends of the three splits on the unit interval of hashes.
 _SPLIT_ENDS = {"model": 0.7, "router": 0.85, "evaluation": 1.0}
-# Tables of code points, generated text (read as `stdlib-docs`), and packages that are not everywhere.
+# Not used: tables of code points, generated text (it is in `stdlib-docs`), packages that not every Python has.
 _EXCLUDED_PACKAGES = {"encodings", "pydoc_data", "site-packages", "dist-packages", "__pycache__"}
 _TEST_PACKAGES = {"test", "tests", "idle_test"}
 _COLUMN = "text"
@@ -37,14 +37,28 @@ _OTHER_FORMATS = {b"\x1f\x8b": "gzip", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-
 
 
 Keep = Callable[[str], bool]
-"""Whether a document of that path is wanted; asked before its text is looked at."""
+"""Whether a document with this path is wanted; called before its text is read."""
 
 
 class Document(NamedTuple):
-    """One text; `path` names it across machines and decides its split."""
+    """One text; `path` is its name on every machine and decides its split; `file` names the file that holds it."""
 
     path: str
     text: str
+    file: str = ""
+
+
+class Windows(NamedTuple):
+    """Windows of text, with their files.
+
+    Attributes:
+        tokens: (W, T+1), see `load_windows`.
+        files: (W,), the number of the file (the row of a table) in which a window's first predicted token stands:
+            windows of one file are not independent. Where there is one file alone, of a run of windows in it.
+    """
+
+    tokens: Tensor
+    files: Tensor
 
 
 def split_of(path: str) -> Split:
@@ -71,7 +85,7 @@ def _stdlib_files(keep: Keep, *, tests: bool) -> Iterator[Document]:
 def _docstrings(document: Document) -> str:
     try:
         tree = ast.parse(document.text)
-    except (SyntaxError, ValueError):  # lib2to3 keeps Python 2 sources
+    except (SyntaxError, ValueError):  # lib2to3 has Python 2 sources
         return ""
     holders = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, holders))
@@ -96,19 +110,19 @@ BUILT_IN: dict[str, Callable[[Keep], Iterator[Document]]] = {
 
 def _text_blocks(name: str, text: str) -> Iterator[Document]:
     """Cut a long file at line ends, so that a single file can serve all three splits."""
-    lines, size = [], 0
+    lines, size, file = [], 0, _named(name, text)
     for line in _short_lines(text):
         lines.append(line)
         size += len(line)
         if size >= _BLOCK_CHARACTERS:
-            yield _block(name, "".join(lines))
+            yield _block(name, "".join(lines), file)
             lines, size = [], 0
     if lines:
-        yield _block(name, "".join(lines))
+        yield _block(name, "".join(lines), file)
 
 
 def _short_lines(text: str) -> Iterator[str]:
-    """Lines with their ends; one that is longer than a block is cut at spaces, or anywhere where it has none."""
+    """Lines with their line ends. A line that is longer than a block is cut at spaces, or anywhere without spaces."""
     for line in text.splitlines(keepends=True):
         start = 0
         while len(line) - start > _BLOCK_CHARACTERS:
@@ -118,13 +132,17 @@ def _short_lines(text: str) -> Iterator[str]:
         yield line[start:]
 
 
-def _block(name: str, text: str) -> Document:
-    """A block or row has no path of its own: a digest of its text tells it from its neighbours."""
-    return Document(f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:16]}", text)
+def _block(name: str, text: str, file: str) -> Document:
+    return Document(_named(name, text), text, file)
+
+
+def _named(name: str, text: str) -> str:
+    """A block or row has no path, so a digest of its text is part of its name."""
+    return f"{name}#{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 def check_sources(sources: str | Sequence[str]) -> None:
-    """Find out whether there is text at all, without reading it; errors as for `documents`."""
+    """Check that the sources exist, without reading the text; errors as for `documents`."""
     names = source_names(sources)
     paths = [path for source in names if source not in BUILT_IN for path in _files(source)]
     named = [source for source in names if source in BUILT_IN] + [str(path.resolve()) for path in paths]
@@ -175,7 +193,7 @@ def _whole_text(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The column of every line that is not blank, with its place."""
+    """The text of every line that is not blank, with its place."""
     offset = 0
     with path.open("rb") as file:
         for number, content in enumerate(file, start=1):
@@ -196,7 +214,7 @@ def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """The column of every row, with its place."""
+    """The text of every row, with its place."""
     from pyarrow import parquet
 
     number = 0
@@ -209,7 +227,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}, row {number}", text
     except ImportError:
         raise
-    except Exception as error:  # pyarrow's errors are of many kinds
+    except Exception as error:  # pyarrow raises errors of many classes
         if str(error).startswith(str(path)):
             raise
         raise ValueError(f"cannot read {path} as Parquet after row {number}: {error}") from error
@@ -241,7 +259,7 @@ def _check_column(place: str, names: Sequence[str]) -> None:
 
 
 def _check_characters(place: str, text: str) -> None:
-    """Refuse what no text holds: NUL, which binary files have, and halves of surrogate pairs, which JSON can write."""
+    """Refuse characters that no text has: NUL (in binary files), and halves of surrogate pairs (possible in JSON)."""
     found = _NO_TEXT.search(text)
     if found:
         line = text.count("\n", 0, found.start()) + 1
@@ -249,7 +267,7 @@ def _check_characters(place: str, text: str) -> None:
 
 
 def _json_name(value: Any) -> str:
-    """What JSON calls a value that is no string."""
+    """The JSON name of the type of a value."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", list: "an array"}
     return names.get(type(value), "an object" if isinstance(value, dict) else f"of type {type(value).__name__}")
 
@@ -272,14 +290,14 @@ def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
     Args:
         sources: names of built-in corpora (`BUILT_IN`), or paths and globs of .txt, .jsonl and .parquet
             files, the latter two with a column `text`.
-        split: which part.
+        split: the split.
 
     Returns:
-        The documents in the order of their hashes, a fixed shuffle.
+        The documents in the order of their hashes, a fixed random order.
 
     Raises:
         FileNotFoundError: a path or glob matches nothing.
-        ValueError: a file is empty, not UTF-8, or broken, or a row of it is; names the file and the place in it.
+        ValueError: a file or a row is empty, not UTF-8 or broken; the message names the file and the place.
     """
 
     def keep(path: str) -> bool:
@@ -294,14 +312,14 @@ def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
 def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, length: int) -> Tensor:
     """The token windows of one split.
 
-    The documents are joined with an end-of-text token between them and cut into windows that
-    overlap by one token, so that every token but the first is predicted once. They come in a fixed shuffled order,
-    so that the first few are drawn from all documents and not from the first.
+    The documents are joined with an end-of-text token between them and cut into windows that overlap by one token. So
+    every token except the first is predicted once. Windows are in a fixed random order, so that the first few are from
+    all documents.
 
     Args:
         sources: see `documents`.
         tokenizer: a transformers tokenizer with an `eos_token_id`.
-        split: which part.
+        split: the split.
         length: tokens to predict per window, T.
 
     Returns:
@@ -311,6 +329,11 @@ def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
         FileNotFoundError: a path or glob matches nothing.
         ValueError: a file cannot be read, or the split's text is shorter than one window.
     """
+    return read_windows(sources, tokenizer, split=split, length=length).tokens
+
+
+def read_windows(sources: str | Sequence[str], tokenizer, *, split: Split, length: int) -> Windows:
+    """The token windows of one split, and which files they are from; arguments and errors as for `load_windows`."""
     windows = cut(documents(sources, split), tokenizer, length)
     if windows is None:
         raise ValueError(
@@ -320,12 +343,27 @@ def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
     return windows
 
 
-def cut(texts: Sequence[Document], tokenizer, length: int) -> Tensor | None:
-    """Windows of some documents, as `load_windows` describes them; None where they are shorter than one."""
+def cut(texts: Sequence[Document], tokenizer, length: int) -> Windows | None:
+    """Windows of some documents, see `load_windows`; None if the text is shorter than one window."""
     encoded = tokenizer([document.text for document in texts], add_special_tokens=False)["input_ids"] if texts else []
     end = tokenizer.eos_token_id
     stream = torch.tensor([token for ids in encoded for token in (*ids, end)], dtype=torch.int64)
     if len(stream) <= length:
         return None
     windows = stream.unfold(0, length + 1, length)
-    return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+    files = _files_of(len(windows), [document.file or document.path for document in texts], encoded, length)
+    shuffled = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))
+    return Windows(windows[shuffled], files[shuffled])
+
+
+def _files_of(count: int, names: Sequence[str], encoded: Sequence[Sequence[int]], length: int) -> Tensor:
+    """See `Windows.files`; a block has W^(1/3) windows, the best order for the variance of a block bootstrap.
+
+    The order is of Hall, Horowitz and Jing (1995), On blocking rules for the bootstrap with dependent data.
+    """
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    if len(numbers) == 1:
+        return torch.arange(count) // round(count ** (1 / 3))
+    ends = torch.tensor([len(ids) + 1 for ids in encoded]).cumsum(0)
+    first_predicted = torch.arange(count) * length + 1
+    return torch.tensor([numbers[name] for name in names])[torch.searchsorted(ends, first_predicted, right=True)]

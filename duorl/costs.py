@@ -1,7 +1,7 @@
-"""What routing costs, in FLOPs read off the modules' own weights; nothing here is typed in.
+"""FLOPs of routes, computed from the shapes of the weights.
 
-One multiply-add counts as two FLOPs. *Compute* is the share of all-big's feed-forward FLOPs
-that a route spends: 0 for all-skip, 1 for all-big.
+One multiply-add counts as two FLOPs. *Compute* is the FLOPs in the FFNs of a route divided by those of all-big: 0 for
+all-skip, 1 for all-big.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def action_ids(actions: Sequence[str]) -> Tensor:
     """The integer codes of named actions.
 
     Args:
-        actions: names out of `ACTIONS`, without repetition.
+        actions: names from `ACTIONS`, each once.
 
     Returns:
         Shape (A,), int64, ascending: skip 0, small 1, big 2.
@@ -37,7 +37,7 @@ def action_ids(actions: Sequence[str]) -> Tensor:
 
 
 def linear_flops(module: nn.Module) -> int:
-    """FLOPs of one token through all weight matrices of `module` (biases and activations left out)."""
+    """FLOPs of one token in all weight matrices of `module`, without biases and activations."""
     return 2 * sum(p.numel() for p in module.parameters() if p.ndim >= 2)
 
 
@@ -46,9 +46,9 @@ class Flops:
     """FLOPs of one token in each part of a duo model.
 
     Attributes:
-        projections: (L,), an attention block's weight matrices.
-        width: heads times head size: each position attended to costs 4 * width more, for its score and its value.
-        ffns: (L, 3), the networks by action: skip, small, big.
+        projections: (L,), weight matrices of each attention block.
+        width: number of heads times head size. Each attended position costs 4 * width, for its score and its value.
+        ffns: (L, 3), networks by action: skip, small, big.
         head: the prediction over the vocabulary.
     """
 
@@ -59,21 +59,21 @@ class Flops:
 
     @property
     def compute(self) -> Tensor:
-        """The share of all-big's FFN FLOPs that each action costs in each layer: (L, 3); big sums to 1."""
+        """Compute of each action in each layer, as a share of all-big: (L, 3); big sums to 1."""
         return (self.ffns / self.ffns[:, BIG].sum()).float()
 
     def attention(self, layer: int, context_length: float) -> float:
-        """One attention block over a (mean) number of positions."""
+        """FLOPs of one attention block over a (mean) number of positions."""
         return self.projections[layer].item() + 4 * self.width * context_length
 
     def token(self, compute: Tensor, context_length: float) -> Tensor:
-        """A whole pass, attention and head included, by its compute: any shape, in [0, 1]."""
+        """FLOPs of a whole pass with attention and head, from its compute in [0, 1], any shape."""
         attention = sum(self.attention(layer, context_length) for layer in range(len(self.projections)))
         return attention + self.head + compute * self.ffns[:, BIG].sum().item()
 
 
 class Tally:
-    """FLOPs that passes have executed so far; one is shared by all passes of a search."""
+    """Counts the FLOPs of passes; all passes of a search share one."""
 
     def __init__(self) -> None:
         self.flops = 0.0

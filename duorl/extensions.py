@@ -1,4 +1,4 @@
-"""What a user brings along, named by its import path: a reward, a router, a learner, an input of a router.
+"""Finds a user's own parts by import path: a reward, a router, a learner, a router input.
 
 find("my_package.module.MyReward")
 """

@@ -1,8 +1,8 @@
-"""What a router sees, made in one place.
+"""The inputs of routers.
 
-A pass that stands in front of a layer's feed-forward network offers a `View`: all that a router may look at. The hidden
-state and the compute spent so far are inputs of every router. Further ones are functions of a view, (..., d) in and
-(..., k) numbers out, and are named in a list, ours by their names in `INPUTS`, yours by import path:
+In front of each feed-forward network, a pass has a `View`: everything that a router may read. The hidden state and the
+compute so far are inputs of every router. Further inputs are functions of a view that return (..., k) numbers. They are
+named in a list: built-in ones by their names in `INPUTS`, your own by import path:
 
     def big_so_far(view):                                 # in mine.py: --env.inputs '["mine.big_so_far"]'
         return sum((taken == 2 for taken in view.taken), torch.zeros_like(view.compute))[..., None]
@@ -21,20 +21,20 @@ from torch.nn.functional import layer_norm
 from duorl.extensions import find
 from duorl.prices import check_prices
 
-_PRICE_SCALE = 4.0  # one weight each has to shift what hidden_size weights decide
+_PRICE_SCALE = 4.0  # each price input has one weight, against hidden_size weights of the hidden state
 
 
 @dataclass(frozen=True)
 class View:
-    """A pass, seen from where one layer is decided.
+    """What a router may read of a pass when it decides one layer.
 
     Attributes:
-        hidden: (..., d), what the layer's FFN would read.
-        layer: its index.
-        compute: (...), spent so far, in [0, 1].
-        previous: (..., d), what the layer before read; None at the first layer.
-        taken: per layer before this one the actions, (...) int64 codes 0 skip, 1 small, 2 big.
-        price: (...), nats per all-big pass; None where the pass has none.
+        hidden: (..., d), input of the layer's FFN.
+        layer: index of the layer.
+        compute: (...), compute so far, in [0, 1].
+        previous: (..., d), input of the FFN in the layer before; None in the first layer.
+        taken: the actions in each layer before this one, (...) int64 codes 0 skip, 1 small, 2 big.
+        price: (...), nats per all-big pass; None if the pass has no price.
     """
 
     hidden: Tensor
@@ -45,7 +45,7 @@ class View:
     price: Tensor | None = None
 
     def by_token(self) -> View:
-        """The same with all tokens in one axis: (N, d) for the hidden state, (N,) for the rest."""
+        """The same view with all tokens in one axis: (N, d) for the hidden state, (N,) for the rest."""
         count = self.compute.numel()
 
         def vectors(states: Tensor | None) -> Tensor | None:
@@ -62,22 +62,23 @@ class View:
 
 
 Input = Callable[[View], Tensor]
-"""A further input of a router: from a view to (..., k) numbers, of each token by itself."""
+"""A further input of a router: a function from a view to (..., k) numbers, for each token separately."""
 
 
 def update_norm(view: View) -> Tensor:
-    """|dh| / |h|: how far the layer before moved a token's normalised state, (..., 1); 0 at the first layer.
+    """|dh| / |h|: relative change of the normalized hidden state in the layer before, (..., 1); 0 in the first layer.
 
-    DynaLay's sign of its own uncertainty (2023).
+    DynaLay (2023) uses it as a sign of uncertainty.
 
     Raises:
-        ValueError: the view does not know what the layer before read.
+        ValueError: the view has no `previous`.
     """
     if view.layer == 0:
         return view.hidden.new_zeros(*view.hidden.shape[:-1], 1)
     if view.previous is None:
-        raise ValueError("update_norm compares a layer with the one before: decide on a pass's view, walk.view")
-    now, before = (layer_norm(x, x.shape[-1:]) for x in (view.hidden, view.previous))
+        raise ValueError("update_norm needs the layer before: call decide with the view of a pass (walk.view)")
+    states = (x.to(view.compute.dtype) for x in (view.hidden, view.previous))  # a low precision hides small steps
+    now, before = (layer_norm(x, x.shape[-1:]) for x in states)
     return (now - before).norm(dim=-1, keepdim=True) / before.norm(dim=-1, keepdim=True)
 
 
@@ -85,11 +86,11 @@ INPUTS: dict[str, Input] = {"update_norm": update_norm}
 
 
 class Inputs:
-    """A router's further inputs: those of a list, and the price, where the router is trained for a range of prices.
+    """The further inputs of a router: those of a list, and the price, if the router is for a range of prices.
 
     Args:
-        names: keys of `INPUTS`, or import paths of functions of one's own.
-        prices: lowest and highest price; the price's place between them is then an input. None: it is not.
+        names: keys of `INPUTS`, or import paths of your own functions.
+        prices: lowest and highest price; the position of the price between them is then an input. None: no input.
 
     Raises:
         ValueError: a name is unknown or named twice, or the range is empty or not above 0.
@@ -103,23 +104,23 @@ class Inputs:
         self._functions = [_named(name) for name in self.names]
 
     def __call__(self, view: View) -> Tensor | None:
-        """(..., C), the inputs side by side, the price first; None where there are none.
+        """All inputs, concatenated, the price first: (..., C); None if there are none.
 
         Raises:
-            ValueError: the view has no price, but the router takes one.
+            ValueError: the view has no price, but price is an input.
         """
         return self.joined(view, self.listed(view))
 
     def listed(self, view: View) -> Tensor | None:
-        """Those of the list alone."""
+        """The inputs of the list, without the price."""
         parts = [function(view) for function in self._functions]
-        return torch.cat(parts, dim=-1).to(view.hidden.dtype) if parts else None
+        return torch.cat(parts, dim=-1).to(view.compute.dtype) if parts else None
 
     def joined(self, view: View, listed: Tensor | None) -> Tensor | None:
-        """All of them, where those of the list are known already, with the price of a view."""
+        """All inputs, from the known inputs of the list and the price of a view."""
         if self.prices is None:
             return listed
-        price = _price_features(view, self.prices).to(view.hidden.dtype)
+        price = _price_features(view, self.prices).to(view.compute.dtype)
         return price if listed is None else torch.cat([price, listed], dim=-1)
 
     def width(self, hidden_size: int) -> int:
@@ -140,7 +141,7 @@ def _named(name: str) -> Input:
 
 
 def _price_features(view: View, prices: tuple[float, float]) -> Tensor:
-    """The price's place in a range, on a log and on a linear scale: (..., 2)."""
+    """The position of the price in a range, on a log scale and on a linear scale: (..., 2)."""
     if view.price is None:
         raise ValueError("this router takes the price as an input: use router.at(price=...)")
     low, high = prices

@@ -1,4 +1,4 @@
-"""The price of compute, in nats per all-big pass: checks, ranges of prices, and what is drawn from a range."""
+"""The price of compute, in nats per all-big pass: checks, ranges of prices, and random prices."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def check_price(price: float) -> float:
-    """The price itself.
+    """Check a price and return it.
 
     Raises:
-        ValueError: it is below 0, or not a number.
+        ValueError: the price is below 0 or not a number.
     """
     if not 0 <= price < math.inf:
         raise ValueError(f"price must be at least 0 nats per all-big pass, not {price}")
@@ -21,7 +21,7 @@ def check_price(price: float) -> float:
 
 
 def check_prices(prices: Sequence[float]) -> tuple[float, float]:
-    """The lowest and the highest of a range.
+    """Check a range of prices; returns the lowest and the highest.
 
     Raises:
         ValueError: there are not two, or the first is not below the second, or not above 0.
@@ -32,13 +32,13 @@ def check_prices(prices: Sequence[float]) -> tuple[float, float]:
 
 
 def draw_prices(prices: tuple[float, float], count: int, generator: torch.Generator) -> Tensor:
-    """Prices uniform on a log scale, (count,): a router that answers for all of them meets all of them."""
+    """Draw prices uniformly on a log scale, (count,)."""
     low, high = prices
     return low * torch.exp(torch.rand(count, generator=generator) * math.log(high / low))
 
 
 def ladder(prices: tuple[float, float], rungs: int) -> list[float]:
-    """Prices of a range, rising, evenly spaced on a log scale, its ends among them."""
+    """Rising prices, evenly spaced in a range on a log scale, with both ends."""
     low, high = check_prices(prices)
     rising = [low * (high / low) ** (rung / max(1, rungs - 1)) for rung in range(rungs)]
-    return [min(price, high) for price in rising]  # rounding may go beyond the end
+    return [min(price, high) for price in rising]  # rounding errors may exceed the end

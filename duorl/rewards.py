@@ -1,7 +1,7 @@
-"""Rewards: what a routing decision is worth.
+"""Rewards of routing decisions.
 
-A reward sees one layer decision for all tokens at once. One of your own is a class or, without options, a function, and
-is named by its import path, `--reward my_package.MyReward --reward.bonus 0.1`:
+A reward gets one layer decision of all tokens at once. Your own reward is a class or, without options, a function. Use
+its import path: `--reward my_package.MyReward --reward.bonus 0.1`:
 
     class MyReward(duorl.rewards.Reward):
         def __init__(self, bonus: float = 0.1): self.bonus = bonus
@@ -9,7 +9,7 @@ is named by its import path, `--reward my_package.MyReward --reward.bonus 0.1`:
 
     def my_reward(step): return step.gain - 0.1 * step.compute
 
-`duorl.testing.check_reward` tries it.
+`duorl.testing.check_reward` checks it.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class Step:
     Attributes:
         layer: index of the layer that was decided.
         action: (N,) int64, codes 0 skip, 1 small, 2 big.
-        compute: (N,), what the action costs, as a share of an all-big pass.
-        hidden: (N, d), the residual stream before the chosen network's output joined it.
-        next_hidden: (N, d), after.
-        last: this was the last layer.
+        compute: (N,), compute of the action, as a share of an all-big pass.
+        hidden: (N, d), the residual stream before the output of the chosen network was added.
+        next_hidden: (N, d), the residual stream after that.
+        last: true for the last layer.
         loss: (N,) nats, the token's loss; None before the last decision.
         reference_loss: (N,) nats, its loss in the same context under the reference route; None before the last.
-        previous: the decision before this one, None at the first.
+        previous: the decision before this one, None at the first. Its own `previous` is None: an episode holds the
+            states of two layers, not of all.
         lens: computes `lens_loss`; use that.
         distance: computes `teacher_gain`; use that.
     """
@@ -62,15 +63,15 @@ class Step:
 
     @cached_property
     def lens_loss(self) -> Tensor:
-        """(N,) nats: the loss of the prediction that the head would make from `next_hidden`; costs a head once."""
+        """(N,) nats: loss of the prediction that the head makes from `next_hidden`; needs one pass of the head."""
         assert self.lens is not None
         return self.lens()
 
     @cached_property
     def teacher_gain(self) -> Tensor:
-        """(N,) nats: how much closer than the reference route's the prediction is to all-big's, by KL(all-big || .).
+        """(N,) nats: KL(all-big || reference route) - KL(all-big || this route), of the predictions.
 
-        Zeros before the last decision; costs a head and an all-big pass once.
+        Zeros before the last decision; needs one pass of the head and one all-big pass.
         """
         if not self.last:
             return torch.zeros_like(self.compute)
@@ -79,8 +80,13 @@ class Step:
 
     @cached_property
     def relative_update(self) -> Tensor:
-        """(N,): |next_hidden - hidden| / |hidden|, what the chosen network did to the residual stream."""
+        """(N,): |next_hidden - hidden| / |hidden|, the relative change of the residual stream."""
         return (self.next_hidden - self.hidden).norm(dim=-1) / self.hidden.norm(dim=-1)
+
+    def forgetful(self) -> Step:
+        """This step, which lets go of the one before it."""
+        object.__setattr__(self, "previous", None)
+        return self
 
     @property
     def gain(self) -> Tensor:
@@ -91,22 +97,22 @@ class Step:
 
 
 class Reward:
-    """What one decision earns: a callable from a `Step` to (N,) rewards. Rewards add with `+`."""
+    """Reward of one decision: a callable from a `Step` to (N,) rewards. `a + b` is the sum of two rewards."""
 
     def __call__(self, step: Step) -> Tensor:
         """(N,) rewards of one decision."""
         raise NotImplementedError(f"{type(self).__name__} must define __call__(self, step)")
 
     def contextual(self, step: Step) -> Tensor:
-        """(N,): the part of the reward that routes of earlier tokens of the window can change, 0 unless defined.
+        """(N,): the part of the reward that depends on the routes of earlier tokens; by default 0.
 
-        With a `token_discount` a learner is credited with it for later tokens too.
+        With a `token_discount`, a learner credits earlier tokens with it.
         """
         return torch.zeros_like(step.compute)
 
     @property
     def name(self) -> str:
-        """What messages and curves call it."""
+        """Its name in messages and curves."""
         return type(self).__name__
 
     def __add__(self, other: Reward) -> Sum:
@@ -114,10 +120,10 @@ class Reward:
 
 
 class FunctionReward(Reward):
-    """A plain function of a step as a reward; it has no part that earlier tokens are credited with.
+    """A plain function of a step as a reward; its `contextual` part is 0.
 
     Args:
-        function: from a `Step` to (N,) rewards.
+        function: a function from a `Step` to (N,) rewards.
     """
 
     def __init__(self, function: Callable[[Step], Tensor]):
@@ -125,19 +131,19 @@ class FunctionReward(Reward):
 
     @property
     def name(self) -> str:
-        """The function's."""
+        """Name of the function."""
         return getattr(self.function, "__name__", type(self.function).__name__)
 
     def __call__(self, step: Step) -> Tensor:
-        """(N,), the function's."""
+        """(N,), result of the function."""
         return self.function(step)
 
 
 def as_reward(reward: Reward | Callable[[Step], Tensor]) -> Reward:
-    """A reward as it is; a function of a step as a reward.
+    """Make a reward from a function of a step; a reward is returned unchanged.
 
     Raises:
-        ValueError: it can be neither, a class that was not called for instance.
+        ValueError: the object is neither, for example a class in place of an object.
     """
     if isinstance(reward, Reward):
         return reward
@@ -149,11 +155,11 @@ def as_reward(reward: Reward | Callable[[Step], Tensor]) -> Reward:
 class LossImprovement(Reward):
     """gain - price * compute, summed over an episode: the return that the oracle maximizes.
 
-    Every decision costs its compute; the last one also earns the gain, the improvement of the token's loss over
-    the reference route's. The paired reference matters: token losses spread far more than gains.
+    Every decision has the reward -price * compute. The last one also has the gain: the reference loss of the token
+    minus its loss. Losses of tokens differ much more than their gains, so agents learn better from the gain.
 
     Args:
-        price: what an all-big pass costs, in nats; at least 0.
+        price: price of an all-big pass, in nats; at least 0.
     """
 
     def __init__(self, price: float = 0.1):
@@ -169,10 +175,10 @@ class LossImprovement(Reward):
 
 
 class LogitLensShaping(Reward):
-    """Potential-based shaping by the intermediate prediction's loss: earlier credit, the same optimal policy.
+    """Potential-based shaping by the loss of intermediate predictions: earlier credit, the same optimal policy.
 
-    The potential of a state is minus the loss of what the head would predict there, and 0 at both ends, so
-    the rewards of an episode sum to 0 (Ng, Harada and Russell 1999, theorem 1, undiscounted).
+    The potential of a state is minus the loss of the head's prediction from it, and 0 at both ends. So the rewards of
+    an episode sum to 0 (Ng, Harada and Russell 1999, theorem 1, undiscounted).
 
     Args:
         scale: factor on the potential.
@@ -190,14 +196,14 @@ class LogitLensShaping(Reward):
 
 
 class TeacherKL(Reward):
-    """The default reward with all-big's whole distribution in place of the label, or beside it.
+    """The default reward with the whole distribution of all-big in place of the label, or beside it.
 
-    A label says of one token in a vocabulary whether a route was good; the teacher says it of all, so that gains
-    spread less. But a router can then only be as good as all-big, which a good route beats.
+    The label gives information about one token of the vocabulary, the distribution about all tokens. So the gains have
+    less noise. But a router can then only become as good as all-big, and a good route can be better.
 
     Args:
-        price: what an all-big pass costs, in nats; at least 0.
-        share: of the gain that is measured by the distance to all-big; the rest is the label's, in [0, 1].
+        price: price of an all-big pass, in nats; at least 0.
+        share: share of the gain that comes from the distance to all-big, in [0, 1]; the rest comes from the label.
     """
 
     def __init__(self, price: float = 0.1, share: float = 1.0):
@@ -215,11 +221,11 @@ class TeacherKL(Reward):
 
 
 class RedundancyCharge(Reward):
-    """Charges networks that ran and hardly changed the token's state (after DynaLay, 2023).
+    """Charges networks that ran and hardly changed the hidden state (after DynaLay, 2023).
 
     Args:
         charge: nats per redundant decision.
-        threshold: a decision other than skip is redundant where its relative update |dh| / |h| is below this.
+        threshold: a decision other than skip is redundant if its relative update |dh| / |h| is below this.
     """
 
     def __init__(self, charge: float = 0.01, threshold: float = 0.1):
@@ -235,7 +241,7 @@ class Sum(Reward):
     """The sum of several rewards.
 
     Args:
-        rewards: at least one.
+        rewards: the rewards, at least one.
     """
 
     def __init__(self, rewards: Sequence[Reward | Callable[[Step], Tensor]]):
@@ -244,11 +250,11 @@ class Sum(Reward):
         self.rewards = [as_reward(reward) for reward in rewards]
 
     def __call__(self, step: Step) -> Tensor:
-        """(N,), the rewards added up."""
+        """(N,), sum of the rewards."""
         return torch.stack([checked(reward, step) for reward in self.rewards]).sum(0)
 
     def contextual(self, step: Step) -> Tensor:
-        """(N,), the parts' added up."""
+        """(N,), sum over the rewards."""
         return checked_contextual(self, step)
 
 
@@ -259,16 +265,16 @@ def _finite(name: str, number: float) -> float:
 
 
 def checked(reward: Reward, step: Step) -> Tensor:
-    """What a reward says of a step, (N,) finite numbers of the step's type.
+    """Compute the reward of a step and check it, (N,) finite numbers of the step's type.
 
     Raises:
-        ValueError: it says something else, or fails; names the class and the layer.
+        ValueError: the reward fails, has another shape or is not finite; the message names the class and the layer.
     """
     return _checked(reward.name, reward, step)
 
 
 def checked_contextual(reward: Reward, step: Step) -> Tensor:
-    """What a reward credits to the routes of earlier tokens, (N,), part by part; errors as for `checked`."""
+    """The `contextual` part of a reward, (N,), checked part by part; errors as for `checked`."""
     parts = [_checked(f"{part.name}.contextual", part.contextual, step) for part in _flat(reward)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
@@ -276,7 +282,7 @@ def checked_contextual(reward: Reward, step: Step) -> Tensor:
 def _checked(name: str, function: Callable[[Step], Tensor], step: Step) -> Tensor:
     try:
         earned = function(step)
-    except Exception as error:  # a user's code may raise anything
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{name} fails in layer {step.layer}: {said}") from error
     shape = tuple(step.compute.shape)
@@ -295,7 +301,7 @@ def _checked(name: str, function: Callable[[Step], Tensor], step: Step) -> Tenso
 
 
 def named_parts(reward: Reward) -> dict[str, Reward]:
-    """The parts of a sum by name, numbered where several have one; none of another reward."""
+    """The parts of a sum by name, with numbers if names repeat; empty for other rewards."""
     if not isinstance(reward, Sum):
         return {}
     parts: dict[str, Reward] = {}
@@ -306,12 +312,12 @@ def named_parts(reward: Reward) -> dict[str, Reward]:
 
 
 def _flat(reward: Reward) -> list[Reward]:
-    """The parts of a sum, those of sums in it too."""
+    """The parts of a sum, also of sums inside it."""
     return [part for each in reward.rewards for part in _flat(each)] if isinstance(reward, Sum) else [reward]
 
 
 def price_of(reward: Reward) -> float:
-    """The price of compute inside a reward, in nats per all-big pass: its parts' sum, 0 where none has a price."""
+    """The price of a reward, in nats per all-big pass: the sum over its parts, 0 if none has a price."""
     return sum(_price(part) for part in _priced(reward))
 
 
@@ -327,13 +333,13 @@ def with_price(reward: Reward) -> tuple[Reward, Callable[[float | Tensor], None]
     """A reward whose price can be changed while it is in use.
 
     Args:
-        reward: has an attribute `price`, or is a sum of which one part has; it stays as it is.
+        reward: a reward with an attribute `price`, or a sum with exactly one such part; it does not change.
 
     Returns:
-        A copy, and what sets its price: a number, or (N,), one per token.
+        A copy, and a function that sets its price: a number, or (N,), one per token.
 
     Raises:
-        ValueError: there is no price to change, or more than one.
+        ValueError: there is no price, or more than one.
     """
     reward = copy.deepcopy(reward)
     priced = _priced(reward)

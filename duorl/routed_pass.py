@@ -1,26 +1,26 @@
-"""RoutedPass: a forward pass that one steers layer by layer.
+"""RoutedPass: a forward pass in which the network of each token is chosen layer by layer.
 
     walk = RoutedPass(model, tokens)                              # tokens (B, T+1)
     while not walk.done:
         walk.step(router.decide(walk.view))                       # actions (B, T)
     walk.losses()                                                 # (B, T), nats
 
-Environment, oracle, evaluation and training are skins over it. The *context* says which keys and values a
-token reads from the tokens before it: in `routed`, those of their own routed passes, as in deployment; in
-`reference`, those of an all-big pass, so that tokens do not depend on each other's routes.
+Environment, oracle, evaluation and training use it. The *context* says which keys and values a token reads from the
+tokens before it. `routed`: those of their own routed passes, as in deployment. `reference`: those of an all-big pass,
+so that tokens do not depend on each other's routes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
+from torch.utils.checkpoint import checkpoint
 
 from duorl.costs import SKIP, Tally
 from duorl.inputs import View
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from duorl.models.modeling import DuoForCausalLM
 
 Context = Literal["routed", "reference"]
-_LOGITS_AT_ONCE = {"cpu": 2**20}  # elements of the head's output: what stays in a processor's cache
+_LOGITS_AT_ONCE = {"cpu": 2**20}  # elements of the head's output that fit into a processor's cache
 _MANY_LOGITS = 2**26  # on an accelerator, to bound its memory
-_LEAST_ROWS = 256  # the head's weights are read anew for every part
+_LEAST_ROWS = 256  # each part reads the head's weights again
 
 
 @torch.no_grad()
@@ -43,10 +43,10 @@ def remember(model: DuoForCausalLM, tokens: Tensor, positions: Tensor | None = N
     Args:
         model: a duo model.
         tokens: (B, T+1).
-        positions: (B, P), the positions that will be routed; all T unless given.
+        positions: (B, P), the positions that will be routed; by default all T.
 
     Returns:
-        A memory for `RoutedPass(model, tokens, context="reference", memory=...)`, usable any number of times.
+        A memory for `RoutedPass(model, tokens, context="reference", memory=...)`, which can be used several times.
 
     Raises:
         ValueError: the model's attention does not go through transformers' attention interface.
@@ -64,25 +64,25 @@ def remember(model: DuoForCausalLM, tokens: Tensor, positions: Tensor | None = N
 
 
 class RoutedPass:
-    """A forward pass in progress, stopped where a layer's feed-forward network is chosen.
+    """A forward pass in progress. It stops in front of each layer's feed-forward network (FFN).
 
     Args:
         model: a duo model.
         tokens: (B, T+1) int64; the last is only a target.
         context: `routed` or `reference`, see the module's docstring.
-        copies: K branches of every window, each routed on its own; they come first in the batch axis, so
-            tensors have K * B rows, `x.view(K, B, ...)` side by side.
-        memory: keys and values that the tokens at its positions read in place of each other's, and only those tokens
-            are routed; in the reference context made here by `remember` unless given.
-        tally: adds up the FLOPs that are executed; nothing is counted unless given.
-        price: broadcastable to (K * B, P), nats per all-big pass, for routers that see it.
+        copies: number of branches of every window, K; each branch has its own routes. Branches come first in the batch
+            axis: tensors have K * B rows, `x.view(K, B, ...)`.
+        memory: keys and values that the tokens at its positions read, in place of each other's. Only these tokens are
+            routed. In the reference context, by default made by `remember`.
+        tally: counts the FLOPs; None: they are not counted.
+        price: broadcastable to (K * B, P), nats per all-big pass, for routers that use it.
 
     Attributes:
-        hidden: (K * B, P, d), what this layer's FFN would read. P = T unless the memory names fewer positions.
-        residual: (K * B, P, d), the residual stream after attention, which the FFN's output will join; at the
-            end, what enters the final norm.
+        hidden: (K * B, P, d), input of this layer's FFN. P = T, or the number of positions in the memory.
+        residual: (K * B, P, d), the residual stream after attention, to which the FFN's output is added; at the end,
+            the input of the final norm.
         layer: index of the layer to decide; L at the end.
-        compute: (K * B, P), compute spent so far, in [0, 1].
+        compute: (K * B, P), compute so far, in [0, 1].
         layer_input: (K * B, P, d), the residual stream that entered this layer, before its attention.
         targets: (B, P), the tokens to predict.
     """
@@ -117,26 +117,26 @@ class RoutedPass:
         self.hidden: Tensor
         self.layer_input: Tensor
         entering = self._embed(copies)
-        self.compute = entering.new_zeros(entering.shape[:2])
+        self.compute = self.action_compute.new_zeros(entering.shape[:2])  # float32, whatever the model's precision
         self._attend(entering)
 
     @property
     def done(self) -> bool:
-        """All layers are decided."""
+        """Whether all layers are decided."""
         return self.layer == self.depth
 
     @property
     def view(self) -> View:
-        """What a router sees of the pass, (K * B, P, ...)."""
+        """The view of a router on the pass, (K * B, P, ...)."""
         return View(self.hidden, self.layer, self.compute, self._previous, self._taken, self.price)
 
     @property
     def copies(self) -> int:
-        """Branches of every window, K."""
+        """Number of branches of every window, K."""
         return len(self.residual) // len(self.inputs)
 
     def step(self, actions: Tensor) -> None:
-        """Let every token take its own action: (K * B, P) int64; only the chosen networks run."""
+        """Apply the action of each token, (K * B, P) int64; only the chosen networks run."""
         output = self.stack.ffns[self.layer](self.hidden, actions=actions)
         if self.tally:
             self.tally.flops += self.flops.ffns[self.layer, actions.cpu()].sum().item()
@@ -144,38 +144,38 @@ class RoutedPass:
         self._advance(self._joined(output, skipped), self.action_compute[self.layer][actions], actions)
 
     def take(self, action: int) -> None:
-        """Let all tokens take one action."""
+        """Apply the same action to all tokens."""
         taken = torch.full(self.compute.shape, action, device=self.compute.device)
         self._advance(self._after(action), self.action_compute[self.layer, action], taken)
 
     def mix(self, weights: Tensor, actions: Sequence[int], *, hard: bool = False) -> None:
-        """Let every token take a mixture of actions, differentiable: the learned router of Duo-LLM trains through it.
+        """Apply a mixture of actions to each token, differentiable; the soft router of Duo-LLM is trained with it.
 
         Args:
-            weights: (K * B, P, A), each action's share; the view calls the largest the action that was taken.
-            actions: the A actions' codes.
-            hard: the shares are zeros and a one. Derivatives by the shares are the same, and what leads back through
-                networks that a token did not choose, which would be 0, is not computed.
+            weights: (K * B, P, A), share of each action; in the view, the taken action is that with the largest share.
+            actions: the A action codes.
+            hard: the shares are zeros and a one. Derivatives by the shares are the same. Gradients through the
+                networks that a token did not choose are 0 and are not computed.
         """
         ffn = self.stack.ffns[self.layer]
         chosen = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)] if hard else None
         outputs = [_output(ffn, self.hidden, action, chosen) for action in actions]
-        output = (torch.stack(outputs, dim=-1) @ weights[..., None]).squeeze(-1)
+        output = (torch.stack(outputs, dim=-1) @ weights[..., None].to(self.hidden.dtype)).squeeze(-1)
         skipped = sum(weights[..., i] for i, action in enumerate(actions) if action == SKIP)
         taken = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)]
         self._advance(self._joined(output, skipped), weights @ self.action_compute[self.layer, list(actions)], taken)
 
     def branch(self, actions: Sequence[int], keep: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor | None:
-        """Split every branch into one per action, the newest varying fastest: K becomes K * A.
+        """Split every branch into one branch per action: K becomes K * A, with the new action as the last index.
 
         Args:
-            actions: the A actions' codes.
-            keep: chooses among them before the next layer's attention runs: from the residual stream (K * A * B, P, d)
-                and the compute (K * A * B, P) to each token's surviving branches, (K', B, P) indices.
-                Branches are mixed per token, which is exact where tokens read a memory and not each other.
+            actions: the A action codes.
+            keep: chooses branches before the next layer's attention: a function from the residual stream
+                (K * A * B, P, d) and the compute (K * A * B, P) to the kept branches of each token, (K', B, P) indices.
+                Tokens keep different branches. This is exact only if tokens read a memory and not each other.
 
         Returns:
-            What `keep` chose.
+            The result of `keep`.
         """
         size, shape = len(self.inputs), self.residual.shape[1:]
         taken = [self._after(action).view(-1, 1, size, *shape) for action in actions]
@@ -192,44 +192,58 @@ class RoutedPass:
         return kept
 
     def fork(self) -> RoutedPass:
-        """An independent copy of this point of the pass; tensors are shared, and no pass writes in its own."""
+        """An independent copy of the pass at this point; both share tensors, which no pass changes in place."""
         return copy.copy(self)
 
     def logits(self) -> Tensor:
-        """The head on the residual stream: (K * B, P, V), at the end the model's prediction."""
+        """Logits of the head on the residual stream, (K * B, P, V); at the end, the model's prediction."""
         return self.stack.logits(self.residual)
 
     def losses(self, stream: Tensor | None = None) -> Tensor:
         """Next-token loss in nats of the head's prediction, (K * B, P).
 
         Args:
-            stream: (K * B, P, d), any residual stream; the pass's own unless given, which at the end is the
-                model's loss.
+            stream: (K * B, P, d), any residual stream; by default that of the pass. At the end, this gives the model's
+                loss.
         """
         stream = self.residual if stream is None else stream
-        targets = self.targets.repeat(len(stream) // len(self.targets), 1)
-        return self._by_rows(partial(cross_entropy, reduction="none"), stream, targets)
-
-    def divergences(self, teacher: Tensor) -> Tensor:
-        """KL(teacher || prediction) in nats at the end of the pass, (K * B, P).
-
-        Args:
-            teacher: (B, P, V), log-probabilities of the same tokens' predictions by another pass.
-        """
-        return self._by_rows(_divergence, self.residual, teacher.repeat(self.copies, 1, 1))
-
-    def _by_rows(self, score: Callable[[Tensor, Tensor], Tensor], stream: Tensor, against: Tensor) -> Tensor:
-        """Compare the head's logits with something per token, few enough tokens at a time: (K * B, P)."""
-        if self.tally:
-            self.tally.flops += self.flops.head * stream[..., 0].numel()
-        normalized = self.stack.normalized(stream).flatten(0, 1)  # (N, d)
-        rows = head_rows(self.stack.backbone.config.vocab_size, stream.device)
-        parts = zip(normalized.split(rows), against.flatten(0, 1).split(rows), strict=True)
-        scores = [score(self.stack.head(hidden[None])[0].float(), other) for hidden, other in parts]
+        targets = self.targets.repeat(len(stream) // len(self.targets), 1).flatten()
+        normalized = self._normalized(stream)
+        scores = _each(self._loss, zip(normalized.split(self._head_rows), targets.split(self._head_rows), strict=True))
         return torch.cat(scores).view(stream.shape[:2])
 
+    def divergences(self, teacher: RoutedPass) -> Tensor:
+        """KL(teacher || prediction) in nats at the end of the pass, (K * B, P), few enough tokens at a time.
+
+        Args:
+            teacher: another finished pass of the same tokens, with one branch.
+        """
+        copies, rows = self.copies, max(1, self._head_rows // (self.copies + 1))
+        own, others = (self._normalized(walk.residual) for walk in (self, teacher))
+        parts = zip(own.unflatten(0, (copies, -1)).split(rows, 1), others[None].split(rows, 1), strict=True)
+        return torch.cat(_each(self._divergence, parts), dim=1).view(self.compute.shape)
+
+    def _loss(self, normalized: Tensor, targets: Tensor) -> Tensor:
+        """From a normalised stream (N, d), (N,)."""
+        return cross_entropy(self.stack.head(normalized[None])[0].float(), targets, reduction="none")
+
+    def _divergence(self, own: Tensor, teacher: Tensor) -> Tensor:
+        """From normalised streams (K, N, d) and (1, N, d), (K, N)."""
+        log_own, log_teacher = (self.stack.head(states).float().log_softmax(-1) for states in (own, teacher))
+        return kl_div(log_own, log_teacher.expand_as(log_own), reduction="none", log_target=True).sum(-1)
+
+    def _normalized(self, stream: Tensor) -> Tensor:
+        """What the head reads, (N, d), of a stream (K * B, P, d)."""
+        if self.tally:
+            self.tally.flops += self.flops.head * stream[..., 0].numel()
+        return self.stack.normalized(stream).flatten(0, 1)
+
+    @property
+    def _head_rows(self) -> int:
+        return head_rows(self.stack.backbone.config.vocab_size, self.residual.device)
+
     def _embed(self, copies: int) -> Tensor:
-        """Ask the model how it calls its layers for this many branches; returns what enters layer 0."""
+        """Record how the model calls its layers for this number of branches; returns the input of layer 0."""
         positions = None if self._positions is None else self._positions.repeat(copies, 1)
         entering, self._calls = self.stack.embed(self.inputs.repeat(copies, 1), positions)
         return entering
@@ -243,19 +257,19 @@ class RoutedPass:
 
     @property
     def _read_positions(self) -> int:
-        """Number of positions whose scores attention computes for each token."""
+        """Number of positions that each token attends to."""
         return self.inputs.shape[1] if self.memory is None else self.memory.looked_at(self.layer)[0].shape[2]
 
     def _after(self, action: int) -> Tensor:
-        """What leaves this layer if all tokens take one action."""
+        """Output of this layer if all tokens take one action."""
         if self.tally:
             self.tally.flops += self.flops.ffns[self.layer, action].item() * self.compute.numel()
         return self._joined(self.stack.ffns[self.layer](self.hidden, actions=action), action == SKIP)
 
     def _joined(self, output: Tensor, skipped: Tensor | float) -> Tensor:
-        """What leaves this layer: the networks' output joins the residual stream.
+        """Output of this layer: the networks' output is added to the residual stream.
 
-        Where a skipped layer is dropped whole, the stream is what entered the layer.
+        If the whole layer is skipped, this is the input of the layer.
         """
         stream = self.residual
         if self._drops_blocks:
@@ -266,7 +280,7 @@ class RoutedPass:
     def _advance(self, completed: Tensor, spent: Tensor | float = 0.0, actions: Tensor | None = None) -> None:
         self.compute = self.compute + spent
         self._previous = self.hidden
-        self._taken = (*self._taken, actions) if actions is not None else ()  # branches have no common past
+        self._taken = (*self._taken, actions) if actions is not None else ()  # branches have different actions
         self.layer += 1
         if self.done:
             self.residual = self.hidden = self.layer_input = completed
@@ -275,7 +289,7 @@ class RoutedPass:
 
 
 def _output(ffn: DuoFFN, hidden: Tensor, action: int, chosen: Tensor | None) -> Tensor:
-    """One network's output for all tokens, differentiable for those that chose it, or for all: (..., d)."""
+    """Output of one network for all tokens, (..., d); differentiable for all, or only for `chosen` tokens."""
     if chosen is None or not hidden.requires_grad:
         return ffn(hidden, actions=action)
     tokens, own = hidden.flatten(0, -2), (chosen == action).flatten()
@@ -286,25 +300,31 @@ def _output(ffn: DuoFFN, hidden: Tensor, action: int, chosen: Tensor | None) -> 
     return output.index_copy(0, inside, ffn(tokens[inside], actions=action)).view_as(hidden)
 
 
-def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:
-    return kl_div(logits.log_softmax(-1), teacher, reduction="none", log_target=True).sum(-1)
+def _each(score: Callable[[Tensor, Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Scores of parts of a pass, whose logits are not kept: derivatives make them again."""
+    return [
+        checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
+        if part[0].requires_grad
+        else score(*part)
+        for part in parts
+    ]
 
 
 def head_rows(vocabulary: int, device: torch.device) -> int:
-    """Tokens whose logits are made at once."""
+    """Number of tokens whose logits are computed at the same time."""
     return max(_LEAST_ROWS, _LOGITS_AT_ONCE.get(device.type, _MANY_LOGITS) // vocabulary)
 
 
 def along(walk: RoutedPass, routes: Tensor, index: Tensor | None = None) -> Iterator[tuple[Tensor, RoutedPass]]:
-    """Finish a pass along each of a set of routes, depth first, every shared prefix walked once.
+    """Complete a pass along each of several routes, depth first; every shared prefix is computed once.
 
     Args:
-        walk: at any layer; it is left there.
-        routes: (R, layers that are left), action codes, the same for all tokens.
-        index: (R,), the routes' names; their rows unless given.
+        walk: a pass at any layer; it does not change.
+        routes: (R, remaining layers), action codes, the same for all tokens.
+        index: (R,), numbers of the routes; by default their rows.
 
     Yields:
-        The names of equal routes, and a pass that has followed them to the end.
+        The numbers of equal routes, and a pass that has followed them to the end.
     """
     index = torch.arange(len(routes), device=routes.device) if index is None else index
     if walk.done:
@@ -318,7 +338,7 @@ def along(walk: RoutedPass, routes: Tensor, index: Tensor | None = None) -> Iter
 
 
 def pick(branches: Tensor, index: Tensor) -> Tensor:
-    """Each token's own choice among its branches.
+    """Choose branches for each token.
 
     Args:
         branches: (K * B, P, ...).

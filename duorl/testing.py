@@ -1,11 +1,11 @@
-"""Checks of your own parts, as Gymnasium's `check_env` checks environments: each says what is wrong, or nothing.
+"""Checks of your own parts, like Gymnasium's `check_env`: each check raises an error that says what is wrong.
 
     duorl.testing.check_reward(MyReward())
     duorl.testing.check_router(MyRouter())
     duorl.testing.check_learner(MyLearner)
     duorl.testing.check_input(my_input)
 
-They try a part on a small model with random weights, in seconds. Tools for tests, they may use everything else here.
+They use a small model with random weights and take seconds. This module may import all others.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LAYERS, _HIDDEN, _VOCABULARY, _LENGTH = 3, 32, 61, 8
 
 
 class CheckFailed(AssertionError):
-    """What a part got wrong, and what it should do."""
+    """The message says what is wrong with a part and what it should do."""
 
 
 def _require(right: Any, message: str) -> None:
@@ -59,21 +59,21 @@ def small_model() -> DuoForCausalLM:
 
 
 def small_windows(count: int = 6) -> Tensor:
-    """Random text for it, (count, 9)."""
+    """Random windows for this model, (count, 9)."""
     return torch.randint(_VOCABULARY, (count, _LENGTH + 1), generator=torch.Generator().manual_seed(0))
 
 
 def check_reward(reward: Reward | Callable[[Step], Tensor]) -> None:
-    """Play episodes with a reward.
+    """Check a reward in some episodes.
 
     Raises:
-        CheckFailed: it does not return one finite number per token, its `contextual` part has another shape, or it says
-            something else of the same step a second time.
+        CheckFailed: it does not return one finite number per token, its `contextual` part has another shape, or it
+            returns another value for the same step a second time.
     """
     reward = as_reward(reward)
     for actions in (("small", "big"), ACTIONS):
         first, second = (_episode(deepcopy(reward), actions) for _ in range(2))
-        _require(torch.equal(first, second), f"{reward.name} must say the same of the same step every time")
+        _require(torch.equal(first, second), f"{reward.name} must return the same rewards for the same step every time")
 
 
 def _episode(reward: Reward, actions: tuple[str, ...]) -> Tensor:
@@ -90,10 +90,11 @@ def _episode(reward: Reward, actions: tuple[str, ...]) -> Tensor:
 
 
 def check_router(router: Router) -> None:
-    """Let a router decide for a model of 3 layers and hidden size 32, save it, and let the saved one decide.
+    """Check a router on a model with 3 layers and hidden size 32; also save it, load it and check it again.
 
     Raises:
-        CheckFailed: it does not return one known action per token, remembers passes, or is another one when loaded.
+        CheckFailed: it does not return one known action per token, stores something about passes, or decides
+            differently after loading.
     """
     name, model, windows = type(router).__name__, small_model(), small_windows()
     _require(isinstance(router, Router), f"{name} must be a duorl.routers.Router")
@@ -104,18 +105,18 @@ def check_router(router: Router) -> None:
             router.save_pretrained(folder)
             loaded = load(folder)
         except (TypeError, ValueError, RuntimeError) as error:
-            message = "hand the constructor's arguments to super().__init__ as keywords"
+            message = "pass the constructor's arguments to super().__init__ as keywords"
             raise CheckFailed(f"{name} cannot be saved and loaded ({error}): {message}") from error
-    _require(torch.equal(_routes(loaded, model, windows), before), f"{name} decides otherwise when saved and loaded")
+    _require(torch.equal(_routes(loaded, model, windows), before), f"{name} decides differently after loading")
     _routes(router, model, windows.flip(0))
     chance = any(isinstance(part, torch.Generator) for part in vars(router).values())
-    message = f"{name} remembers other passes: what a pass has done so far is in its view, not on the router"
+    message = f"{name} stores something about a pass on itself: read it from the view of the pass"
     _require(chance or torch.equal(_routes(router, model, windows), before), message)
 
 
 @torch.no_grad()
 def _routes(router: Router, model: DuoForCausalLM, windows: Tensor) -> Tensor:
-    """(B, T, L), checked layer by layer."""
+    """Routes (B, T, L), checked layer by layer."""
     name = type(router).__name__
     router.begin(model, windows)
     walk, routes = RoutedPass(model, windows), []
@@ -133,15 +134,15 @@ def _routes(router: Router, model: DuoForCausalLM, windows: Tensor) -> Tensor:
 
 
 def check_learner(make: Callable[..., Learner], **options: Any) -> None:
-    """Train with a learner's class, twice on, and once more from every state that it saves.
+    """Check a learner: train it, continue the training, and continue from every state that it saves.
 
     Args:
-        make: the class, called with a `duorl.envs.Lockstep` and the options.
-        options: of its constructor.
+        make: the class; it is called with a `duorl.envs.Lockstep` and the options.
+        options: options of its constructor.
 
     Raises:
-        CheckFailed: one seed gives two results, a checkpoint cannot hold its state, a second `learn` does nothing, a
-            restored learner does not go on as an uninterrupted one does, or its router is not right (`check_router`).
+        CheckFailed: one seed gives two results, its state cannot be saved, a second `learn` does nothing, a restored
+            learner gives another result than an uninterrupted one, or its router is wrong (`check_router`).
     """
     name = getattr(make, "__name__", str(make))
 
@@ -170,13 +171,13 @@ def check_learner(make: Callable[..., Learner], **options: Any) -> None:
 
 
 def _kept(name: str, state: dict[str, Any]) -> dict[str, Any]:
-    """A state as a checkpoint holds it."""
+    """A state, saved and loaded."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "checkpoint.safetensors"
         try:
             checkpoints.save(path, state)
         except TypeError as error:
-            raise CheckFailed(f"{name} has a state that no checkpoint can hold: {error}") from error
+            raise CheckFailed(f"{name} has a state that cannot be saved: {error}") from error
         return checkpoints.load(path)
 
 
@@ -189,11 +190,11 @@ def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def check_input(function: Input) -> None:
-    """Ask an input for numbers in every layer of a pass.
+    """Check an input in every layer of a pass.
 
     Raises:
-        CheckFailed: it does not return (..., k) finite numbers with the same k in every layer, whatever shape the
-            tokens have, or a token's numbers depend on other tokens.
+        CheckFailed: it does not return (..., k) finite numbers with the same k in every layer and for every shape of
+            the tokens, or the numbers of a token depend on other tokens.
     """
     name = getattr(function, "__name__", type(function).__name__)
     router, walk, widths = RandomRouter(), RoutedPass(small_model(), small_windows(2)), set()
@@ -205,13 +206,13 @@ def check_input(function: Input) -> None:
         _require(len(shape) == 2 and shape[0] == expected[0], f"{name} must return shape (..., k), not {shape}")
         _require(found.isfinite().all(), f"{name} returns numbers that are not finite, in layer {walk.layer}")
         alone = torch.cat([function(_only(view, token)) for token in range(len(view.compute))])
-        _require(torch.allclose(alone, found, atol=1e-5), f"{name} mixes tokens: each is to be seen by itself")
+        _require(torch.allclose(alone, found, atol=1e-5), f"{name} mixes tokens: use each token alone")
         whole = function(walk.view)
         right = whole.shape[:-1] == walk.compute.shape and torch.allclose(whole.flatten(0, 1), found, atol=1e-5)
         _require(right, f"{name} must take tokens in any shape: (..., d) in, (..., k) out")
         widths.add(shape[1])
         walk.step(router.decide(walk.view))
-    _require(len(widths) == 1, f"{name} must return as many numbers in every layer, not {sorted(widths)}")
+    _require(len(widths) == 1, f"{name} must return the same number of values in every layer, not {sorted(widths)}")
 
 
 def _only(view: View, token: int) -> View:

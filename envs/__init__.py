@@ -1,4 +1,4 @@
-"""Environments: `duorl/Routing-v0` for Gymnasium, `RoutingVecEnv` for Stable-Baselines3, `Lockstep` underneath."""
+"""Environments: `duorl/Routing-v0` for Gymnasium, `RoutingVecEnv` for Stable-Baselines3, `Lockstep` for agents."""
 
 import lazy_loader
 

@@ -51,7 +51,7 @@ def observation_space(dynamics: RoutingDynamics) -> spaces.Dict:
 
 
 def observe_tensors(dynamics: RoutingDynamics) -> dict[str, Tensor]:
-    """The observations of N tokens in lockstep: hidden (N, d), layer (N,), compute (N, 1), and features (N, C)."""
+    """The observations of N tokens: hidden (N, d), layer (N,), compute (N, 1), and features (N, C)."""
     hidden, compute = dynamics.hidden.detach().float(), dynamics.compute.detach().float()
     layer = torch.full((len(hidden),), dynamics.layer, device=hidden.device)
     batch = {"hidden": hidden, "layer": layer, "compute": compute[:, None].clamp(0.0, 1.0)}
@@ -81,10 +81,10 @@ class DuoRoutingEnv(gymnasium.Env):
     r"""Route one token through a frozen duo model.
 
     ## Description
-    A language model carries two feed-forward networks in every layer, a big and a small one (Duo-LLM, arXiv
-    2410.10846). An episode is one token of a text: layer by layer the agent decides whether the token passes the
-    layer's small network, its big one, or none. The tokens before it were routed all-big (context `reference`),
-    so episodes do not depend on each other and the exhaustive oracle is the exact optimum.
+    A language model has two feed-forward networks (FFNs) in every layer, a big and a small one (Duo-LLM, arXiv
+    2410.10846). An episode is one token of a text. In each layer, the agent decides whether the token uses the small
+    network, the big one, or none. The tokens before it used the big network everywhere (context `reference`). So
+    episodes do not depend on each other, and the exhaustive oracle is the exact optimum.
 
     ## Action Space
     `Discrete(A)`, an index into `actions`, cheapest first; by default 0 is small and 1 is big.
@@ -94,18 +94,18 @@ class DuoRoutingEnv(gymnasium.Env):
 
     | key | space | meaning |
     |---|---|---|
-    | `hidden` | `Box(-inf, inf, (d,))` | what this layer's FFN would read; after the last, the final residual stream |
-    | `layer` | `Discrete(L + 1)` | the layer to decide, L at the end |
-    | `compute` | `Box(0, 1, (1,))` | FFN FLOPs spent so far, as a share of an all-big pass |
+    | `hidden` | `Box(-inf, inf, (d,))` | input of this layer's FFN; after the last layer, the final residual stream |
+    | `layer` | `Discrete(L + 1)` | index of the layer to decide; L at the end |
+    | `compute` | `Box(0, 1, (1,))` | FLOPs in the FFNs so far, as a share of an all-big pass |
     | `features` | `Box(-inf, inf, (C,))` | with `inputs`: further inputs of a router, see `duorl.inputs` |
 
     ## Rewards
-    `LossImprovement(price=0.1)`: each decision costs price * its compute, the last one also earns the token's
-    reference loss (all-small, same context) minus its loss, in nats. Any `duorl.rewards.Reward`, or a function of a
-    step, can be given.
+    `LossImprovement(price=0.1)`: the reward of each decision is -price * compute. The last decision also gets the
+    token's reference loss (all-small, same context) minus its loss. The unit is nats. Any other `duorl.rewards.Reward`
+    can be given, and a function of a step.
 
     ## Starting State
-    A window and a position in it, drawn uniformly with the environment's seeded generator, or given by
+    A window and a position in it, drawn uniformly by the environment's generator, or given by
     `reset(options={"window": i, "position": t})`.
 
     ## Episode End
@@ -113,12 +113,12 @@ class DuoRoutingEnv(gymnasium.Env):
 
     ## Arguments
     - `model`: an embedded model's name, a folder, or a frozen `DuoForCausalLM` (then `windows` too).
-    - `windows`: (W, T+1) tokens; from `corpus` unless given.
+    - `windows`: (W, T+1) tokens; by default from `corpus`.
     - `corpus`, `window`: text of the router split, and tokens per window.
     - `reward`, `actions`, `reference`: see `duorl.envs.RoutingDynamics`.
-    - `inputs`, `big_layers`: see there; with `big_layers=k` exactly k layers must be big, and `action_masks()` says
-      which actions can still meet that.
-    - `render_mode`: `"ansi"` draws the route so far, a character per layer: `.` skip, `s` small, `B` big.
+    - `inputs`, `big_layers`: see there. With `big_layers=k`, exactly k layers must be big, and `action_masks()` says
+      which actions still allow this.
+    - `render_mode`: `"ansi"` draws the route so far, one character per layer: `.` skip, `s` small, `B` big.
 
     ## Version History
     - v0: first version.
@@ -176,7 +176,7 @@ class DuoRoutingEnv(gymnasium.Env):
         return self._observation(), float(reward), self.dynamics.done, False, self._info()
 
     def action_masks(self) -> np.ndarray:
-        """(A,) bool: the actions from which the budget can still be met; sb3-contrib's MaskablePPO asks for them."""
+        """(A,) bool: the actions that still allow the budget; the MaskablePPO of sb3-contrib calls this."""
         return self.dynamics.action_masks()[0].cpu().numpy()
 
     def render(self) -> str | None:
@@ -200,11 +200,11 @@ class DuoRoutingVectorEnv(VectorEnv):
 
     With `tokens_per_window=1` (the default) it is N independent `DuoRoutingEnv`s: token i, reset with seed s, is
     the single environment reset with seed s + i. With `tokens_per_window=T` it takes whole windows: num_envs
-    must be a multiple of T * `group_size`, and the context may be `routed`, where the tokens of a window read each
-    other's routed keys and values, as in deployment.
+    must be a multiple of T * `group_size`. The context may then be `routed`: the tokens of a window read the keys and
+    values of each other's routed passes, as in deployment.
 
     All episodes end together; the step that ends them returns the next episode's first observations and infos
-    (autoreset mode SAME_STEP). As Gymnasium has it, `infos["final_obs"]` then holds the last observations, (N,)
+    (autoreset mode SAME_STEP). As in Gymnasium, `infos["final_obs"]` then holds the last observations, (N,)
     dictionaries, and `infos["final_info"]` what the single environments' last `info` has, (N,) each: `loss`, `gain`,
     `compute` and `route`.
     Every key has a mask beside it, `_final_obs` for instance, (N,) bool.
@@ -220,7 +220,7 @@ class DuoRoutingVectorEnv(VectorEnv):
         render_mode: `"ansi"` draws every token's route so far.
 
     Raises:
-        ValueError: num_envs does not fit, or the context needs whole windows.
+        ValueError: num_envs has the wrong size, or the context needs whole windows.
     """
 
     metadata = {"render_modes": ["ansi"], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012  (the protocol)
@@ -265,7 +265,7 @@ class DuoRoutingVectorEnv(VectorEnv):
         self._routes: list[np.ndarray] = []
 
     def reset(self, *, seed: int | Sequence[int | None] | None = None, options: dict[str, Any] | None = None):
-        """Begin N episodes; token i is seeded with `seed + i`, or with its own of N seeds."""
+        """Begin N episodes; token i has the seed `seed + i`, or seed i if N seeds are given."""
         self._require_open()
         if options and "reset_mask" in options and not np.all(options["reset_mask"]):
             raise ValueError("reset_mask: all tokens are in one layer, so that they begin together or not at all")

@@ -1,6 +1,6 @@
-"""The dynamics of routing, written once over tensors; the Gymnasium and SB3 environments are skins over it.
+"""The dynamics of routing, over tensors. The environments for Gymnasium and Stable-Baselines3 use it.
 
-All episodes have L steps, so any number of tokens go through the model in lockstep, one layer a step.
+All episodes have L steps. So any number of tokens can go through the model in lockstep, one layer per step.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ class RoutingDynamics:
 
     Args:
         model: a frozen duo model.
-        reward: what a decision earns, a `Reward` or a plain function of a `Step`; `LossImprovement()` unless given.
-        actions: names of the allowed actions, A of them; a choice is an index into them, cheapest first.
+        reward: a `Reward` or a plain function of a `Step`; by default `LossImprovement()`.
+        actions: names of the A allowed actions; a choice is an index into them, cheapest action first.
         context: `routed` or `reference`, see `duorl.routed_pass`.
-        group_size: K copies of every window, side by side as (K, B, P) in the token axis.
-        reference: the action of the reference route, whose loss gains are measured against.
-        token_discount: in the routed context a token's route also changes what later tokens read. The learner is
-            credited with `reward.contextual`, their gains, times this per token of distance; 0: with its own alone.
-        prices: lowest and highest price; every window of an episode then has its own, given to `reset`, which replaces
-            the reward's and is an input of the learner. None: the reward's own.
+        group_size: number of copies of every window, K; the token axis is (K, B, P), flattened.
+        reference: the action of the reference route, in every layer; its loss is the reference loss of the gain.
+        token_discount: in the routed context, a token's route also changes what later tokens read. The learner
+            also credits a token with the `reward.contextual` of the later tokens, times this factor per token of
+            distance. 0: no such credit.
+        prices: lowest and highest price. Every window of an episode then has its own price, given to `reset`; it
+            replaces the price of the reward and is an input of the router. None: the price of the reward.
         inputs: names of the router's further inputs, see `duorl.inputs`.
-        big_layers: exactly so many layers of every route must be big, a hard budget: see `action_masks`.
+        big_layers: hard budget: exactly this number of layers of every route must be big; see `action_masks`.
 
     Raises:
         ValueError: the discount is not in [0, 1), a parameter of the model is trainable, an action or an input is
@@ -85,7 +86,7 @@ class RoutingDynamics:
         self._charged = price_of(self.reward)
         self._set_price: Callable[[float | Tensor], None] | None = None
         if self.prices is not None:
-            self._set(self.prices[0])  # a reward without a price is found now
+            self._set(self.prices[0])  # refuses a reward without a price now
         self.codes = action_ids(actions).to(model.device)
         self.actions = tuple(ACTIONS[code] for code in self.codes.tolist())
         self.context: Context = context
@@ -112,44 +113,44 @@ class RoutingDynamics:
 
         Args:
             tokens: (B, T+1) windows.
-            positions: (B, P), the tokens to route, in the reference context; all T unless given.
-            price: (B,), each window's price where they vary.
-            reference_loss: (B, P) nats, where it is known already.
+            positions: (B, P), the tokens to route, in the reference context; by default all T.
+            price: (B,), the price of each window, if prices vary.
+            reference_loss: (B, P) nats, if it is already known.
         """
         tokens = tokens.to(self.model.device)
         positions = None if positions is None else positions.to(self.model.device)
         memory = remember(self.model, tokens, positions) if self.context == "reference" else None
         self._begin = partial(RoutedPass, self.model, tokens, context=self.context, memory=memory)
-        self._teacher: Tensor | None = None
         self._reference: RoutedPass | None = None
         if reference_loss is None:
             reference_loss = self._reference_pass().losses()
         self.reference_loss = reference_loss.repeat(self.group_size, 1).flatten()
         self._walk = self._begin(copies=self.group_size, price=self._each_price(price, reference_loss))
         self._big = torch.zeros_like(self.compute, dtype=torch.int64)
-        self._steps: list[Step] = []
+        self._last_step: Step | None = None
+        self._actions: list[Tensor] = []
         self._rewards: list[Tensor] = []
         self._credits: list[Tensor] = []
         self._parts: dict[str, list[Tensor]] = {name: [] for name in named_parts(self.reward)}
         self.layer = 0
 
     def _each_price(self, price: Tensor | None, like: Tensor) -> Tensor | None:
-        """Every token's price, (K * B, P), from every window's, which the reward charges from now on."""
+        """Give the reward the price of every window; returns the price of every token, (K * B, P)."""
         if self.prices is None:
             return None
         if price is None:
-            raise ValueError("prices vary: give each window's to reset")
+            raise ValueError("prices vary: give reset the price of each window")
         every = price.to(like.device)[:, None].expand_as(like).repeat(self.group_size, 1)
         self._set(every.flatten())
         return every
 
     @property
     def charged(self) -> float:
-        """What an all-big pass costs, in nats, where there is one price for all; 0 for a reward without."""
+        """The price of an all-big pass in nats, if all tokens have the same; 0 if the reward has no price."""
         return self._charged
 
     def charge(self, price: float) -> None:
-        """Let an all-big pass cost this from now on, in this environment alone.
+        """Set the price of an all-big pass, in this environment only.
 
         Raises:
             ValueError: the reward has no price to change.
@@ -164,31 +165,31 @@ class RoutingDynamics:
 
     @property
     def hidden(self) -> Tensor:
-        """(N, d), what the next FFN would read; after the last layer, the final residual stream."""
+        """(N, d), input of the next FFN; after the last layer, the final residual stream."""
         return self._walk.hidden.flatten(0, 1)
 
     @property
     def compute(self) -> Tensor:
-        """(N,), spent so far, in [0, 1]."""
+        """(N,), compute so far, in [0, 1]."""
         return self._walk.compute.flatten()
 
     @property
     def view(self) -> View:
-        """What a router sees of the N tokens."""
+        """The view of a router on the N tokens."""
         return self._walk.view.by_token()
 
     @property
     def features(self) -> Tensor | None:
-        """(N, C), the router's further inputs; None where there are none."""
+        """(N, C), the router's further inputs; None if there are none."""
         return self._inputs(self.view) if self.num_features else None
 
     @cached_property
     def num_features(self) -> int:
-        """C, see `features`."""
+        """Number of further inputs, C; see `features`."""
         return self._inputs.width(self.model.hidden_size)
 
     def action_masks(self) -> Tensor:
-        """(N, A) bool: the choices from which the budget of big layers can still be met exactly; all without one.
+        """(N, A) bool: the choices that still allow the budget of big layers; all choices without a budget.
 
         Raises:
             RuntimeError: the episode is over.
@@ -204,7 +205,7 @@ class RoutingDynamics:
 
     @property
     def done(self) -> bool:
-        """All layers are decided."""
+        """Whether all layers are decided."""
         return self.layer == self.layers
 
     def step(self, choice: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -212,11 +213,11 @@ class RoutingDynamics:
 
         Args:
             choice: (N,) int64, indexes `actions`.
-            weights: (N, A), the choice as zeros and ones, by which rewards can be differentiated; all networks then
-                run. None: only the chosen ones run, without gradients.
+            weights: (N, A), the choice as zeros and ones. Rewards then have derivatives by the weights, and all
+                networks run. None: only the chosen networks run, without gradients.
 
         Returns:
-            (N,) rewards, with later tokens' credit.
+            (N,) rewards, with the credit for later tokens.
         """
         with torch.set_grad_enabled(weights is not None):
             return self._step(choice, weights)
@@ -242,17 +243,18 @@ class RoutingDynamics:
             last=last,
             loss=walk.losses().flatten() if last else None,
             reference_loss=self.reference_loss if last else None,
-            previous=self._steps[-1] if self._steps else None,
+            previous=self._last_step and self._last_step.forgetful(),
             lens=partial(_lens, walk, walk.layer_input),
             distance=self._teacher_gain if last else None,
         )
-        self._steps.append(step)
+        self._last_step = step
+        self._actions.append(actions)
         self._rewards.append(self._earned(step))
         self._credits.append(self._rewards[-1] + self._credit_for_later_tokens(step))
         return self._credits[-1]
 
     def _earned(self, step: Step) -> Tensor:
-        """(N,) rewards; those of the parts of a sum are kept."""
+        """(N,) rewards; if the reward is a sum, the rewards of its parts are stored."""
         if not self._parts:
             return checked(self.reward, step)
         for name, part in named_parts(self.reward).items():
@@ -260,7 +262,7 @@ class RoutingDynamics:
         return torch.stack([earned[-1] for earned in self._parts.values()]).sum(0)
 
     def _reference_pass(self) -> RoutedPass:
-        """The finished pass along the reference route, made once an episode."""
+        """The finished pass along the reference route, computed once per episode."""
         if self._reference is None:
             self._reference = self._constant(self.reference)
         return self._reference
@@ -273,31 +275,35 @@ class RoutingDynamics:
         return walk
 
     def _teacher_gain(self) -> Tensor:
-        """(N,) nats: see `Step.teacher_gain`."""
-        if self._teacher is None:
-            self._teacher = self._constant(BIG).logits().float().log_softmax(-1)
-        distances = self._reference_pass().divergences(self._teacher).repeat(self.group_size, 1)
-        return (distances - self._walk.divergences(self._teacher)).flatten()
+        """(N,) nats; see `Step.teacher_gain`."""
+        teacher = self._constant(BIG)
+        distances = self._reference_pass().divergences(teacher).repeat(self.group_size, 1)
+        return (distances - self._walk.divergences(teacher)).flatten()
 
     def _credit_for_later_tokens(self, step: Step) -> Tensor:
-        """(N,): what later tokens owe to this one. In the reference context tokens do not read each other's routes."""
+        """(N,): discounted contextual rewards of later tokens; 0 in the reference context."""
         if self.context == "reference" or not self.token_discount:
             return torch.zeros_like(step.compute)
         earned = checked_contextual(self.reward, step).view_as(self._walk.compute)
         return later_sum(earned, self.token_discount).flatten()
 
     @property
+    def rewards(self) -> Tensor:
+        """(l, N), what the l decisions so far have earned, without later tokens' credit."""
+        return torch.stack(self._rewards)
+
+    @property
     def outcome(self) -> Outcome:
-        """The finished episode's."""
-        last = self._steps[-1]
-        assert last.loss is not None
+        """The outcome of the finished episode."""
+        last = self._last_step
+        assert last is not None and last.loss is not None
         return Outcome(
             loss=last.loss.detach(),
             gain=last.gain.detach(),
             compute=self.compute.detach(),
-            rewards=torch.stack(self._rewards).detach(),
+            rewards=self.rewards.detach(),
             credits=torch.stack(self._credits).detach(),
-            routes=torch.stack([step.action for step in self._steps], dim=1),
+            routes=torch.stack(self._actions, dim=1),
             parts={name: torch.stack(earned).detach() for name, earned in self._parts.items()},
         )
 
@@ -307,15 +313,15 @@ def _lens(walk: RoutedPass, stream: Tensor) -> Tensor:
 
 
 class Lockstep(RoutingDynamics):
-    """Whole windows of a text in lockstep: N = K * B * T tokens an episode. What agents learn in.
+    """The environment of the agents: whole windows of a text in lockstep, N = K * B * T tokens per episode.
 
     Args:
         model: a frozen duo model.
-        windows: (W, T+1) router-training text.
-        windows_per_batch: B.
-        seed: of the order of the windows and of their prices; agents start from it too.
-        options: as for `RoutingDynamics`. Where prices vary, each window's is drawn anew in every episode, uniformly
-            on a log scale; its copies share it.
+        windows: (W, T+1), text for the training of routers.
+        windows_per_batch: number of windows per episode, B.
+        seed: seed of the order of the windows and of their prices; agents use it too.
+        options: as for `RoutingDynamics`. If prices vary, the price of each window is drawn anew in every episode,
+            uniformly on a log scale; its copies have the same price.
     """
 
     def __init__(self, model: DuoForCausalLM, windows: Tensor, *, windows_per_batch: int = 4, seed: int = 0, **options):
@@ -339,14 +345,14 @@ class Lockstep(RoutingDynamics):
             )
 
     def seed(self, seed: int) -> None:
-        """Start the order of the windows anew."""
+        """Start the order of the windows again, with a seed."""
         self._order = WindowOrder(len(self.windows), self.windows_per_batch, np.random.default_rng(seed))
         self._draws = torch.Generator().manual_seed(seed)
         self._before_draw = self._place()
 
     @property
     def num_tokens(self) -> int:
-        """N, tokens per episode."""
+        """Number of tokens per episode, N."""
         return self.group_size * self.windows_per_batch * (self.windows.shape[1] - 1)
 
     def draw(self) -> None:
@@ -358,7 +364,7 @@ class Lockstep(RoutingDynamics):
 
     @torch.no_grad()
     def reference_losses(self, index: Tensor) -> Tensor:
-        """The losses of windows (B,) along the reference route, (B, T) nats; each window's is computed once."""
+        """Losses of windows (B,) along the reference route, (B, T) nats; computed once for each window."""
         known = self._known_losses[index]
         if known.isnan().any():
             walk = RoutedPass(self.model, self.windows[index], context=self.context)
@@ -371,13 +377,13 @@ class Lockstep(RoutingDynamics):
         return {"order": self._order.state(), "draws": self._draws.get_state()}
 
     def state(self) -> dict[str, Any]:
-        """The place in the text and the price, between two episodes; one that is drawn but not begun is drawn again."""
+        """The place in the text and the price. An episode that is drawn but not begun is drawn again later."""
         drawn = not self.done and self.layer == 0
         place = self._before_draw if drawn else self._place()
         return {**place, "charged": self._charged, "reference_losses": self._known_losses}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state: the next episode is the one that would have followed."""
+        """Load a state: the next episode is the one that followed it."""
         self._order.restore(state["order"])
         self._draws.set_state(state["draws"])
         if state["charged"] != self._charged:

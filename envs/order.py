@@ -1,4 +1,4 @@
-"""The order in which windows of a text are drawn: shuffled anew each time through, and able to go on where it was."""
+"""The order in which windows of a text are drawn: shuffled again in each pass; it can be saved and restored."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 
 
 class WindowOrder:
-    """Endless batches of window indices: a new permutation each time, less what does not fill a batch.
+    """Endless batches of window indices: a new permutation in each pass, without the rest that does not fill a batch.
 
     Args:
-        count: windows there are.
-        batch: windows in a batch.
-        generator: of the permutations.
+        count: number of windows.
+        batch: windows per batch.
+        generator: draws the permutations.
 
     Raises:
-        ValueError: there are fewer windows than a batch takes.
+        ValueError: there are fewer windows than `batch`.
     """
 
     def __init__(self, count: int, batch: int, generator: np.random.Generator):
@@ -38,11 +38,11 @@ class WindowOrder:
         self._order, self._start = self.generator.permutation(self.count), 0
 
     def state(self) -> dict[str, Any]:
-        """The place in the text: the generator before its last permutation, and how much of that is used."""
+        """The place in the text: the generator before its last permutation, and how much of it is used."""
         return {"generator": self._before, "start": self._start}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a place."""
+        """Continue from a place."""
         self.generator.bit_generator.state = state["generator"]
         self._shuffle()
         self._start = state["start"]

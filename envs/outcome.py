@@ -1,4 +1,4 @@
-"""What an episode of tokens in lockstep came to."""
+"""The result of an episode of tokens in lockstep."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from duorl.costs import ACTIONS
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an episode of N tokens came to.
+    """The result of an episode of N tokens.
 
     Attributes:
         loss: (N,) nats.
         gain: (N,) nats, reference loss - loss.
         compute: (N,), in [0, 1].
         rewards: (L, N).
-        credits: (L, N), the rewards that a learner is told: with what a token's route did for later tokens.
+        credits: (L, N), the rewards that a learner uses: with the credit for later tokens.
         routes: (N, L) int64, action codes.
         parts: the rewards of each part of a sum, (L, N), by the part's name.
     """
@@ -34,7 +34,7 @@ class Outcome:
     parts: Mapping[str, Tensor]
 
     def metrics(self) -> dict[str, float]:
-        """Means over tokens, and each action's share in each layer, by TensorBoard tag."""
+        """Means over tokens, and the share of each action in each layer, by TensorBoard tag."""
         means = {
             "rollout/return": self.rewards.sum(0).mean().item(),
             "rollout/gain": self.gain.mean().item(),

@@ -1,4 +1,4 @@
-"""The Stable-Baselines3 skin: `Lockstep` as a `VecEnv` of N = K * B * T tokens."""
+"""`Lockstep` as a `VecEnv` of Stable-Baselines3 with N = K * B * T tokens."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from duorl.envs.told import checked_actions
 class RoutingVecEnv(VecEnv):
     """Whole windows in lockstep for Stable-Baselines3's algorithms.
 
-    All episodes end together, after L steps, and the next begins at once. With group size K the environments
+    All episodes end together, after L steps, and the next ones begin immediately. With group size K, the environments
     are K copies of the same B * T tokens, as (K, B, T).
 
     Args:
         lockstep: the tokens and the dynamics.
-        tensors: observations are tensors in place of arrays, for algorithms whose buffers hold them; the last
-            observation of an episode is then not kept, which no algorithm reads where episodes are not cut short.
+        tensors: return observations as tensors, not arrays, for algorithms with buffers of tensors. The last
+            observation of an episode is not kept then: algorithms read it only if episodes are cut short.
 
     Attributes:
-        outcome: the last finished episode's, None before the first.
+        outcome: outcome of the last finished episode; None before the first.
     """
 
     def __init__(self, lockstep: Lockstep, *, tensors: bool = False):
@@ -49,11 +49,11 @@ class RoutingVecEnv(VecEnv):
         return self._observe(self.lockstep)
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Take the actions (N,) of the coming step."""
+        """Set the actions (N,) of the next step."""
         self._actions = checked_actions(self.lockstep, actions)
 
     def step_wait(self):
-        """Decide one layer; SB3's (observations, rewards, dones, infos)."""
+        """Decide one layer; returns (observations, rewards, dones, infos) of Stable-Baselines3."""
         rewards = self.lockstep.step(self._actions.to(self.lockstep.codes.device)).float().cpu().numpy()
         done, infos = self.lockstep.done, self._infos
         if done:
@@ -71,37 +71,37 @@ class RoutingVecEnv(VecEnv):
         return [{"TimeLimit.truncated": False, "terminal_observation": end} for end in ends]
 
     def seed(self, seed: int | None = None):
-        """Start the order of the windows anew."""
+        """Start the order of the windows again, with a seed."""
         self.lockstep.seed(seed or 0)
         return [seed] * self.num_envs
 
     def close(self) -> None:
-        """Nothing to close."""
+        """Do nothing: there is nothing to close."""
 
     def get_attr(self, attr_name: str, indices=None) -> list[Any]:
-        """The attribute, once per environment asked for."""
+        """The attribute, once per environment in `indices`."""
         return [getattr(self, attr_name)] * len(list(self._get_indices(indices)))
 
     def set_attr(self, attr_name: str, value: Any, indices=None) -> None:
-        """Set an attribute, for all environments alike."""
+        """Set an attribute, for all environments."""
         setattr(self, attr_name, value)
 
     def env_method(self, method_name: str, *args, indices=None, **kwargs) -> list[Any]:
-        """`action_masks`, one (A,) per token; the tokens are rows of one batch and have no other methods."""
+        """Call `action_masks`, one (A,) per token. The tokens are rows of one batch and have no other methods."""
         if method_name != "action_masks":
             raise NotImplementedError(f"the tokens of a lockstep batch have no method {method_name!r}")
         return list(self.lockstep.action_masks().cpu().numpy())
 
     def has_attr(self, attr_name: str) -> bool:
-        """Whether the batch, or the lockstep behind it, has it."""
+        """Whether this object or its lockstep has the attribute."""
         return hasattr(self, attr_name) or hasattr(self.lockstep, attr_name)
 
     def env_is_wrapped(self, wrapper_class, indices=None) -> list[bool]:
-        """None is."""
+        """False for all: no environment is wrapped."""
         return [False] * len(list(self._get_indices(indices)))
 
 
 def head_inputs(observation: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """An observation of Stable-Baselines3's as heads take it: hidden (N, d), layer (N,), compute (N,), features."""
+    """Inputs of heads from an observation: hidden (N, d), layer (N,), compute (N,), features."""
     layer, compute = observation["layer"].long().flatten(), observation["compute"].flatten()
     return observation["hidden"], layer, compute, observation.get("features")

@@ -1,1 +1,1 @@
-"""Rewards to start your own from; see docs/rewards.md."""
+"""Examples of your own parts; see docs/rewards.md and docs/own-parts.md."""

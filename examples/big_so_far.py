@@ -1,6 +1,6 @@
-"""An input of one's own: how many layers of a token have been big so far, as a share of the layers before.
+"""Example of a router input: the share of big layers of a token among the layers before.
 
-An input is a function of a view, named in a list. Every learner's router sees it, in training and when deployed:
+An input is a function of a view. Its import path is named in a list. The router reads it in training and in deployment:
 
     python train.py --env.inputs '["update_norm", "examples.big_so_far.big_so_far"]'
 """

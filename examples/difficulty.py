@@ -1,12 +1,12 @@
-"""Gains weighted by how hard a token is.
+"""Example of a reward: gains are weighted by the reference loss of the token.
 
-Most tokens are easy and gain little from compute, whatever the route. Here a nat gained on a hard token counts more, so
-that routers spend on hard text first.
+Most tokens are easy and gain little from compute on every route. Here, a gain of one nat counts more if the reference
+loss is large. So routers use more compute for hard tokens.
 
     python train.py --reward examples.difficulty.HardTokens --reward.price 0.3 --reward.power 1
 
-This changes the objective: the best router under it is not the one with the best mean loss at its price, and the
-comparison, which weighs all tokens alike, will say so.
+This changes what agents maximize. The comparison weights all tokens equally, so it may show a lower return for this
+router.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class HardTokens(LossImprovement):
     """weight * gain - price * compute.
 
     Args:
-        price: what an all-big pass costs, in nats; at least 0.
-        power: of the reference loss in the weight; at least 0, where all tokens weigh the same.
+        price: price of an all-big pass, in nats; at least 0.
+        power: power of the reference loss in the weight; at least 0. With 0, all tokens have the same weight.
     """
 
     def __init__(self, price: float = 0.1, power: float = 1.0):
@@ -43,10 +43,10 @@ class HardTokens(LossImprovement):
 
 
 def weights(reference_loss: Tensor, power: float) -> Tensor:
-    """(N,): reference_loss ** power over its mean: weights that average 1, so that the price keeps its scale.
+    """(N,): reference_loss ** power divided by its mean. The mean weight is 1, so the price keeps its scale.
 
-    No router can talk a token hard: the reference route's loss does not depend on it. One token alone always
-    weighs 1, so train on many at once, as all agents do.
+    The reference loss does not depend on the router, so the router cannot change the weights. With a single token, the
+    weight is always 1; agents train on many tokens in parallel.
     """
     powered = reference_loss**power
     return powered / powered.mean()

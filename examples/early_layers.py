@@ -1,7 +1,7 @@
-"""A router of one's own: the big network in the first layers of every token that is far from decided.
+"""Example of a router: it uses the big network in the first layers for some tokens.
 
-A token counts as far from decided where its hidden state is spread out: where its largest number is small beside its
-length. The class is one file outside of the package, and goes wherever a trained router goes:
+These are the tokens with a spread-out hidden state: its largest number is small compared with its length. The class is
+one file outside of the package. You can use it wherever you can use a trained router:
 
     python -c "from examples.early_layers import EarlyLayers; EarlyLayers(layers=4).save_pretrained('runs/early')"
     duorl evaluate --router runs/early
@@ -17,15 +17,15 @@ from duorl.routers import Router
 
 
 class EarlyLayers(Router):
-    """Big in the first layers for tokens whose state is spread out, small elsewhere.
+    """Big in the first layers for tokens with a spread-out hidden state, small elsewhere.
 
     Args:
-        layers: how many layers may be big.
-        threshold: of the largest number's share of the state's length, below which a state is spread out.
+        layers: number of layers that may be big.
+        threshold: a state is spread out if its largest number divided by its length is below this.
     """
 
     def __init__(self, layers: int = 4, threshold: float = 0.5):
-        super().__init__(layers=layers, threshold=threshold)  # a saved router is rebuilt from these
+        super().__init__(layers=layers, threshold=threshold)  # a saved router is made again from these
         if layers < 0:
             raise ValueError(f"layers must be at least 0, not {layers}")
 

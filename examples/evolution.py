@@ -1,7 +1,8 @@
-"""A learner of one's own: evolution strategies (Salimans et al. 2017), which need no gradient through the policy.
+"""Example of a learner: evolution strategies (Salimans et al. 2017), which need no gradient through the policy.
 
-Every update tries the router's weights with noise and with the same noise taken away, on the same windows, and moves
-along the noise by the difference of the two returns. One file outside of the package trains, resumes and compares:
+Every update adds noise to the router's weights, and then subtracts the same noise, on the same windows. It moves the
+weights along the noise by the difference of the two returns. The class is one file outside of the package. It can be
+trained, resumed and compared as every other learner:
 
     python train.py --agent examples.evolution.Evolution --agent.noise 0.05
     duorl compare --agents '{"Evolution": "examples.evolution.Evolution", "PPO": "PPO"}'
@@ -20,15 +21,15 @@ class Evolution(HeadLearner):
     """Evolution strategies with antithetic pairs, in the weights of a router with one head per layer.
 
     Args:
-        env: tokens in lockstep; its seed also starts the weights and draws the noise.
-        noise: standard deviation of what is added to the weights, above 0.
-        learning_rate: of Adam; falls linearly to 0.
+        env: the environment; its seed also starts the weights and draws the noise.
+        noise: standard deviation of the noise, above 0.
+        learning_rate: learning rate of Adam; it falls linearly to 0.
         width: hidden units of a head; 0 for linear heads.
         init: folder of a saved router to start from.
     """
 
     env: Lockstep
-    stateful = ("optimizer", "generator")  # what training changes beside the router: saved, and restored on resume
+    stateful = ("optimizer", "generator")  # changed by training, beside the router: saved, and restored by --resume
 
     def __init__(
         self,
@@ -61,7 +62,7 @@ class Evolution(HeadLearner):
 
     @torch.no_grad()
     def _play(self) -> float:
-        """The mean return of an episode of all tokens, everywhere the likeliest action."""
+        """The mean return of an episode of all tokens with the most probable actions."""
         self.env.draw()
         while not self.env.done:
             self.env.step(self.router.logits(self.env.view).argmax(-1))

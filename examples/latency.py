@@ -1,13 +1,13 @@
-"""A price on measured time in place of FLOPs.
+"""Example of a reward: the price is for measured time, not for FLOPs.
 
-The small network of duo-tiny has a sixteenth of the big one's FLOPs, and takes more than a sixteenth of its time: small
-matrices use a processor badly. Whoever pays for time should let the router see that.
+The small network of duo-tiny has 1/16 of the FLOPs of the big one, but it takes more than 1/16 of the time, because
+processors are slower on small matrices.
 
     python train.py --reward examples.latency.LatencyPrice --reward.price 0.3
 
-What is measured is the networks alone, not the sorting of tokens to them. The comparison after training still counts
-FLOPs, at the same price. And no two runs measure quite the same, so a run with this reward does not repeat to the last
-digit, as all others do.
+The reward measures the networks only, not the grouping of tokens by network. The comparison after the training still
+counts FLOPs, at the same price. Two runs do not measure exactly the same times. So a run with this reward does not give
+the same result when it is repeated; all other runs do.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from duorl.rewards import LossImprovement, Step
 
 
 class LatencyPrice(LossImprovement):
-    """gain - price * time, the time as a share of what all big networks take.
+    """gain - price * time, where time is a share of the time of all big networks.
 
-    A reward does not see the model, so it loads its own to measure; on the CPU, where `duorl train` runs.
+    A reward cannot read the model, so it loads its own model and measures it on the CPU, where `duorl train` runs.
 
     Args:
-        price: what all big networks of a pass cost, in nats; at least 0.
-        model: `duo-tiny` or a folder, the model that is trained on.
-        tokens: that a network is measured on at once; an episode of `duorl train` has 2048, for two networks.
-        repeats: measurements of each network, of which the median counts.
+        price: price of all big networks of a pass, in nats; at least 0.
+        model: `duo-tiny` or a folder; use the model of the training.
+        tokens: number of tokens in each measurement; an episode of `duorl train` has 2048, for two networks.
+        repeats: number of measurements of each network; the median is used.
     """
 
     def __init__(self, price: float = 0.1, model: str = "duo-tiny", tokens: int = 1024, repeats: int = 15):
@@ -45,18 +45,19 @@ class LatencyPrice(LossImprovement):
 
 
 def time_shares(seconds: Tensor) -> Tensor:
-    """Times as shares of an all-big route's: (L, 3) to (L, 3); big's sum to 1 over the layers."""
+    """Times as shares of the time of all-big: (L, 3) to (L, 3); those of big sum to 1 over the layers."""
     return seconds / seconds[:, BIG].sum()
 
 
 @torch.no_grad()
 def network_seconds(model: duorl.DuoForCausalLM, tokens: int, repeats: int) -> Tensor:
-    """Median wall time of each layer's networks, by action: (L, 3) seconds; skip takes none.
+    """Median wall time of each layer's networks, by action: (L, 3) seconds; 0 for skip.
 
     Args:
-        model: on the CPU.
-        tokens: number of tokens that each network runs on at once.
-        repeats: the networks take turns so often, so that a slow moment of the machine does not hit one alone.
+        model: a model on the CPU.
+        tokens: number of tokens in each measurement.
+        repeats: number of rounds. In each round all networks are measured once, so that a slow moment of the machine
+            does not affect one network only.
     """
     hidden = torch.randn(tokens, model.hidden_size, generator=torch.Generator().manual_seed(0))
     seconds = torch.zeros(repeats + 1, model.num_layers, len(ACTIONS))
@@ -66,4 +67,4 @@ def network_seconds(model: duorl.DuoForCausalLM, tokens: int, repeats: int) -> T
                 started = time.perf_counter()
                 ffn.run(hidden, action)
                 turn[layer, action] = time.perf_counter() - started
-    return seconds[1:].median(0).values  # the first turn warms up
+    return seconds[1:].median(0).values  # the first round is a warm-up

@@ -1,7 +1,7 @@
-"""Smooth routes: every change of network from one layer to the next costs a little.
+"""Example of a reward: smooth routes. Every change of the network between two layers has a charge.
 
-A device that fetches a network's weights when it is called likes routes in long stretches. This also shows how a reward
-looks back: `step.previous` is the decision of the layer before, None at the first.
+Such routes are useful on a device that loads the weights of a network when it is used. The example also shows how a
+reward uses an earlier decision: `step.previous` is the decision in the layer before, None in the first layer.
 
     python train.py --reward examples.smooth.SmoothRoutes --reward.price 0.3 --reward.charge 0.01
 """
@@ -14,10 +14,10 @@ from duorl.rewards import LossImprovement, Step
 
 
 class SmoothRoutes(LossImprovement):
-    """The default reward, less a charge for every layer that is not routed like the one before.
+    """The default reward, minus a charge for every layer with another action than the layer before.
 
     Args:
-        price: what an all-big pass costs, in nats; at least 0.
+        price: price of an all-big pass, in nats; at least 0.
         charge: nats per change.
     """
 

@@ -1,15 +1,19 @@
 """Agents: their mathematics against closed forms, and that they learn."""
 
+from itertools import product
+
 import pytest
 import torch
 from conftest import make_duo
+from torch.nn.functional import one_hot
 
 from duorl import agents
 from duorl.agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
-from duorl.agents.reinmax import action_effects
+from duorl.agents.reinmax import action_effects, discounted_slopes
 from duorl.agents.rollouts import sample
 from duorl.envs import Lockstep, RoutingDynamics, RoutingVecEnv
 from duorl.evaluation.compare import measure
+from duorl.inputs import View
 from duorl.learners.target import TargetCompute, price_for
 from duorl.rewards import LossImprovement, Reward
 from duorl.routers import HeadRouter, PatternRouter
@@ -111,6 +115,25 @@ def _expected_return(router, env, windows):
     return (log_shares.exp() * dynamics.outcome.rewards.sum(0)).sum()
 
 
+def test_a_state_that_is_told_three_times_is_learned_as_fast(duo, windows):
+    """Width alone changes no policy: heads on 384 numbers, and on the same ones three times over, learn alike."""
+    generator = torch.Generator().manual_seed(0)
+    states, rewards = torch.randn(64, 384, generator=generator), torch.randn(64, 2, generator=generator)
+    entropies = []
+    for width, head_width in product((1, 3), (0, 16)):
+        router = HeadRouter(1, 384 * width, width=head_width)
+        optimizer = torch.optim.Adam(router.parameters(), lr=1e-2)
+        for _ in range(12):
+            logits = router.logits(View(states.repeat(1, width), 0, torch.zeros(64)))
+            optimizer.zero_grad()
+            (-(logits.softmax(-1) * rewards).sum(-1).mean()).backward()
+            optimizer.step()
+        entropies.append(entropy(logits).mean().item())
+    linear, perceptron, wide_linear, wide_perceptron = entropies
+    assert 0.1 < linear < 0.6 and 0.1 < perceptron < 0.6
+    assert wide_linear == pytest.approx(linear, abs=0.01) and wide_perceptron == pytest.approx(perceptron, abs=0.01)
+
+
 def test_a2c_solves_a_known_optimum(duo, windows):
     env = Lockstep(duo, windows, windows_per_batch=8, group_size=4, reward=PrefersBigInLayerOne())
     agent = agents.A2C(env, learning_rate=0.1)
@@ -160,6 +183,55 @@ def test_reinmax_is_exact_where_the_reward_is_quadratic_in_the_choice():
     assert torch.allclose(estimate, exact)
 
 
+def _all_joint_routes(tokens, discount):
+    """Of a window of 3 tokens, 512 copies side by side: (512, T, L), choices per layer, rewards and credits (L, N)."""
+    duo, joint = make_duo("llama"), torch.tensor(list(product(range(2), repeat=9))).view(-1, 3, 3)
+    for network in (network for ffn in duo.stack.ffns for network in (ffn.small, ffn.big)):
+        network.down_proj.weight.data *= 0.25  # small changes, which derivatives tell
+    dynamics = RoutingDynamics(duo, reward=LossImprovement(0.1), group_size=512, token_discount=discount)
+    dynamics.reset(tokens[:1, :4])
+    choices, credits = [], []
+    for layer in range(3):
+        taken = joint[..., layer].flatten()
+        choices.append(one_hot(taken, 2).float().requires_grad_())
+        credits.append(dynamics.step(taken, choices[-1]))
+    return joint, choices, dynamics.rewards, torch.stack(credits)
+
+
+@pytest.mark.parametrize("discount", [0.02, 0.9])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_discounted_slopes_are_those_of_each_tokens_own_credit(tokens, discount, dtype):
+    """Against one backward pass per token; float16 does not hold the weights 0.02^t of a whole window at once."""
+    _, choices, rewards, credits = _all_joint_routes(tokens, discount)
+    total = credits.sum(0).view(-1, 3).sum(0)  # copies do not touch each other
+    naive = [torch.stack(torch.autograd.grad(credit, choices, retain_graph=True)) for credit in total]
+    found = discounted_slopes(rewards, choices, discount, 3, dtype).view(3, -1, 3, 2)
+    for token in range(3):
+        assert torch.allclose(found[:, :, token], naive[token].view(3, -1, 3, 2)[:, :, token], atol=1e-6)
+
+
+def test_discounted_slopes_are_the_enumerated_advantage_to_second_order(tokens):
+    """Of big over small for a uniform policy: the change of the mean of a token's credit over all joint routes."""
+    joint, choices, rewards, credits = _all_joint_routes(tokens, 0.5)
+    slopes = discounted_slopes(rewards, choices, 0.5, 3).detach().view(3, -1, 3, 2).mean(1)
+    credit, big = credits.sum(0).detach().view(-1, 3, 1), joint.float()
+    exact = (credit * (2 * big - 1)).mean(0).mul(2).T  # (L, T)
+    assert (slopes[..., 1] - slopes[..., 0] - exact).abs().max() < 0.03 * exact.abs().max()
+
+
+@pytest.mark.parametrize("context", ["routed", "reference"])
+def test_reinmax_credits_a_token_as_the_environment_does(duo, windows, context):
+    env = Lockstep(duo, windows, windows_per_batch=2, token_discount=0.5, context=context)
+    _, chosen, slopes = agents.ReinMax(env)._episode()
+    env.seed(0)
+    env.draw()
+    choices = [layer.clone().requires_grad_() for layer in chosen]
+    credits = sum(env.step(choice.argmax(1), choice) for choice in choices)
+    for token in (0, 5, 13):
+        naive = torch.stack(torch.autograd.grad(credits[token], choices, retain_graph=True))
+        assert torch.allclose(slopes[:, token], naive[:, token], atol=1e-6)
+
+
 def test_reinmax_with_full_correction_is_the_enumerated_policy_gradient():
     """Unbiased up to the fitted scale: the mean over many copies approaches grad sum_r pi(r) G(r)."""
     duo = make_duo("llama")
@@ -202,6 +274,13 @@ def test_a_hard_budget_is_kept_exactly(duo, windows, agent, big):
     learner.learn(3 * learner.decisions_per_update)
     outcome = learner.vec_env.outcome if agent == "MaskablePPO" else env.outcome
     assert ((outcome.routes == 2).sum(1) == big).all()
+
+
+def test_maskable_ppos_entropy_counts_only_choices_that_are_open(duo, windows):
+    env = Lockstep(duo, windows, windows_per_batch=4, group_size=2, big_layers=3)  # all three: nothing is open
+    learner, seen = agents.MaskablePPO(env), []
+    learner.learn(1, lambda _, metrics, __: seen.append(metrics["train/entropy"]))
+    assert seen == [0.0]
 
 
 def test_maskable_ppo_finds_the_best_place_for_one_big_layer(duo, windows):

@@ -28,9 +28,7 @@ from duorl.reports.figures import frontier, markdown, table
 from duorl.routers import ConstantRouter, ReplayRouter
 
 BOTH, ALL = ("small", "big"), ("skip", "small", "big")
-FEW = EvaluationOptions(
-    windows=12, reference_windows=4, fixed_windows=6, finalists=3, final_windows=12, batch=5, resamples=50
-)
+FEW = EvaluationOptions(windows=12, reference_windows=4, fixed_windows=6, finalists=3, final_windows=12, batch=5)
 
 
 class Names:

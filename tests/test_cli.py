@@ -28,7 +28,7 @@ total_decisions: 20000
 validations: 2
 env: {windows_per_batch: 1, group_size: 2, window: 64}
 evaluation:
-  {windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2, batch: 4, resamples: 50}
+  {windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2, batch: 4}
 rivals:
   supervised: {class_path: Supervised, init_args: {windows: 1, epochs: 1}}
   soft: {class_path: Soft, init_args: {updates: 2}}
@@ -269,7 +269,7 @@ total_decisions: 2000
 env: {windows_per_batch: 1, group_size: 2, window: 32}
 soft: {updates: 1}
 soft_windows: 1
-size: {windows: 2, pattern_windows: 1, random_patterns: 5, big: [1], prices: [0.3], resamples: 50}
+size: {windows: 2, pattern_windows: 1, random_patterns: 5, big: [1], prices: [0.3]}
 """
 
 

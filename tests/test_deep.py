@@ -23,7 +23,7 @@ total_decisions: 3000
 validations: 1
 env: {{windows_per_batch: 1, group_size: 2, window: 16}}
 evaluation:
-  {{windows: 4, reference_windows: 2, fixed_windows: 2, finalists: 2, final_windows: 2, batch: 4, resamples: 20}}
+  {{windows: 4, reference_windows: 2, fixed_windows: 2, finalists: 2, final_windows: 2, batch: 4}}
 rivals:
   supervised: {{class_path: Supervised, init_args: {{windows: 1, epochs: 1}}}}
   soft: {{class_path: Soft, init_args: {{updates: 2}}}}

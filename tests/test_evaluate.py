@@ -8,7 +8,7 @@ import torch
 from test_routed_pass import routed_losses
 
 from duorl.evaluation import Comparer, EvaluationOptions, evaluate, flatten, measure
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.evaluation.statistics import estimate, holm
 from duorl.oracle import exhaustive
 from duorl.reports.figures import budget_table, frontier, heat_map, table
 from duorl.routers import ConstantRouter, HeadRouter, RandomRouter
@@ -21,7 +21,7 @@ def windows():
 
 @pytest.fixture(scope="module")
 def comparison(duo, windows):
-    options = EvaluationOptions(windows=12, reference_windows=4, fixed_windows=8, batch=5, resamples=200)
+    options = EvaluationOptions(windows=12, reference_windows=4, fixed_windows=8, batch=5)
     comparer = Comparer(
         duo, windows[:12], windows[12:], price=0.1, actions=("small", "big"), reference="small", options=options
     )
@@ -58,6 +58,9 @@ def test_known_rows(comparison):
     for row in comparison.rows:
         assert row["regret"] >= -1e-5
         for name in ("loss", "perplexity", "compute", "return", "regret", "agreement", "tokens_per_second"):
+            if (name, row["router"]) == ("tokens_per_second", "oracle"):
+                assert row["tokens_per_second_interval"] is None  # one batch
+                continue
             low, high = row[f"{name}_interval"]
             assert low - 1e-6 <= row[name] <= high + 1e-6
     assert found["heads"]["tokens"] == 84 and found["heads"]["reference"]["tokens"] == 28
@@ -69,6 +72,20 @@ def test_a_row_of_several_seeds_is_their_mean(duo, windows, comparison):
     assert row["seeds"] == 2 and row["loss"] == pytest.approx(sum(m.loss.mean().item() for m in alone) / 2)
     assert row["compute"] == pytest.approx(sum(m.compute.mean().item() for m in alone) / 2)
     assert 0 < row["return_minus_fixed_p"] <= 1
+
+
+def test_intervals_are_over_files_and_what_holds_is_said(duo, windows):
+    options = EvaluationOptions(windows=12, reference_windows=4, fixed_windows=4, bound="none")
+    settings = {"price": 0.1, "actions": ("small", "big"), "reference": "small", "options": options}
+    files = torch.arange(12) // 3
+    comparer = Comparer(duo, windows[:12], windows[12:], files=files, **settings)
+    routers = {"best fixed": [comparer.fixed], "all-skip": [ConstantRouter("skip")], "random": [RandomRouter()]}
+    found = rows(comparer.compare(routers, {"price": 0.1}))
+    losses = measure(duo, ConstantRouter("skip"), windows[12:]).loss.mean(1)
+    assert found["all-skip"]["loss_interval"] == estimate(losses, files).interval != estimate(losses).interval
+    p = [found[name]["loss_minus_fixed_p"] for name in ("all-skip", "random")]
+    assert [found[name]["loss_minus_fixed_holds"] for name in ("all-skip", "random")] == holm(p)
+    assert found["best fixed"]["loss_minus_fixed_holds"] is False
 
 
 def test_the_regret_is_split_by_what_could_have_been_known(comparison):
@@ -147,16 +164,6 @@ def test_pictures_and_tables_show_every_router(comparison, duo, windows):
     routes = measure(duo, ConstantRouter("big"), windows).routes
     assert heat_map(routes, "title").axes[0].images[0].get_array().shape == (3, 7)
     assert budget_table(exhaustive(duo, windows[:1]).by_budget(), "title").row_count == 4
-
-
-def test_bootstrap_covers_the_mean_as_often_as_it_says():
-    generator = torch.Generator().manual_seed(0)
-    hits = 0
-    for seed in range(200):
-        values = torch.randn(50, generator=generator) + 3
-        low, high = bootstrap_interval(values, resamples=500, seed=seed)
-        hits += low <= 3 <= high
-    assert 180 <= hits <= 199
 
 
 def test_evaluate_is_zero_for_the_reference_itself(duo, windows):

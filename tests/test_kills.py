@@ -10,7 +10,7 @@ from benchmarks import kills
 from duorl.cli import main
 
 # What comes after the trainings is not compared, and short.
-_SHORT = kills._SMALL.replace("resamples: 50", "resamples: 10, baseline: greedy, bound: none") + "rivals: []\n"
+_SHORT = kills._SMALL.replace("final_windows: 2", "final_windows: 2, baseline: greedy, bound: none") + "rivals: []\n"
 FEW = {
     "train": ("train", _SHORT + "target_compute: 0.5\ntotal_decisions: 4000"),
     "compare": ("compare", _SHORT + "agents: {DQN: DQN, Soft: Soft}\nprocesses: 1\ntotal_decisions: 4000"),

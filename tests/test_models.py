@@ -9,11 +9,13 @@ import sys
 import pytest
 import torch
 from conftest import FAMILIES, ROUTED_ONLY, make_duo, make_original, random_routes
+from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import duorl
 from duorl.inputs import View
 from duorl.models import families, require_frozen
+from duorl.routed_pass import RoutedPass
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, *ROUTED_ONLY])
@@ -216,12 +218,49 @@ def test_layers_are_of_the_familys_own_classes(duo):
     assert duo._no_split_modules == {"LlamaDecoderLayer"}
 
 
-def test_resized_embeddings_reach_the_head(tokens):
-    duo = make_duo("llama")
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "falcon"])  # heads of their own, and tied ones
+def test_resized_embeddings_are_resized_everywhere(family, tmp_path):
+    duo = make_duo(family)
     before = duo.flops.head
     duo.resize_token_embeddings(70, mean_resizing=False)
-    assert duo(input_ids=torch.tensor([[65]])).logits.shape == (1, 1, 70)
+    assert duo.config.vocab_size == duo.backbone.config.vocab_size == 70
     assert duo.flops.head == before * 70 // 61
+    tokens = torch.tensor([[65, 3, 69]])
+    found = duo(input_ids=tokens, labels=tokens)
+    expected = cross_entropy(found.logits[0, :-1], tokens[0, 1:])
+    assert found.logits.shape == (1, 3, 70) and torch.allclose(found.loss, expected)
+    assert RoutedPass(duo, tokens).inputs.shape == (1, 2)
+    duo.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert loaded.config.vocab_size == 70 and torch.equal(loaded(input_ids=tokens).logits, found.logits)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neo", "falcon"])
+def test_the_configuration_answers_for_the_decoders(family):
+    """Under the names that other libraries ask for, whatever the family calls them."""
+    original, config = make_original(family).config, make_duo(family).config
+    names = ["vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "max_position_embeddings"]
+    names += ["eos_token_id", "pad_token_id", "tie_word_embeddings", *original.attribute_map]
+    for asked in (config, config.get_text_config(), copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert {name: getattr(asked, name) for name in names} == {name: getattr(original, name) for name in names}
+    for optional in ("head_dim", "num_key_value_heads", "sliding_window", "text_config"):
+        assert hasattr(config, optional) == hasattr(original, optional)
+    assert config.model_type == "duo"
+
+
+def test_a_setting_of_the_decoders_is_set_there(tmp_path):
+    config = make_duo("gpt2").config
+    config.max_position_embeddings = 99
+    config.pad_token_id = 5
+    config.small_size, config.note = 7, "mine"
+    assert (config.backbone.n_positions, config.backbone.pad_token_id) == (99, 5)
+    assert not hasattr(config.backbone, "small_size") and not hasattr(config.backbone, "note")
+    config.save_pretrained(tmp_path)
+    read = AutoConfig.from_pretrained(tmp_path)
+    assert (read.backbone.to_dict(), read.note) == (config.backbone.to_dict(), "mine") and read.small_size == 7
+    assert AutoConfig.from_pretrained(tmp_path, vocab_size=99).backbone.vocab_size == 99
+    with pytest.raises(AttributeError, match="no attribute 'gone'"):
+        _ = config.gone
 
 
 def test_damaged_folders_are_refused_by_name(duo, tmp_path):

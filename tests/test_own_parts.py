@@ -51,7 +51,7 @@ def test_wrong_rewards_are_told_what_is_wrong():
     fails(testing.check_reward, lambda step: 1.0, "one reward per token")
     fails(testing.check_reward, Nan(), "Nan .*not finite, in layer 0")
     fails(testing.check_reward, Later(), "Later fails in layer")
-    fails(testing.check_reward, Moody(), "the same of the same step")
+    fails(testing.check_reward, Moody(), "the same rewards for the same step")
     fails(testing.check_reward, Reward(), "must define __call__")
 
 
@@ -92,7 +92,7 @@ def test_wrong_routers_are_told_what_is_wrong():
     fails(testing.check_router, Wrong("shape"), r"shape \(6, 8\), not \(3,\)")
     fails(testing.check_router, Wrong("type"), "int64 action codes, not torch.float32")
     fails(testing.check_router, Wrong("code"), "not \\[7\\]")
-    fails(testing.check_router, Wrong("memory"), "remembers other passes")
+    fails(testing.check_router, Wrong("memory"), "stores something about a pass")
     fails(testing.check_router, Unsaved(1), "cannot be saved and loaded")
     testing.check_router(RandomRouter())  # chance is no memory
 
@@ -138,13 +138,13 @@ def test_inputs_are_checked():
     fails(testing.check_input, lambda view: view.hidden[:, :1], "any shape")
     fails(testing.check_input, lambda view: (view.compute - view.compute.mean())[..., None], "mixes tokens")
     fails(testing.check_input, lambda view: view.compute[..., None] / 0 * 0, "not finite")
-    fails(testing.check_input, lambda view: view.hidden[..., : view.layer + 1], "as many numbers in every layer")
+    fails(testing.check_input, lambda view: view.hidden[..., : view.layer + 1], "same number of values in every layer")
 
 
 # From the command line to deployment
 
 FEW = ["--evaluation.windows=4", "--evaluation.reference_windows=1", "--evaluation.fixed_windows=1"]
-FEW += ["--evaluation.finalists=2", "--evaluation.final_windows=2", "--evaluation.resamples=20"]
+FEW += ["--evaluation.finalists=2", "--evaluation.final_windows=2"]
 OWN_ENV = ["--env.windows_per_batch=1", "--env.window=32", "--rivals=[]", "--total_decisions=1500", "--validations=1"]
 
 

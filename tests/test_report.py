@@ -42,7 +42,7 @@ def opened(page, folder) -> tuple[str, list[str]]:
 def comparison_run(duo, tmp_path_factory):
     folder = tmp_path_factory.mktemp("comparison")
     windows = torch.randint(61, (24, 8), generator=torch.Generator().manual_seed(2))
-    options = EvaluationOptions(windows=8, reference_windows=4, fixed_windows=4, resamples=50)
+    options = EvaluationOptions(windows=8, reference_windows=4, fixed_windows=4)
     comparer = Comparer(
         duo, windows[:12], windows[12:], price=0.1, actions=("small", "big"), reference="small", options=options
     )
@@ -105,8 +105,8 @@ def test_the_report_shows_routers_at_equal_compute(comparison_run, tmp_path):
     found = {
         "tokens": 60,
         "all_big": 1.5,
-        "rows": budget_rows(ladders, [0.3, 0.95], resamples=50),
-        "routers": summaries(ladders, level=1.8, worst_loss=3.5, resamples=50),
+        "rows": budget_rows(ladders, [0.3, 0.95]),
+        "routers": summaries(ladders, level=1.8, worst=torch.full((60,), 3.5)),
     }
     (folder / "budgets.json").write_text(json.dumps({"command": "duorl compare", "texts": {"a text": found}}))
     document, console = opened(report.write(folder), tmp_path)
@@ -135,7 +135,7 @@ def test_the_report_of_a_paper_run_shows_its_claims_and_charts(paper_run, tmp_pa
 @pytest.mark.parametrize(("bound", "said"), [("descent", "a lower bound of the oracle"), ("none", "no bound in its")])
 def test_a_report_without_an_oracle_says_so(bound, said, duo, tmp_path):
     windows = torch.randint(61, (24, 8), generator=torch.Generator().manual_seed(2))
-    options = EvaluationOptions(windows=8, reference_windows=4, fixed_windows=4, resamples=50, bound=bound)
+    options = EvaluationOptions(windows=8, reference_windows=4, fixed_windows=4, bound=bound)
     settings = {"price": 0.1, "actions": ("skip", "small", "big"), "reference": "small", "options": options}
     comparer = Comparer(duo, windows[:12], windows[12:], **settings)
     routers = {"all-big": [ConstantRouter("big")], **comparer.bounds}

@@ -1,10 +1,16 @@
 """RoutedPass against one full Hugging Face forward per question."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from conftest import FAMILIES, ROUTED_ONLY, make_duo, random_routes
 from torch.nn.functional import cross_entropy
 
+from duorl import routed_pass
+from duorl.envs import RoutingDynamics
+from duorl.rewards import LogitLensShaping, LossImprovement, TeacherKL
 from duorl.routed_pass import RoutedPass, remember
 
 
@@ -106,3 +112,69 @@ def test_a_fork_goes_its_own_way(duo, tokens):
         while not branch.done:
             branch.take(2)
     assert (walk.losses() - fork.losses()).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2"])
+def test_derivatives_in_the_reference_context_are_the_naive_ones(family, tokens):
+    """Per token: of a pass over its prefix in which all tokens but itself take big."""
+    model = make_duo(family)
+    shares = torch.rand(3, 2, 7, 2, generator=torch.Generator().manual_seed(0)).softmax(-1).requires_grad_()
+    walk = RoutedPass(model, tokens, context="reference")
+    while not walk.done:
+        walk.mix(shares[walk.layer], (1, 2))
+    losses = walk.losses()
+    (found,) = torch.autograd.grad(losses.sum(), shares)
+    for t in (0, 3, 6):
+        own = shares[:, :, : t + 1].detach().clone()
+        own[:, :, :t] = torch.tensor([0.0, 1.0])
+        own.requires_grad_()
+        prefix = RoutedPass(model, tokens[:, : t + 2])
+        while not prefix.done:
+            prefix.mix(own[prefix.layer], (1, 2))
+        loss = prefix.losses()[:, -1]
+        assert torch.allclose(loss, losses[:, t], atol=1e-5)
+        (expected,) = torch.autograd.grad(loss.sum(), own)
+        assert torch.allclose(found[:, :, t], expected[:, :, t], atol=1e-5)
+
+
+def test_no_more_logits_are_held_than_fit_at_once(duo, tokens, monkeypatch):
+    """Neither of the teacher or the copies, nor, for derivatives, of a pass that is over."""
+    options = {"reward": TeacherKL(0.1) + LossImprovement(0.1), "group_size": 3}
+    whole = played(duo, tokens, **options)
+    monkeypatch.setattr(routed_pass, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(routed_pass, "_LOGITS_AT_ONCE", {"cpu": 8 * 61})
+    made, kept = [], []
+    head = duo.get_output_embeddings()
+    monkeypatch.setattr(head, "forward", lambda x, own=head.forward: (made.append(x[..., 0].numel()), own(x))[1])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.shape), x)[1], lambda x: x):
+        parts = played(duo, tokens, **options)
+    assert max(made) <= 8 and not any(shape and shape[-1] == 61 for shape in kept)
+    for one, other in zip(whole, parts, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def played(duo, tokens, **options):
+    """Rewards of an episode of all-big and their derivatives."""
+    dynamics = RoutingDynamics(duo, **options)
+    dynamics.reset(tokens)
+    choices = [torch.tensor([0.2, 0.8]).repeat(len(dynamics.compute), 1).requires_grad_() for _ in range(3)]
+    earned = sum(dynamics.step(choice.argmax(1), choice) for choice in choices)
+    return earned.detach(), *torch.autograd.grad(earned.sum(), choices)
+
+
+def test_an_episode_holds_the_states_of_two_layers(duo, tokens):
+    held = []
+
+    class Watching(LogitLensShaping):
+        def __call__(self, step):
+            held.append(weakref.ref(step.hidden))
+            assert step.previous is None or step.previous.previous is None
+            return super().__call__(step)
+
+    dynamics = RoutingDynamics(duo, reward=Watching())
+    dynamics.reset(tokens)
+    while not dynamics.done:
+        dynamics.step(torch.ones(14, dtype=torch.long))
+    gc.collect()
+    assert [state() is None for state in held] == [True, False, False]
+    assert dynamics.outcome.routes.shape == (14, 3)

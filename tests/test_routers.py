@@ -140,7 +140,7 @@ def test_a_soft_router_for_a_range_spends_less_where_compute_is_dear(duo, window
     router = Soft(env, updates=60, learning_rate=0.03).learn(1)
     spent = [measure(duo, router.at(price=price), windows).compute.mean() for price in (0.01, 20.0)]
     assert spent[1] < 0.3 < spent[0]
-    with pytest.raises(ValueError, match="a budget leaves nothing"):
+    with pytest.raises(ValueError, match="a budget or a range of prices"):
         Soft(env, budget=0.5)
     with pytest.raises(ValueError, match="unknown schedule 'cosine': choose from geometric"):
         Soft(env, schedule="cosine")

@@ -191,7 +191,7 @@ def test_folders_of_others_are_refused(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="nothing to resume"):
         folders.check(str(tmp_path / "gone"), resume=True)
     monkeypatch.chdir(claimed(str(tmp_path / "here")))
-    with pytest.raises(FileExistsError, match="where you stand"):
+    with pytest.raises(FileExistsError, match="is the current folder"):
         folders.check(str(tmp_path / "here"), overwrite=True)
 
 

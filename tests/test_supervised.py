@@ -251,7 +251,7 @@ def test_neighbours_vote_by_distance():
     expected = [weights[1] / sum(weights), weights[0] / sum(weights)]
     assert router.votes(query, 0)[0, 0].tolist() == pytest.approx(expected, abs=1e-5)
     assert router(query, 0, torch.zeros(1, 1)).tolist() == [[2]]
-    with pytest.raises(ValueError, match="4 neighbours among 3 states"):
+    with pytest.raises(ValueError, match="neighbours 4 is more than the 3 states"):
         KNNRouter(1, 4, 3, neighbours=4)
     with pytest.raises(ValueError, match="trained for one price"):
         router.at(price=0.1)

@@ -20,7 +20,7 @@ from duorl.cli import main
 from duorl.models import model_folder
 from duorl.runs import checkpoints, folders
 
-EVALUATION = "{windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2, resamples: 20}"
+EVALUATION = "{windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2}"
 TINY = f"""
 total_decisions: 2500
 validations: 1

@@ -2,13 +2,13 @@
 
 Every option is typed, has the same name in YAML (`--config FILE`) and as a flag, and is explained by `--help`.
 
-    commands                                       a line for each command
-    learners, options, paper_options -> parser     what can be typed
-    console, workbench, comparing, trainings       what commands share
-    train, compare, evaluate, oracle, paper, dense, pretrain, report     what is done
-    running                                        from the one to the other
+    commands                                       one line for each command
+    learners, options, paper_options -> parser     options and their parser
+    console, workbench, comparing, trainings       code that several commands use
+    train, compare, evaluate, oracle, paper, dense, pretrain, report     one module for each command
+    running                                        parses, checks and runs a command
 
-Nothing heavy is imported before it is known what for.
+Large libraries are imported only if a command needs them.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ __all__ = ["COMMANDS", "main", "train_main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command; bad input ends in one line on standard error and exit code 2."""
+    """Run one command. Bad input ends with one line on standard error and exit code 2."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     name = chosen(words)
-    from duorl.cli.running import run_command  # here: --help and --version are answered without it
+    from duorl.cli.running import run_command  # imported here, because --help and --version do not need it
 
     run_command(name, words[1:])
 

@@ -1,4 +1,4 @@
-"""The table of commands, and what is answered from it alone."""
+"""The table of commands, and the answers to --help and --version."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Command(NamedTuple):
     """One command.
 
     Attributes:
-        summary: what it does, in one line.
-        options: where its options are, `module:Class`.
-        module: what does it: it has `prepare(options, config)`.
-        flags: further ones: `resume`, `overwrite`, `quick`.
+        summary: description in one line.
+        options: its options, `module:Class`.
+        module: its module, which has `prepare(options, config)`.
+        flags: further flags: `resume`, `overwrite`, `quick`.
     """
 
     summary: str
@@ -44,24 +44,24 @@ COMMANDS = {
         "duorl.cli.evaluate",
     ),
     "oracle": Command(
-        "Search all routes of held-out tokens and print the best loss per number of big layers.",
+        "Search the best routes of held-out tokens and print the loss per number of big layers.",
         "duorl.cli.options:OracleOptions",
         "duorl.cli.oracle",
     ),
     "paper": Command(
-        "Redo the study of Duo-LLM on a duo model: every figure, and the paper's claims beside them.",
+        "Repeat the study of Duo-LLM on a duo model: every figure, and the paper's claims with measurements.",
         "duorl.cli.paper_options:PaperOptions",
         "duorl.cli.paper",
         (*_RESUMABLE, "quick"),
     ),
     "report": Command(
-        "Write report.html, one self-contained page, for a run.",
+        "Write report.html, one page that needs no other file, for a run.",
         "duorl.cli.options:ReportOptions",
         "duorl.cli.report",
         (),
     ),
     "dense": Command(
-        "Train a duo, and dense models of its FLOPs, and measure them on held-out text.",
+        "Train a duo model and dense models with the same FLOPs, and measure them on held-out text.",
         "duorl.paper.dense:DenseOptions",
         "duorl.cli.dense",
         _RESUMABLE,
@@ -76,10 +76,10 @@ COMMANDS = {
 
 
 def chosen(words: Sequence[str]) -> str:
-    """The command that was typed; what needs none is answered here.
+    """The command that was typed. --help and --version without a command are answered here.
 
     Raises:
-        SystemExit: it was `--help` or `--version`, or there is no such command.
+        SystemExit: after `--help` or `--version`, or if there is no such command.
     """
     first = words[0] if words else ""
     if first in ("-h", "--help"):
@@ -115,6 +115,6 @@ def _help() -> str:
 
 
 def fail(line: str, code: int = 2) -> NoReturn:
-    """One line on standard error, and the exit code: 2 for input that cannot be used."""
+    """Print one line on standard error and exit; code 2 means bad input."""
     print(f"duorl: error: {' '.join(line.split())}", file=sys.stderr)
     raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""`duorl compare`: every learner with every seed, side by side on the machine's cores, then all in one table."""
+"""`duorl compare`: train every learner with every seed, in parallel, and compare all routers in one table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from jsonargparse import Namespace
-from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write
@@ -24,6 +23,7 @@ from duorl.cli.trainings import (
     train_apart,
 )
 from duorl.cli.workbench import KNOWABLE, Workbench
+from duorl.corpus import Windows
 from duorl.costs import ACTIONS
 from duorl.evaluation.budgets import Ladder, budget_rows, summaries
 from duorl.evaluation.compare import Comparer
@@ -35,14 +35,14 @@ from duorl.runs.jobs import Job, executor
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What the run's folder is called where it has no name, and what runs in it.
+    """The default name of the run's folder, and the function that runs in it.
 
     Args:
         options: `RunOptions` and the folder flags.
         config: the resolved options as YAML.
 
     Raises:
-        ValueError, OSError: the input cannot be used; the message names the thing and the fix.
+        ValueError, OSError: bad input; the message names it and the fix.
     """
     require_positive(seeds=options.seeds)
     if options.processes is not None:
@@ -59,10 +59,10 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
 
 
 class Compare:
-    """A comparison, ready to run in a folder.
+    """A comparison that can be run in a folder.
 
     Args:
-        bench: the run's.
+        bench: workbench of the run.
     """
 
     def __init__(self, bench: Workbench):
@@ -70,7 +70,7 @@ class Compare:
         self.names = [*bench.rivals, *bench.agents]  # tables have them in this order
 
     def __call__(self, folder: Path) -> None:
-        """Train what the folder does not hold yet, compare, and say where everything is."""
+        """Train what is not in the folder yet, compare, and print where the results are."""
         processes = self.options.processes or torch.get_num_threads()
         jobs = self.jobs(folder, apart=processes > 1)
         finish_all(jobs, executor(min(processes, len(jobs)), torch.get_num_threads()), folder)
@@ -81,16 +81,16 @@ class Compare:
         say_logdir(folder)
 
     def places(self, folder: Path) -> list[Place]:
-        """Every learner with every seed."""
+        """The place of every learner with every seed."""
         seeds = range(self.options.seed, self.options.seed + self.options.seeds)
         return [Place(name, seed, folder, len(seeds) > 1) for seed in seeds for name in self.names]
 
     def jobs(self, folder: Path, *, apart: bool) -> list[Job]:
-        """All trainings, then the routers' ladders of prices.
+        """The jobs of all trainings, then those that measure routers at several prices.
 
         Args:
-            folder: the run's.
-            apart: they run in other processes, which read the run's configuration anew.
+            folder: folder of the run.
+            apart: the jobs run in other processes, which read the run's configuration again.
         """
         where: dict[str, Any] = {"run": str(folder)} if apart else {}
         learn: Callable[..., dict[str, Any]] = train_apart if apart else self.bench.train
@@ -109,7 +109,7 @@ class Compare:
         return [*jobs, *ladders]
 
     def _compare(self, folder: Path) -> Comparer:
-        """All routers at the run's price."""
+        """Compare all routers at the run's price."""
         bench, options, places = self.bench, self.options, self.places(folder)
         learned = {name: [place.load(bench) for place in places if place.name == name] for name in self.names}
         decisions = options.total_decisions * len(places)
@@ -119,6 +119,7 @@ class Compare:
             bench.training,
             bench.held_out,
             bench.price,
+            files=bench.evaluation.files,
             decisions=decisions,
             routers=len(places) + 6,
         )
@@ -135,13 +136,13 @@ class Compare:
         return comparer
 
     def _compare_budgets(self, folder: Path, comparer: Comparer) -> None:
-        """All routers at equal compute, on each text."""
+        """Compare all routers at equal compute, on each text."""
         patterns, texts = comparer.best_patterns(), {}
         for text, windows in held_out_texts(self.bench).items():
-            ladders = {"best fixed": [Ladder.climb(self.bench.model, patterns, windows)]}
+            ladders = {"best fixed": [Ladder.climb(self.bench.model, patterns, windows.tokens)]}
             for place in self.places(folder):
                 ladders.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
-            texts[text] = {"tokens": windows[:, 1:].numel(), **self._budgets(ladders, windows)}
+            texts[text] = {"tokens": windows.tokens[:, 1:].numel(), **self._budgets(ladders, windows)}
         numbers = {"command": typed_command(), "texts": texts}
         write_json(folder / "budgets.json", numbers)
         write_text(folder / "budgets.md", budgets_markdown(numbers))
@@ -150,12 +151,12 @@ class Compare:
                 budget_frontiers(found, text).savefig(beside, dpi=150)
         page.write(folder)
 
-    def _budgets(self, ladders: dict[str, list[Ladder]], windows: Tensor) -> dict[str, Any]:
+    def _budgets(self, ladders: dict[str, list[Ladder]], windows: Windows) -> dict[str, Any]:
         constant = [ConstantRouter(name) for name in ACTIONS[1:]]
-        small, big = Ladder.climb(self.bench.model, constant, windows).loss.tolist()
-        resamples = self.options.evaluation.resamples
+        small, big = Ladder.climb(self.bench.model, constant, windows.tokens).losses
+        level, files = big.mean().item(), windows.files
         return {
-            "all_big": big,
-            "rows": budget_rows(ladders, self.options.targets, resamples=resamples),
-            "routers": summaries(ladders, level=big, worst_loss=small, resamples=resamples),
+            "all_big": level,
+            "rows": budget_rows(ladders, self.options.targets, files),
+            "routers": summaries(ladders, level=level, worst=small, files=files),
         }

@@ -1,4 +1,4 @@
-"""The comparison at the end of a run: making it, and writing it."""
+"""The comparison at the end of a run: compute it and write it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def make_comparer(
     held_out: Tensor,
     price: float,
     *,
+    files: Tensor,
     decisions: int | None = None,
     routers: int = 8,
 ) -> Comparer:
-    """What compares routers as a run's options say; it says first what it will search.
+    """Make the comparer for a run's options; it prints first what it will search.
 
     Args:
         options: with `actions`, `reference` and `evaluation`.
@@ -38,34 +39,36 @@ def make_comparer(
         training: (W, T+1) of the router split.
         held_out: (W, T+1) of the evaluation split.
         price: nats per all-big pass.
-        decisions: layer decisions that all learners together learned from, where there was a training.
-        routers: how many will be measured.
+        files: (W,), which file each of these is from.
+        decisions: layer decisions of all learners together; None without a training.
+        routers: number of routers to measure.
     """
     flops = None if decisions is None else training_flops(model, decisions, held_out.shape[1] - 1)
     given: dict[str, Any] = {"actions": options.actions, "options": options.evaluation, "flops": flops}
     choice = choose(model, training, held_out, **given, routers=routers)
     say(choice.text(flops_per_second(model, training)))
     with console.status("search the best fixed pattern and the bound"):
-        return Comparer(model, training, held_out, price=price, reference=options.reference, routers=routers, **given)
+        given |= {"price": price, "reference": options.reference, "routers": routers, "files": files}
+        return Comparer(model, training, held_out, **given)
 
 
 def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor) -> None:
-    """Find before a training what the evaluation after it would refuse.
+    """Check before a training that the evaluation after it is possible.
 
     Raises:
-        ValueError: a search that was asked for by name is impossible; says which and why.
+        ValueError: a search that was asked for by name is impossible; the message says which and why.
     """
     choose(model, training, held_out, actions=options.actions, options=options.evaluation)
 
 
 def compare(comparer: Comparer, routers: Mapping[str, list[Router]], settings: dict[str, Any]) -> Comparison:
-    """The comparison of all routers, with the bound behind them; a line on the terminal says which is measured."""
+    """Compare all routers, the bound last; a line on the terminal names the router that is being measured."""
     with console.status("") as status:
         return comparer.compare({**routers, **comparer.bounds}, settings, status.update)
 
 
 def unlearned(actions: list[str], seed: int) -> dict[str, list[Router]]:
-    """The routers that learn nothing, by the names that tables give them."""
+    """The routers that learn nothing, by their names in tables."""
     constant: dict[str, list[Router]] = {f"all-{action}": [ConstantRouter(action)] for action in ACTIONS}
     return {"random": [RandomRouter(actions, seed)], **constant}
 

@@ -1,4 +1,4 @@
-"""What commands say: tables and bars, and the commands that repeat a run or go on with it."""
+"""Output on the terminal: tables, progress bars, and the commands that repeat or continue a run."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ console = Console()
 
 
 def typed_command() -> str:
-    """What repeats the run: what was typed, less the word to go on with it."""
+    """The command that repeats the run: the typed one without --resume."""
     program = Path(sys.argv[0]).name
     typed = [word for word in sys.argv[1:] if word != "--resume"]
     return shlex.join([*(["python", program] if program.endswith(".py") else [program]), *typed])
 
 
 def resume_command(folder: Path) -> str:
-    """What goes on with the run in a folder."""
+    """The command that continues the run in a folder."""
     words = [word for word in shlex.split(typed_command()) if word != "--overwrite"]
     if not any(word == "--out" or word.startswith("--out=") for word in words):
         words += ["--out", str(folder)]
@@ -34,7 +34,7 @@ def resume_command(folder: Path) -> str:
 
 
 def quieten() -> None:
-    """Without transformers' own bars and warnings: what is wrong with the input is said in one line."""
+    """Switch off the progress bars and warnings of transformers: bad input gets one line."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -42,18 +42,18 @@ def quieten() -> None:
 
 
 def say(line: str) -> None:
-    """A line, as it is."""
+    """Print a line without markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def say_logdir(folder: Path) -> None:
-    """How TensorBoard is started here, whether or not the virtual environment is activated."""
+    """Print the command that starts TensorBoard; it also works if the virtual environment is not activated."""
     program = "tensorboard" if shutil.which("tensorboard") else str(Path(sys.executable).with_name("tensorboard"))
     say(f"{program} --logdir {folder / 'tensorboard'}")
 
 
 class JobBars:
-    """A bar for all jobs, and one for each that runs. Call it with what a job says: see `duorl.runs.jobs.run`."""
+    """A progress bar for all jobs, and one per running job. It is called with the messages of `duorl.runs.jobs`."""
 
     def __init__(self, progress: Progress, total: int, done: int):
         self._progress = progress
@@ -61,7 +61,7 @@ class JobBars:
         self._running: dict[str, TaskID] = {}
 
     def __call__(self, job: Job, said: dict[str, Any]) -> None:
-        """Show it."""
+        """Show a message of a job."""
         if "line" in said:
             say(f"{job.name}: {said['line']}")
         elif "error" in said or "done" in said:
@@ -79,7 +79,7 @@ class JobBars:
 
 @contextmanager
 def job_bars(total: int, done: int) -> Iterator[JobBars]:
-    """Bars while jobs run; they are gone at the end."""
+    """Show progress bars while jobs run; they disappear at the end."""
     columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), "{task.fields[note]}")
     with Progress(*columns, console=console, transient=True) as progress:
         yield JobBars(progress, total, done)

@@ -22,14 +22,14 @@ from duorl.runs.pretraining import pretrain
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What trains and measures the models in a folder.
+    """The default name of the folder, and the function that trains and measures the models in it.
 
     Raises:
         ValueError, OSError: the recipe or a text cannot be used.
     """
     settings = DenseOptions(**{name: getattr(options, name) for name in DenseOptions.__dataclass_fields__})
     first = dense.plan(settings.recipe, settings.shares, Path())["duo"]
-    tokenizer = Pretraining(first).tokenizer  # the recipe and its text are found good
+    tokenizer = Pretraining(first).tokenizer  # this checks the recipe and its text
     for text in settings.texts:
         dense.evaluation_windows(text, tokenizer, settings)
 
@@ -47,7 +47,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
 
 
 def plan(settings: DenseOptions, folder: Path) -> list[Job]:
-    """A job for each model; the last starts from one of the others."""
+    """One job per model; the last one starts from one of the others."""
     trainings = dense.plan(settings.recipe, settings.shares, folder)
     jobs = [Job(name, folder / name, pretrain, {"options": asdict(training)}) for name, training in trainings.items()]
     last = jobs.pop()

@@ -21,7 +21,7 @@ from duorl.routers import load as load_router
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What measures the router.
+    """The default name of the folder, and the function that measures the router.
 
     Raises:
         ValueError, OSError: the input cannot be used; the message names the thing and the fix.
@@ -36,12 +36,13 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     model, tokenizer = material.model, material.tokenizer
     router = router.to(model.device)
     router.require_fit(model)
-    training, held_out = (material.read(options.corpus, split=split) for split in ("router", "evaluation"))
+    training = material.read(options.corpus, split="router").tokens
+    held_out, files = material.read(options.corpus, split="evaluation")
     _try(router, model, held_out[:1])
     check_evaluation(options, model, training, held_out)
 
     def work(folder: Path) -> None:
-        comparer = make_comparer(options, model, training, held_out, price, routers=3)
+        comparer = make_comparer(options, model, training, held_out, price, files=files, routers=3)
         routers: dict[str, list[Router]] = {_row_name(options.router): [router], "best fixed": [comparer.fixed]}
         comparison = compare(comparer, routers, {"command": typed_command(), **read_config(config)})
         write(comparison, comparer.traces(tokenizer), folder)
@@ -51,7 +52,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
 
 
 def _check_actions(router: Router, options: Namespace) -> None:
-    """A router that takes what the oracle may not would stand above the bound."""
+    """Refuse a router with actions that the oracle may not take: it could be better than the bound."""
     if isinstance(router, LogitRouter):
         more = [ACTIONS[code] for code in router.codes.tolist() if ACTIONS[code] not in options.actions]
         if more:
@@ -59,7 +60,7 @@ def _check_actions(router: Router, options: Namespace) -> None:
 
 
 def _try(router: Router, model: DuoForCausalLM, windows: Tensor) -> None:
-    """One window: a router that cannot decide is found before anything is written."""
+    """Run the router on one window, so that a bad router is refused before anything is written."""
     try:
         measure(model, router, windows)
     except Exception as error:  # a user's class may raise anything

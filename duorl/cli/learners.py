@@ -1,4 +1,4 @@
-"""The learners by their short names, each imported when it is named."""
+"""The learners by their short names. Each is imported when it is used."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from duorl.extensions import find, import_named, make_reachable
 from duorl.learners.base import Learner, Task
 
 LearnerFactory = Callable[[Task], Learner]
-"""A learner with its options, which still needs its environment: a class path and init_args on the command line."""
+"""A learner with its options, without its environment; a class path and init_args on the command line."""
 
 LEARNERS = {
     **{name: f"duorl.agents.{name}" for name in ("PPO", "A2C", "MaskablePPO", "REINFORCE", "ReinMax")},
@@ -27,10 +27,10 @@ _YAML = (".yaml", ".yml", ".json")
 
 
 def named(name: str) -> type[Learner]:
-    """A learner's class by its short name, without regard to case, or by its import path.
+    """The class of a learner, by its short name in upper or lower case, or by its import path.
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no learner with this name.
     """
     path = LEARNERS.get(_SPOKEN.get(name.lower(), ""), name)
     if "." not in path:
@@ -42,15 +42,15 @@ def named(name: str) -> type[Learner]:
 
 
 def make_known(words: Sequence[str]) -> None:
-    """Prepare for what a command line names: a user's modules are put in reach, our learners imported.
+    """Import the learners that a command line names, and make a user's modules importable.
 
-    The parser finds a class by its short name only once it is imported, and a user's only on `sys.path`.
+    The parser finds a class by its short name only if it is imported, and a user's class only on `sys.path`.
 
     Args:
-        words: what was typed; YAML files among them are read, too.
+        words: the command line; YAML files in it are read too.
 
     Raises:
-        ValueError: a module that is named cannot be imported; says why.
+        ValueError: a named module cannot be imported; the message says why.
     """
     for text in _texts(words):
         for name in _NAME.findall(text):

@@ -1,4 +1,4 @@
-"""The options of the commands that have no home of their own: typed, documented, the same in YAML and as flags."""
+"""The options of the commands: typed, documented, with the same names in YAML and as flags."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ from duorl.prices import check_prices
 from duorl.rewards import LossImprovement, Reward
 from duorl.routed_pass import Context
 
-# What the command line charges unless told: dear enough that a fixed pattern leaves something to win on duo-tiny
+# The default price of the command line. At this price, routers on duo-tiny can be better than a fixed pattern
 # (docs/experiments.md, "How the defaults were chosen").
 DEFAULT_PRICE = 0.3
 
 
 @dataclass(frozen=True)
 class EnvironmentOptions:
-    """The tokens that a learner learns on.
+    """The text and the environment of the training.
 
     Args:
         window: tokens per window, T.
-        context: which keys and values a token reads: `routed`, those of the tokens' own passes, or `reference`,
-            those of an all-big pass.
-        windows_per_batch: windows in lockstep, B.
-        group_size: copies of each window side by side, K; leave-one-out and group-relative baselines compare them.
-        token_discount: a learner is also credited with the gains of later tokens, which read what a token's route
-            wrote, times this per token of distance; 0 credits a token with its own gain alone.
-        prices: lowest and highest price: every window then has its own, drawn anew in every episode, and the router
-            takes the price as an input, so that one training answers for all budgets; none, the reward's price alone.
-        inputs: what routers also see, by the names in `duorl.inputs.INPUTS` or by import path.
-        big_layers: exactly so many layers of every token must be big; MaskablePPO, REINFORCE, ReinMax and
-            GFlowNet learn under that budget; Supervised, Soft, KNN and Ensemble only keep it when deployed.
+        context: which keys and values a token reads from the tokens before it: `routed`, those of the tokens' own
+            passes, or `reference`, those of an all-big pass.
+        windows_per_batch: number of windows per episode, B.
+        group_size: number of copies of each window, K; leave-one-out and group-relative baselines compare them.
+        token_discount: also credits a token with the gains of later tokens, which read its keys and values. The factor
+            per token of distance is this number; with 0, a token is credited with its own gain only.
+        prices: lowest and highest price. Every window then has its own price, drawn anew in every episode, and the
+            price is an input of the router, so one router serves all budgets. None: only the price of the reward.
+        inputs: further inputs of the routers: names from `duorl.inputs.INPUTS`, or import paths.
+        big_layers: exactly this number of layers of every token must be big. MaskablePPO, REINFORCE, ReinMax and
+            GFlowNet learn with this budget. Supervised, Soft, KNN and Ensemble keep it only in deployment.
     """
 
     window: int = 128
@@ -56,35 +56,35 @@ class EnvironmentOptions:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """Train routers by reinforcement and compare them, on held-out text, with the oracle and all other routers.
+    """Train routers by reinforcement learning and compare them on held-out text with the oracle and other routers.
 
     Args:
-        agents: learners by the name that tables and pictures give them.
-        reward: what a decision earns: a class by its import path, with its arguments, or a function. Built in, in nats:
+        agents: the learners, by their names in tables and pictures.
+        reward: import path of a class, with its arguments, or of a function. Built in, in nats:
             LossImprovement (price), TeacherKL (price, share), LogitLensShaping (scale), RedundancyCharge (charge,
             threshold), Sum (rewards). See docs/rewards.md.
         model: `duo-tiny`, the model inside the package, or a folder.
-        skip: what the action `skip` drops, `ffn` or `block`; as the model was saved unless given.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
         corpus: built-in corpora (stdlib-code, stdlib-docs, stdlib-tests), or paths and globs of .txt, .jsonl
             and .parquet files.
         actions: names of the allowed actions, out of skip, small, big.
-        reference: action of the reference route, whose loss gains are measured against.
-        total_decisions: layer decisions that each agent learns from.
-        target_compute: share of an all-big pass to spend, in place of a price: the price is found by dual ascent in
-            training, or, where `env.prices` makes it an input, afterwards; see docs/budgets.md.
-        env: the tokens that learners learn on.
-        own_env: options of `env` that are others for single learners, by their names, rivals' too.
+        reference: action of the reference route in every layer; its loss is the reference loss of the gain.
+        total_decisions: number of layer decisions that each agent learns from.
+        target_compute: target of the compute, as a share of an all-big pass, in place of a price. The price is found by
+            dual ascent in the training; with `env.prices`, after the training. See docs/budgets.md.
+        env: the text and the environment of the training.
+        own_env: options of `env` for single learners, by the learner's name; rivals too.
         rivals: learners to compare with: a list of names, or learners by name as in `agents`.
         evaluation: how routers are compared.
-        validations: how often during training a router is measured on held-out router text for TensorBoard.
+        validations: number of measurements on held-out router text during the training, for TensorBoard.
         save_every: seconds between the checkpoints of a training.
-        seed: of everything random.
-        seeds: trainings of every learner, with seeds `seed`, `seed + 1`, ...
-        processes: trainings side by side; the machine's cores are divided among them. As many as cores unless given.
-        targets: computes at which all routers are compared; needs `env.prices`.
-        knowable: hidden units per head of the network that estimates what could have been known without the label,
-            which splits the regret; 0 for none.
-        out: the run's folder; the first free `runs/NAME-N` unless given.
+        seed: seed of all random generators.
+        seeds: number of trainings of every learner, with seeds `seed`, `seed + 1`, ...
+        processes: number of trainings at the same time; they share the machine's cores. By default one per core.
+        targets: values of the compute at which all routers are compared; needs `env.prices`.
+        knowable: hidden units per head of a large network that estimates the avoidable part of the regret
+            (`regret_avoidable`, docs/metrics.md); 0: no estimate.
+        out: folder of the run; by default the first free `runs/NAME-N`.
     """
 
     agents: dict[str, LearnerFactory]
@@ -117,14 +117,14 @@ class EvaluateOptions:
     Args:
         router: folder of a saved router.
         model: `duo-tiny` or a folder.
-        skip: what the action `skip` drops, `ffn` or `block`; as the model was saved unless given.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
         corpus: built-in corpora, or paths and globs.
         actions: names of the actions that the oracle and the fixed pattern may take.
-        reference: action of the reference route, whose loss gains are measured against.
-        price: what an all-big pass costs, in nats.
+        reference: action of the reference route in every layer; its loss is the reference loss of the gain.
+        price: price of an all-big pass, in nats.
         window: tokens per window.
-        evaluation: how many tokens, and intervals.
-        out: folder for comparison.json, comparison.csv and the figure; the first free `runs/evaluate-N` unless given.
+        evaluation: how the router is measured.
+        out: folder for comparison.json, comparison.csv and the figure; by default the first free `runs/evaluate-N`.
     """
 
     router: str
@@ -141,24 +141,24 @@ class EvaluateOptions:
 
 @dataclass(frozen=True)
 class OracleOptions:
-    """Search the best routes of held-out tokens, all of them where they can be enumerated, and print what they lose.
+    """Search the best route of every held-out token, and print the losses per number of big layers.
 
     Args:
         model: `duo-tiny` or a folder.
-        skip: what the action `skip` drops, `ffn` or `block`; as the model was saved unless given.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
         corpus: built-in corpora, or paths and globs.
         actions: names of the allowed actions.
-        context: `reference` (the tokens before were routed all-big), `uniform` (the same route for all tokens) or
-            `routed` (token after token, each given the best routes of those before it).
-        price: nats per all-big pass that the oracle pays, for what it commits and for the tokens' difficulty.
-        method: `exhaustive`, or, for models too deep to enumerate, coordinate `descent` or `beam` search, whose returns
-            are lower bounds of the oracle's; `auto` is exhaustive where that fits into the memory limit, and descent
-            elsewhere.
+        context: `reference` (the tokens before it are all-big), `uniform` (the same route for all tokens) or `routed`
+            (one token after the other, after the best routes of the tokens before it).
+        price: nats per all-big pass, for the routes in the `routed` context and for the difficulty of the tokens.
+        method: `exhaustive` tries all routes. Coordinate `descent` and `beam` search are for deeper models; their
+            returns are lower bounds of the oracle's. `auto` is exhaustive if this fits into the memory limit, and
+            descent otherwise.
         memory_limit: bytes for the table of all losses and the search.
         window: tokens per window.
-        windows: windows of the evaluation split to search.
-        seed: of the random routes it is compared with.
-        out: folder for oracle.json and the tokens' difficulty; the first free `runs/oracle-N` unless given.
+        windows: number of windows of the evaluation split to search.
+        seed: seed of the random routes in the comparison.
+        out: folder for oracle.json and the difficulty of the tokens; by default the first free `runs/oracle-N`.
     """
 
     model: str = "duo-tiny"

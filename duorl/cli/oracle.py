@@ -33,7 +33,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     check_price(options.price)
     material = Material.of(options.model, options.skip, options.window)
     model, tokenizer = material.model, material.tokenizer
-    tokens = material.read(options.corpus, split="evaluation")[: options.windows]
+    tokens = material.read(options.corpus, split="evaluation").tokens[: options.windows]
     asked = RouteSearchOptions(
         method=options.method,
         context=options.context,

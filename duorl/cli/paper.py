@@ -42,12 +42,12 @@ _SAVE_EVERY = 120.0
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What redoes the study; see `Paper`."""
+    """The default name of the folder, and the study; see `Paper`."""
     return "paper", Paper(options, config)
 
 
 class Paper:
-    """`duorl paper`: everything that can be wrong with the input is found before a folder is made.
+    """`duorl paper`. The input is checked before a folder is made.
 
     Args:
         options: `PaperOptions` and the folder flags.
@@ -75,7 +75,7 @@ class Paper:
         Soft(self._lockstep(0.0), **self.soft)
 
     def _read(self) -> None:
-        """The model, and the texts by their names in the study."""
+        """Read the model, and the texts by their names in the study."""
         options = self.options
         self.sources = {"prose": source_names(options.prose), "code": source_names(options.code)}
         named = [", ".join(names) for names in self.sources.values()]
@@ -83,12 +83,16 @@ class Paper:
         self.dense = [] if options.quick else kept
         material = Material.of(options.model, options.skip, options.env.window)
         self.model, self.tokenizer = material.model, material.tokenizer
-        self.training = material.read([name for names in self.sources.values() for name in names], split="router")
+        everything = [name for names in self.sources.values() for name in names]
+        self.training = material.read(everything, split="router").tokens
         self.texts = {name: material.read(names, split="evaluation") for name, names in self.sources.items()}
         for name, windows in self.texts.items():
-            if len(windows) < 2:
+            if len(windows.tokens) < 2:
                 raise ValueError(f"{name}: a study needs at least 2 windows of evaluation text: give more")
-        counts = min(self.size.windows, max(map(len, self.texts.values()))), self.size.pattern_windows
+        counts = (
+            min(self.size.windows, max(len(windows.tokens) for windows in self.texts.values())),
+            self.size.pattern_windows,
+        )
         check_searches(self.model, options.env.window, ("small", "big"), *counts)  # a study enumerates all routes
 
     def __call__(self, folder: Path) -> None:
@@ -119,7 +123,7 @@ class Paper:
         )
         figures = study.run()
         if self.options.quick:
-            self.say("figure 8: small models of its own")
+            self.say("figure 8: training small models")
             with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its log
                 self.dense = dense.quick(self.folder / "dense", self.sources, self.options.seed)
         return figures | scaling(self.dense, {name: ", ".join(names) for name, names in self.sources.items()})
@@ -145,7 +149,7 @@ class Paper:
         return self._trained(name, partial(Soft, lockstep, budget=budget, **self.soft))
 
     def _trained(self, name: str, make: Callable[[], Learner]) -> Router:
-        """A job of its own: the router is kept, a training that was stopped goes on."""
+        """Train a router as a job: the router is kept, and a stopped training continues."""
         place = self.folder / "routers" / name.replace(" ", "-")
 
         def work(tell: Tell) -> dict[str, Any]:

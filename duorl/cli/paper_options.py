@@ -12,22 +12,22 @@ from duorl.paper.size import StudySize
 
 @dataclass(frozen=True)
 class PaperOptions:
-    """Redo the study of Duo-LLM on a duo model: every figure as PNG and JSON, and the paper's claims beside them.
+    """Repeat the study of Duo-LLM on a duo model: every figure as PNG and JSON, and the claims with measurements.
 
     Args:
         model: `duo-tiny` or a folder.
-        prose: text that stands for the paper's web text: built-in corpora, or paths and globs.
-        code: text that stands for its Python.
-        agents: this project's learners that stand in Fig. 4b and 7.
-        total_decisions: layer decisions that each of them learns from.
-        env: the tokens that they learn on.
-        soft: options of the paper's router, the learner `Soft`; its budget is set by the study.
-        soft_windows: windows in each of its updates.
-        size: how much is measured.
-        dense: dense.json of `duorl dense`, or its folder, for Fig. 8; that of the model's folder unless given.
-        skip: what the action `skip` drops, `ffn` or `block`; as the model was saved unless given.
-        seed: of everything random.
-        out: folder for the figures, claims.md and report.html; the first free `runs/paper-N` unless given.
+        prose: text in place of the paper's web text: built-in corpora, or paths and globs.
+        code: text in place of the paper's Python code: built-in corpora, or paths and globs.
+        agents: learners of DuoRL in Fig. 4b and 7.
+        total_decisions: number of layer decisions that each agent learns from.
+        env: the text and the environment of the training.
+        soft: options of the paper's router, the learner `Soft`; the study sets its budget.
+        soft_windows: windows in each update of the soft router.
+        size: number of windows, patterns and prices.
+        dense: dense.json of `duorl dense`, or its folder, for Fig. 8; by default the one in the model's folder.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
+        seed: seed of all random generators.
+        out: folder for the figures, claims.md and report.html; by default the first free `runs/paper-N`.
     """
 
     model: str = "duo-tiny"

@@ -21,14 +21,14 @@ from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml
 _COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "knowable")
 _TRAIN_ONLY = ("target_compute",)
 _FLAGS = {
-    "overwrite": "replace a run that the output folder holds",
-    "resume": "keep what the output folder has finished, do the rest",
-    "quick": "few windows, short trainings, Fig. 8 on small models: says little, in minutes",
+    "overwrite": "replace the run in the output folder",
+    "resume": "continue the run in the output folder",
+    "quick": "few windows, short trainings, Fig. 8 on small models: takes minutes, results are noisy",
 }
 
 
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
-    """Leaves the lines of the rewards' section as they are."""
+    """Does not wrap the lines in the section about rewards."""
 
 
 class _Parser(ArgumentParser):
@@ -61,8 +61,8 @@ def build_parser(name: str, without: Collection[str] = ()) -> _Parser:
     """The parser of a command.
 
     Args:
-        name: of the command.
-        without: `agent`, `reward`: those that get no default.
+        name: name of the command.
+        without: the options among `agent` and `reward` that get no default.
     """
     command = COMMANDS[name]
     parser = _Parser(
@@ -97,10 +97,10 @@ def _add_defaults(parser: _Parser, name: str, without: Collection[str]) -> None:
 
 
 def _rewards_section() -> str:
-    """What there is to name after --reward, from the classes themselves."""
+    """The section about rewards in --help, from the docstrings of the classes."""
     from duorl import rewards
 
-    lines = ["rewards:", "  What a decision earns; a Sum adds several up. Explained in docs/rewards.md.", ""]
+    lines = ["rewards:", "  The reward of one decision; Sum adds several rewards. See docs/rewards.md.", ""]
     for name, kind in inspect.getmembers(rewards, inspect.isclass):
         if issubclass(kind, rewards.Reward) and kind not in (rewards.Reward, rewards.FunctionReward):
             given = inspect.signature(kind).parameters.values()
@@ -111,25 +111,25 @@ def _rewards_section() -> str:
 
 _OWN_REWARDS = (
     "",
-    "  Your own is a class with __call__(self, step) -> (N,) rewards, or a function of a step, by its import path:",
+    "  Your own reward is a class with __call__(self, step) -> (N,), or a function of a step, by its import path:",
     "      --reward thrifty.Thrifty --reward.bonus 0.02",
-    "  Worked examples are in examples/; --reward.help CLASS lists a class's options.",
+    "  There are examples in examples/. --reward.help CLASS lists the options of a class.",
 )
 
 
 def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
-    """What was typed after a command's name: its options with their classes built, and the same as YAML.
+    """Parse the words after the command: options with their classes made, and the same options as YAML.
 
     Raises:
-        SystemExit: it cannot be parsed; one line on standard error, exit code 2.
-        ValueError: a class that is named cannot be had, or refuses its arguments.
+        SystemExit: the words cannot be parsed; one line on standard error, exit code 2.
+        ValueError: a named class cannot be imported, or refuses its arguments.
     """
     for path in yaml_files(words):
         _check_yaml(path)
     make_known(words)
     parser = build_parser(name)
     parsed = parser.parse_args(list(words))
-    # The parser carries a default class's options over to the class that replaces it, PPO's learning rate to REINFORCE.
+    # The parser would keep the default class's options for another class, e.g. PPO's learning rate for REINFORCE.
     if replaced := _replaced(parsed, parser.get_defaults()):
         parser = build_parser(name, without=replaced)
         parsed = parser.parse_args(list(words))
@@ -210,7 +210,7 @@ def typed(kind: Callable[..., Any], values: Any, where: str, skip: Collection[st
 
 
 def _replaced(parsed: Namespace, defaults: Namespace) -> list[str]:
-    """Which of agent and reward are others than the default's class."""
+    """Which of agent and reward have another class than the default."""
     both = [key for key in ("agent", "reward") if parsed.get(key) and defaults.get(key)]
     return [key for key in both if _class_path(parsed[key]) != _class_path(defaults[key])]
 
@@ -220,5 +220,5 @@ def _class_path(value: Any) -> str:
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """The resolved options as plain values."""
+    """The complete options as plain values."""
     return yaml.safe_load(text) or {}

@@ -16,7 +16,7 @@ from duorl.runs.pretraining import run
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What trains the model in its folder; see `Pretraining` for the errors."""
+    """The folder, and the function that trains the model in it; see `Pretraining` for the errors."""
     fields = {name: getattr(options, name) for name in PretrainOptions.__dataclass_fields__}
     prepared = Pretraining(PretrainOptions(**fields), resume=options.resume)
 

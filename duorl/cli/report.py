@@ -12,7 +12,7 @@ from duorl.reports import page
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What writes the page of the run in a folder; see `duorl.reports.page.page` for the errors."""
+    """The folder, and the function that writes the page; see `duorl.reports.page.page` for the errors."""
     run = Path(options.run)
     try:
         page.page(run)

@@ -1,4 +1,4 @@
-"""From what was typed to what is done: cheap checks first, then the work's own, then the work in its folder."""
+"""Runs a command: first the cheap checks, then the checks of the command, then its work in a folder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from duorl.models.loading import model_folder
 from duorl.runs import folders, interrupts
 from duorl.runs.allocator import keep_freed_memory
 
-_DUO = ("train", "compare", "evaluate", "oracle", "paper")  # their --model is a duo's folder
+_DUO = ("train", "compare", "evaluate", "oracle", "paper")  # their --model is the folder of a duo model
 _TEXTS = ("corpus", "prose", "code")
 
 
@@ -30,11 +30,11 @@ def run_command(name: str, words: list[str]) -> None:
     """Parse, check, prepare and run a command.
 
     Args:
-        name: of the command.
-        words: what was typed after it.
+        name: name of the command.
+        words: the words after it.
 
     Raises:
-        SystemExit: 2 for input that cannot be used, 1 for a run that failed, 130 and 143 for one that was stopped.
+        SystemExit: 2 for bad input, 1 for a run that failed, 130 and 143 for a run that was stopped.
     """
     keep_freed_memory()
     with ExitStack() as stack:
@@ -57,7 +57,7 @@ def run_command(name: str, words: list[str]) -> None:
 
 
 def check_cheaply(name: str, options: Namespace, config: str) -> None:
-    """What can be found wrong before anything is loaded.
+    """Check everything that can be checked before anything is loaded.
 
     Raises:
         ValueError, OSError: the folder, the model or a text cannot be used.
@@ -78,7 +78,7 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
 
 
 def _require_finite(config: str) -> None:
-    """No option is NaN or infinite: of such a rate or factor nothing comes but NaN."""
+    """Refuse options that are NaN or infinite."""
     for name, value in folders.flatten(read_config(config)):
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
@@ -91,7 +91,7 @@ def _claimed(called: str, options: Namespace, config: str):
 
 
 def _work(name: str, work: Callable[[Path | None], None], folder: Path | None) -> None:
-    """The work; a run that cannot be resumed leaves a folder that may be begun anew."""
+    """Do the work. If it fails and cannot be resumed, its folder can be used again."""
     from duorl.cli.trainings import JobsFailed
 
     resumable = "resume" in COMMANDS[name].flags

@@ -1,4 +1,4 @@
-"""`duorl train`: one agent, beside all that it is measured against."""
+"""`duorl train`: train one agent and its rivals, and compare their routers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from duorl.runs.jobs import InProcess, Job
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
-    """What the run's folder is called where it has no name, and what runs in it.
+    """The default name of the run's folder, and the function that runs in it.
 
     Args:
         options: `RunOptions` with `agent` in place of `agents`, and the folder flags.
         config: the resolved options as YAML.
 
     Raises:
-        ValueError, OSError: the input cannot be used; the message names the thing and the fix.
+        ValueError, OSError: bad input; the message names it and the fix.
     """
     bench = Workbench(options, config)
     check_evaluation(options, bench.model, bench.training, bench.held_out)
@@ -33,7 +33,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
 
 
 def plan(bench: Workbench, folder: Path) -> list[Job]:
-    """The agent's training, and its rivals', at the price that the agent's found where it is to find one."""
+    """The trainings of the agent and its rivals; with a target, rivals use the price that the agent found."""
     (agent,), seed = bench.agents, bench.options.seed
     place = folder / "router"
     common = {"seed": seed, "price_from": None}
@@ -53,7 +53,7 @@ def _folders(place: Path, events: Path) -> dict[str, str]:
 
 
 def _run(bench: Workbench, folder: Path) -> None:
-    """Train what the folder does not hold yet, compare, and say where everything is."""
+    """Train what is not in the folder yet, compare, and print where the results are."""
     jobs, options = plan(bench, folder), bench.options
     finish_all(jobs, InProcess(), folder)
     price = jobs[0].result["price"]
@@ -64,6 +64,7 @@ def _run(bench: Workbench, folder: Path) -> None:
         bench.training,
         bench.held_out,
         price,
+        files=bench.evaluation.files,
         decisions=options.total_decisions,
         routers=len(routers) + 6,
     )

@@ -1,4 +1,4 @@
-"""The jobs of a run that trains: which there are, in which folders, and their running."""
+"""The jobs of a run with trainings: their names, their folders, and how they run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from duorl.cli.console import job_bars, quieten
 from duorl.cli.workbench import Workbench
-from duorl.corpus import source_names
+from duorl.corpus import Windows, source_names
 from duorl.evaluation.budgets import Ladder
 from duorl.files import writing
 from duorl.routers import Router
@@ -20,15 +19,15 @@ from duorl.routers import load as load_router
 from duorl.runs import interrupts
 from duorl.runs.jobs import Executor, Job, Tell, run
 
-_STEPS = 7  # of a ladder of prices
+_STEPS = 7  # prices at which a router is measured
 
 
 class JobsFailed(Exception):
     """Some jobs of a run are not finished.
 
     Args:
-        left: their names.
-        total: how many there are.
+        left: names of these jobs.
+        total: number of all jobs.
     """
 
     def __init__(self, left: list[str], total: int):
@@ -39,8 +38,8 @@ def finish_all(jobs: list[Job], place: Executor, folder: Path) -> None:
     """Run the jobs that are not finished.
 
     Raises:
-        JobsFailed: not all could be finished.
-        Interrupted: the process was told to end.
+        JobsFailed: some jobs are not finished.
+        Interrupted: the process got a signal to stop.
     """
     with job_bars(len(jobs), sum(job.finished for job in jobs)) as bars:
         left = run(jobs, place, folder, bars)
@@ -50,7 +49,7 @@ def finish_all(jobs: list[Job], place: Executor, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where one training leaves what: which learner, with which seed, one of several or not, in which run's folder."""
+    """The folders and the job name of one training: a learner with a seed in a run."""
 
     name: str
     seed: int
@@ -59,7 +58,7 @@ class Place:
 
     @property
     def job(self) -> str:
-        """The job's name."""
+        """Name of the job."""
         return f"{self.name}, seed {self.seed}" if self.several else self.name
 
     @property
@@ -82,12 +81,12 @@ class Place:
 
 
 def train_apart(run: str, name: str, seed: int, place: str, events: str, tell: Tell) -> dict[str, Any]:
-    """`Workbench.train` in a process of its own, on a workbench from the run's configuration."""
+    """Run `Workbench.train` in another process, with a workbench from the run's configuration."""
     return _bench(run).train(name, seed, place, events, tell)
 
 
 def climb_apart(run: str, router: str, tell: Tell) -> dict[str, Any]:
-    """`climb` in a process of its own."""
+    """Run `climb` in another process."""
     return climb(_bench(run), router, tell)
 
 
@@ -95,30 +94,31 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
     """Measure a router at several prices on each text: the function of a job.
 
     Args:
-        bench: the run's.
-        router: its folder.
-        tell: told of every text.
+        bench: workbench of the run.
+        router: folder of the router.
+        tell: called after every text.
     """
     loaded, texts = load_router(router).to(bench.model.device), held_out_texts(bench)
     low, high = bench.prices or (0.0, 0.0)
-    falling = (high * (low / high) ** (step / (_STEPS - 1)) for step in range(_STEPS))  # compute rises along them
+    falling = (high * (low / high) ** (step / (_STEPS - 1)) for step in range(_STEPS))  # so compute rises
     steps = [loaded.at(price=price) for price in falling]
     for done, (text, windows) in enumerate(texts.items()):
         tell(completed=done, total=len(texts), note=text)
         with writing(ladder_path(Path(router), text)) as beside:
-            Ladder.climb(bench.model, steps, windows).save(beside)
+            Ladder.climb(bench.model, steps, windows.tokens).save(beside)
         interrupts.check()
     return {}
 
 
-def held_out_texts(bench: Workbench) -> dict[str, Tensor]:
-    """The first windows of every source's evaluation split, (W, T+1), by the source's name."""
+def held_out_texts(bench: Workbench) -> dict[str, Windows]:
+    """The first windows of the evaluation split of each text, by the name of the text."""
     count = bench.options.evaluation.windows
-    return {name: bench.read([name], split="evaluation")[:count] for name in source_names(bench.options.corpus)}
+    texts = {name: bench.read([name], split="evaluation") for name in source_names(bench.options.corpus)}
+    return {name: Windows(text.tokens[:count], text.files[:count]) for name, text in texts.items()}
 
 
 def ladder_path(router: Path, text: str) -> Path:
-    """Where a router's ladder on a text lies."""
+    """File of the measurements of a router at several prices on a text."""
     return router / f"ladder-{text.replace('/', '_')}.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""What training and comparing have in common: the model, the three splits, and the training of every learner."""
+"""The input of training and comparing: model, three splits, and the training of every learner."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from duorl.cli.learners import LearnerFactory, named
 from duorl.cli.material import Material
 from duorl.cli.options import EnvironmentOptions
 from duorl.cli.parser import read_config, typed
+from duorl.corpus import Windows
 from duorl.costs import action_ids
 from duorl.envs import Lockstep
 from duorl.evaluation.bound import ROWS
@@ -35,24 +36,24 @@ from duorl.runs.journal import Journal
 from duorl.runs.training import Training
 
 KNOWABLE = "knowable"
-_SHARED = {"window", "prices", "big_layers"}  # of the comparison, which has one text, one range and one budget
+_SHARED = {"window", "prices", "big_layers"}  # options of the whole run: windows, prices and budget of the comparison
 _VALIDATION_WINDOWS = 16
 
 
 class Workbench:
-    """Reads the input of a run, refuses what cannot be used, and trains one learner after another.
+    """Reads and checks the input of a run, and trains one learner after the other.
 
     Args:
-        options: `RunOptions`, with `agent` in place of `agents` for a single one.
-        config: the same as YAML.
+        options: `RunOptions`, with `agent` in place of `agents` for one agent.
+        config: the same options as YAML.
 
     Attributes:
-        price: nats per all-big pass, to start from where it is to be found.
-        agents: names of the learners that the run is about.
-        rivals: names of those that they are compared with.
+        price: nats per all-big pass; with a target, the price at the start.
+        agents: names of the agents.
+        rivals: names of the learners to compare with.
 
     Raises:
-        ValueError, OSError: the input cannot be used; the message names the thing and the fix.
+        ValueError, OSError: bad input; the message names it and the fix.
     """
 
     def __init__(self, options: Namespace, config: str):
@@ -70,10 +71,10 @@ class Workbench:
             check_target(self.target)
             with_price(self.reward)
             if options.env.big_layers is not None:
-                raise ValueError("env.big_layers fixes what a router spends: give it or target_compute, not both")
+                raise ValueError("env.big_layers already fixes the compute: give it or target_compute, not both")
         material = Material.of(options.model, options.skip, options.env.window)
         self.model, self.tokenizer, self.read = material.model, material.tokenizer, material.read
-        self.training, self.validation = _hold_back(self.read(options.corpus, split="router"))
+        self.training, self.validation = _hold_back(self.read(options.corpus, split="router").tokens)
         self._try_reward()
         for name in self._factories:
             self.learner(name, options.seed)
@@ -85,35 +86,40 @@ class Workbench:
         if not isinstance(rivals, dict):
             short = [name.rpartition(".")[2] for name in rivals]
             if len(set(short)) < len(short):
-                raise ValueError(f"two rivals have one name among {short}: give them names, as a dictionary")
+                raise ValueError(f"two rivals have one name among {short}: give each its own name, as a dictionary")
             rivals = dict(zip(short, map(named, rivals), strict=True))
         if not agents:
             raise ValueError("no agents to compare: name at least one in `agents`")
         self.agents, self.rivals = list(agents), list(rivals)
         self._factories: dict[str, LearnerFactory] = {**rivals, **agents}
         if options.get("knowable"):
-            # Wide heads on the same inputs, an estimate of what could have been known from them.
+            # A large network on the same inputs, to estimate the avoidable part of the regret.
             self._factories[KNOWABLE] = partial(Supervised, width=options.knowable)
         taken = {"random", "all-skip", "all-small", "all-big", "best fixed", *ROWS.values(), KNOWABLE}
         for name in (*agents, *rivals):
             if name in taken or Path(name).name != name or (name in rivals and name in agents):
-                raise ValueError(f"a learner cannot be called {name!r}: the comparison or the folder needs that name")
+                raise ValueError(f"a learner cannot be called {name!r}: the comparison or the folder uses that name")
         if unknown := set(options.own_env) - set(self._factories):
             raise ValueError(f"own_env names {min(unknown)!r}, which is not among the learners")
         self._own_env = {}
         for name, given in options.own_env.items():
             own = typed(EnvironmentOptions, given, f"own_env of {name}")
             if shared := _SHARED & set(own):
-                raise ValueError(f"own_env of {name}: {min(shared)} is the whole run's, set it in env")
+                raise ValueError(f"own_env of {name}: {min(shared)} is an option of the whole run, set it in env")
             self._own_env[name] = own
 
     @cached_property
-    def held_out(self) -> Tensor:
-        """(W, T+1) of the evaluation split: only ever measured on."""
+    def evaluation(self) -> Windows:
+        """Windows of the evaluation split; used for measurements only."""
         return self.read(self.options.corpus, split="evaluation")
 
+    @property
+    def held_out(self) -> Tensor:
+        """The tokens of these windows, (W, T+1)."""
+        return self.evaluation.tokens
+
     def _try_reward(self) -> None:
-        """One episode of one window: a reward that cannot be used is found before anything is written."""
+        """Play one episode of one window, so that a bad reward is refused before anything is written."""
         options = self.options
         more = {"actions": options.actions, "reference": options.reference}
         trial = make_lockstep(
@@ -124,7 +130,7 @@ class Workbench:
             trial.step(torch.zeros_like(trial.compute, dtype=torch.int64))
 
     def learner(self, name: str, seed: int) -> Learner:
-        """A fresh learner, by its name in the run; errors as for its class and its environment."""
+        """Make a new learner, by its name in the run; errors as for its class and its environment."""
         options = self.options
         own = replace(EnvironmentOptions(**vars(options.env)), **self._own_env.get(name, {}))
         more = {"actions": options.actions, "reference": options.reference}
@@ -134,18 +140,18 @@ class Workbench:
     def train(
         self, name: str, seed: int, place: str, events: str, tell: Tell, price_from: str | None = None
     ) -> dict[str, Any]:
-        """Train a learner, journal it and save its router: the function of a job.
+        """Train a learner, log it and save its router: the function of a job.
 
         Args:
-            name: of the learner.
-            seed: of everything random.
+            name: name of the learner.
+            seed: seed of all random generators.
             place: folder for the router.
             events: folder of its TensorBoard events.
-            tell: told of every update.
-            price_from: the place of the learner whose training found the price.
+            tell: called after every update.
+            price_from: folder of the learner whose training found the price.
 
         Returns:
-            `price`, at which the router is deployed.
+            `price`, the price of the router in deployment.
         """
         learner, options = self.learner(name, seed), self.options
         work = _Work(self, name, learner, self.price, tell)
@@ -168,7 +174,7 @@ class Workbench:
         return {"price": work.price}
 
     def deployed(self, router: Router, price: float) -> Router:
-        """The router at a price, where it takes one, and held to the run's hard budget, where there is one."""
+        """The router at a price, if price is its input, and with the run's hard budget, if there is one."""
         router = router.at(price=price) if router.takes_price else router
         budget = self.options.env.big_layers
         if budget is None or isinstance(router, BudgetRouter) or not isinstance(router, LogitRouter):
@@ -192,11 +198,11 @@ class _Work:
             self.trained = TargetCompute(self.learner, target, self.spending, price=self.price)
 
     def spending(self, router: Router) -> float:
-        """Mean compute on router text that nobody trains on."""
+        """Mean compute on router text that no training uses."""
         return measure(self.bench.model, router, self.bench.validation).compute.mean().item()
 
     def validate(self, router: Router) -> dict[str, float]:
-        """Metrics on router text that nobody trains on; the evaluation split stays untouched until the end."""
+        """Metrics on router text that no training uses; the evaluation split is used only at the end."""
         bench, price = self.bench, self.trained.price if isinstance(self.trained, TargetCompute) else self.price
         found = evaluate(
             bench.model,
@@ -208,7 +214,7 @@ class _Work:
         return {f"validation/{key}": value for key, value in found.items()}
 
     def finish(self, router: Router, journal: Journal) -> Router:
-        """The trained router at its price, with its picture and its hyper-parameters in the journal."""
+        """The trained router at its price; its picture and its hyper-parameters go to TensorBoard."""
         bench, decisions = self.bench, self.learner.decisions
         if isinstance(self.trained, TargetCompute):
             self.price = self.trained.price
@@ -234,7 +240,7 @@ def make_lockstep(
     seed: int,
     **more: Any,
 ) -> Lockstep:
-    """The tokens that options describe."""
+    """The environment that the options describe."""
     return Lockstep(
         model,
         training,
@@ -252,7 +258,7 @@ def make_lockstep(
 
 
 def _hold_back(windows: Tensor) -> tuple[Tensor, Tensor]:
-    """Router-training text without its last windows, and those, on which training is only watched."""
+    """Split router text: windows for training, and the last windows, for measurements during the training."""
     held = min(_VALIDATION_WINDOWS, len(windows) // 8)
     if held == 0:
         raise ValueError(f"the router split has {len(windows)} windows, too few to learn on: give more text")
@@ -260,11 +266,11 @@ def _hold_back(windows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _class_name(agent: str | Mapping[str, Any]) -> str:
-    """PPO, for what the configuration says of an agent."""
+    """Short name of an agent in a configuration, e.g. PPO."""
     path = agent if isinstance(agent, str) else agent["class_path"]
     return path.rpartition(".")[2]
 
 
 def _scalars(config: Mapping[str, Any]) -> dict[str, str | float | bool]:
-    """The leaves of a configuration by dotted name, for TensorBoard's table of hyper-parameters."""
+    """The values of a configuration by dotted name, for TensorBoard's table of hyper-parameters."""
     return {key: value for key, value in flatten(config) if isinstance(value, (str, int, float))}

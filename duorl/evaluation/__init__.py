@@ -1,4 +1,4 @@
-"""Evaluation: measuring routers, what they must beat, what stands above them, and the comparison of all.
+"""Evaluation: measure routers and compare them with fixed patterns (baseline) and with the best routes (bound).
 
 measure | baseline (fixed patterns) | bound (searched routes)  ->  choice (what is searched)  ->  compare, budgets
 """

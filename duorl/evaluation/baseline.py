@@ -1,7 +1,8 @@
-"""The best fixed pattern, one route for all tokens: what a router has to beat.
+"""The best fixed pattern, one route for all tokens: the baseline of routers.
 
-It is chosen on router text in two rounds: patterns are ranked on few windows, and the best of them measured again on
-more. Which patterns are ranked is the method's: all A^L, or those that a search tries (`duorl.oracle.patterns`).
+It is chosen on router text in two rounds: patterns are ranked on few windows, and the best of them are measured again
+on more windows. The method says which patterns are ranked: all A^L, or those that a search tries
+(`duorl.oracle.patterns`).
 
     baseline = Baseline(model, training, method="greedy", actions=("small", "big"), price=0.3, options=options)
     baseline.at_price(0.3), baseline.per_big(), baseline.within(0.5)
@@ -30,10 +31,10 @@ class Baseline:
     Args:
         model: a duo model.
         training: (W, T+1) of the router split.
-        method: which patterns are ranked.
+        method: method that says which patterns are ranked.
         actions: names of the allowed actions.
-        price: nats per all-big pass, around which a greedy search looks closer.
-        options: `fixed_windows`, `finalists`, `final_windows` and `batch` are used.
+        price: nats per all-big pass; the greedy search changes the best pattern at this price further.
+        options: it uses `fixed_windows`, `finalists`, `final_windows` and `batch`.
 
     Attributes:
         routes: (N, L), the patterns that were ranked.
@@ -68,21 +69,21 @@ class Baseline:
         self._final_losses: dict[Route, float] = {}
 
     def at_price(self, price: float) -> list[int]:
-        """The pattern that costs least, loss + price * compute, of the best in the ranking: L action codes."""
+        """The finalist with the smallest loss + price * compute: L action codes."""
         return self._best(self._finalists(price), price)
 
     def per_big(self) -> dict[int, list[int]]:
-        """The pattern with the least loss by number of big layers, for every number that was tried, rising."""
+        """The pattern with the smallest loss for each number of big layers that was tried, in rising order."""
         big = (self.routes == BIG).sum(1)
         finalists = {count: self._finalists(0.0, big == count) for count in sorted(set(big.tolist()))}
         self._play_finals([route for group in finalists.values() if len(group) > 1 for route in group])
         return {count: self._best(group, 0.0) for count, group in finalists.items()}
 
     def within(self, compute: float) -> list[int]:
-        """The pattern with the least loss that spends at most a target compute, in [0, 1].
+        """The pattern with the smallest loss and at most the given compute, in [0, 1].
 
         Raises:
-            ValueError: no pattern that was tried spends so little.
+            ValueError: no pattern that was tried has so little compute.
         """
         allowed = self.compute <= compute + 1e-6  # compute is a sum of floats
         if not allowed.any():
@@ -98,7 +99,7 @@ class Baseline:
         return [tuple(route) for route in self.routes[best].tolist()]
 
     def _best(self, finalists: list[Route], price: float) -> list[int]:
-        """The finalist with the lowest cost: many candidates on few windows alone would crown a lucky one."""
+        """The finalist with the lowest cost. With few windows only, a pattern could be best by chance."""
         if len(finalists) == 1:
             return list(finalists[0])
         self._play_finals(finalists)
@@ -107,7 +108,7 @@ class Baseline:
         return list(finalists[costs.index(min(costs))])
 
     def _play_finals(self, routes: list[Route]) -> None:
-        """Measure those that are not measured yet, together: what their beginnings share runs once."""
+        """Measure the patterns that are not measured yet, together; shared prefixes run once."""
         if new := [route for route in dict.fromkeys(routes) if route not in self._final_losses]:
             losses = pattern_losses(self.model, self._final, torch.tensor(new), batch=self.options.batch)
             self._final_losses |= zip(new, losses.tolist(), strict=True)

@@ -1,7 +1,7 @@
-"""What stands above all routers: routes that were found by looking at the labels.
+"""The bound of routers: routes that were found with the help of the labels.
 
-`exhaustive` is the oracle, exact. `descent` is coordinate descent from the best fixed pattern: its routes exist, so its
-return is a lower bound of the oracle's, and a router may beat it. With `none` there is nothing to be held against.
+`exhaustive` is the exact oracle. `descent` is coordinate descent from the best fixed pattern; its return is a lower
+bound of the oracle's return, and a router may have a higher one. `none`: there is no bound.
 
     bound = find_bound("descent", model, windows, price=0.3, actions=("small", "big"), start=baseline.at_price(0.3))
     bound.name, bound.exact, bound.routes, bound.losses, bound.compute
@@ -26,22 +26,22 @@ from duorl.routers import ReplayRouter
 
 BoundMethod = Literal["exhaustive", "descent", "none"]
 ROWS = {"exhaustive": "oracle", "descent": "lower bound"}
-"""What a bound's row is called."""
+"""Names of the bound's row."""
 
 
 @dataclass(frozen=True)
 class Bound:
-    """The best routes that were found for some windows, in the reference context at a price.
+    """The best known routes of some windows, in the reference context, at a price.
 
     Attributes:
-        name: of its row in tables.
-        exact: nothing is better; otherwise its return is a lower bound of the best.
+        name: name of its row in tables.
+        exact: true: no route is better; false: its return is a lower bound of the best.
         windows: (B, T+1).
         routes: (B, T, L), action codes.
         losses: (B, T), nats.
         compute: (B, T), in [0, 1].
-        frontier: rows with `big`, `loss`, `compute` per number of big layers; none where it has no frontier.
-        shown: a search of the first windows at price 0, or at all prices, for their tokens' difficulty.
+        frontier: rows with `big`, `loss`, `compute` per number of big layers; empty without a frontier.
+        shown: a search of the first windows at price 0, or at all prices, for the difficulty of their tokens.
     """
 
     name: str
@@ -60,11 +60,11 @@ class Bound:
 
     @property
     def router(self) -> ReplayRouter:
-        """Deploys its routes, on its windows alone; the routed context is not what they were found for."""
+        """A router with these routes, for these windows only; the routes were not searched in the routed context."""
         return ReplayRouter.of(self.windows, self.routes)
 
     def difficulty(self, model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[TokenRow]:
-        """The first windows' tokens; their difficulty is a lower bound where this is one."""
+        """Tokens of the first windows with their difficulty; a lower bound, if this bound is one."""
         shown = self.windows[: len(self.shown.losses)].to(model.device)
         if isinstance(self.shown, RouteTable):
             return token_difficulty(self.shown, shown, tokenizer)
@@ -98,16 +98,16 @@ def find_bound(
     start: Sequence[int],
     shown: int = 2,
 ) -> Bound | None:
-    """Search windows' routes.
+    """Search the routes of windows.
 
     Args:
-        method: see the module's docstring; `none` finds None.
+        method: see the docstring of the module; `none` returns None.
         model: a duo model.
         windows: (B, T+1).
         price: nats per all-big pass.
         actions: names of the allowed actions.
-        start: the best fixed pattern, from which a descent starts.
-        shown: windows whose tokens' difficulty may be asked for.
+        start: the best fixed pattern, the start of the descent.
+        shown: number of windows for `difficulty`.
 
     Raises:
         ValueError: too many routes, or too much memory for them.
@@ -126,16 +126,16 @@ def _exhaustive(model: DuoForCausalLM, windows: Tensor, price: float, actions: S
     best = table.best(price)
     found = (table.routes[best].cpu(), table.loss(best).cpu(), table.compute[best].cpu())
     frontier = [{key: row[key] for key in ("big", "loss", "compute")} for row in table.by_budget()]
-    few = replace(table, losses=table.losses[:shown].clone())  # lets the whole table go
+    few = replace(table, losses=table.losses[:shown].clone())  # so that the whole table can be freed
     return Bound(ROWS["exhaustive"], True, windows, *found, frontier, few)
 
 
 def can_search(model: DuoForCausalLM, tokens: Tensor) -> str | None:
-    """Why a model has no bound, or None: it must know the reference context.
+    """Why a model has no bound, or None. A bound needs the reference context.
 
     Args:
         model: a duo model.
-        tokens: (B, T+1), few.
+        tokens: (B, T+1), a few windows.
     """
     try:
         remember(model, tokens.to(model.device))

@@ -1,10 +1,10 @@
-"""What an evaluation will search, chosen by its cost and said before it starts.
+"""Choose the searches of an evaluation by their cost, and describe them before they start.
 
     choice = choose(model, training, held_out, actions=("small", "big"), options=EvaluationOptions(), flops=...)
     print(choice.text(flops_per_second(model, held_out)))
 
-Costs are FLOPs in closed form. The allowance is what the training costs; where nothing fits into it at the windows that
-were asked for, there are fewer.
+Costs are FLOPs in closed form. The limit is the cost of the training. If nothing fits into this limit, fewer windows
+are used.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from duorl.oracle.search import MEMORY_LIMIT, states_within
 from duorl.routed_pass import RoutedPass
 
 DEFAULT_DECISIONS = 8_000_000
-_PASSES = 2  # of a token in training: the rollout, and the reference's or the update's
-_LEAST_ALLOWANCE = 5e11  # some seconds: no training is so short that nothing can be said about it
+_PASSES = 2  # passes per token in training: the rollout, and that of the reference or the update
+_LEAST_ALLOWANCE = 5e11  # some seconds, also after a very short training
 _FIXED, _FINAL, _BOUND, _ROUTERS = "fixed_windows", "final_windows", "reference_windows", "windows"
 _LEAST = {_FIXED: 2, _FINAL: 2, _BOUND: 2, _ROUTERS: 4, "finalists": 1}
 
 
 def training_flops(model: DuoForCausalLM, decisions: int, length: int) -> float:
-    """What a training costs, about: two half-big passes for every token.
+    """Approximate FLOPs of a training: two half-big passes for every token.
 
     Args:
         model: a duo model.
-        decisions: layer decisions that all learners together learn from.
+        decisions: layer decisions of all learners together.
         length: tokens per window, T.
     """
     return _PASSES * decisions / model.num_layers * model.flops.token(torch.tensor(0.5), length).item()
@@ -49,17 +49,17 @@ def training_flops(model: DuoForCausalLM, decisions: int, length: int) -> float:
 
 @dataclass(frozen=True)
 class Choice:
-    """What will be searched, and what it costs.
+    """The chosen searches and their cost.
 
     Attributes:
         baseline: the method that finds the best fixed pattern.
-        bound: the method that finds what stands above all routers.
-        options: with as many windows as will be used.
-        patterns: fixed patterns that are ranked, at most.
-        routes: A^L, all there are.
-        costs: FLOPs by part: `baseline`, `bound`, and `routers`, their measurement.
-        flops: what the training cost.
-        notes: why it is not more: sentences.
+        bound: the method that finds the bound.
+        options: the options, with the number of windows that will be used.
+        patterns: maximum number of fixed patterns that are ranked.
+        routes: number of all routes, A^L.
+        costs: FLOPs by part: `baseline`, `bound`, and `routers` (their measurement).
+        flops: FLOPs of the training.
+        notes: sentences that say why the search is not larger.
     """
 
     baseline: PatternMethod
@@ -72,7 +72,7 @@ class Choice:
     notes: tuple[str, ...] = ()
 
     def text(self, flops_per_second: float | None = None) -> str:
-        """Plain sentences for the terminal; with seconds where it is known how fast the machine is."""
+        """Sentences for the terminal; with seconds, if the speed of the machine is known."""
 
         def cost(part: str) -> str:
             share = f"{_percent(self.costs[part] / self.flops)} of the training's FLOPs"
@@ -99,13 +99,13 @@ def _percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """For the terminal."""
+    """A duration as text for the terminal."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 @torch.no_grad()
 def flops_per_second(model: DuoForCausalLM, windows: Tensor, *, batch: int = 16) -> float:
-    """How fast the machine is, by one batch of the windows (W, T+1), after one that warms it up."""
+    """Speed of the machine, measured on one batch of the windows (W, T+1), after a warm-up."""
     tally, seconds = Tally(), 0.0
     for tokens in (windows[:1], windows[:batch]):
         tally, started = Tally(), time.perf_counter()
@@ -127,20 +127,20 @@ def choose(
     flops: float | None = None,
     routers: int = 8,
 ) -> Choice:
-    """Pick what an evaluation searches.
+    """Choose the searches of an evaluation.
 
     Args:
         model: a duo model.
         training: (W, T+1) of the router split.
         held_out: (W, T+1) of the evaluation split.
         actions: names of the allowed actions.
-        options: what is asked for; `auto` is decided here.
-        flops: the allowance, see `training_flops`; that of the default training unless given.
-        routers: how many will be measured.
+        options: the options; `auto` is decided here.
+        flops: the limit, see `training_flops`; by default that of the default training.
+        routers: number of routers to measure.
 
     Raises:
-        ValueError: a search that was asked for by name is impossible: too many routes, too much memory, or a model that
-            does not know the reference context.
+        ValueError: a search that was asked for by name is impossible: too many routes, too much memory, or a model
+            without the reference context.
     """
     length = held_out.shape[1] - 1
     flops = training_flops(model, DEFAULT_DECISIONS, length) if flops is None else flops
@@ -188,7 +188,7 @@ class _Costs:
         self.one_pass = model.flops.token(torch.tensor(0.5), length).item()
 
     def by_windows(self, baseline: PatternMethod, bound: BoundMethod, options: EvaluationOptions) -> dict[str, float]:
-        """FLOPs of what grows with each of the numbers of windows."""
+        """FLOPs that are proportional to each of the numbers of windows."""
         walk = partial(tree_flops, self.model, self.actions, self.length)
         groups = self._patterns_per_big()
         finals = [min(options.finalists, count) for count in (sum(groups), *groups)]
@@ -207,7 +207,7 @@ class _Costs:
         return {name: flops * getattr(options, name) * self.length for name, flops in per_token.items()}
 
     def _patterns_per_big(self) -> list[int]:
-        """How many patterns there are by number of big layers."""
+        """Number of patterns for each number of big layers."""
         layers, others = self.model.num_layers, len(self.actions) - ("big" in self.actions)
         if "big" not in self.actions:
             return [others**layers]
@@ -227,7 +227,7 @@ _Method = TypeVar("_Method", bound=str)
 
 @dataclass(frozen=True)
 class _Possible(Generic[_Method]):
-    """The methods in question, the most exact first, and why there are no more."""
+    """The possible methods, the most exact first, and why others are impossible."""
 
     methods: list[_Method]
     note: str = ""
@@ -269,10 +269,10 @@ def _sentence(reason: object) -> str:
 
 
 def check_searches(model: DuoForCausalLM, length: int, actions: Sequence[str], *counts: int) -> None:
-    """Refuse exhaustive searches of so many windows that would exceed the oracle's memory limit.
+    """Refuse exhaustive searches that exceed the oracle's memory limit.
 
     Raises:
-        ValueError: too many routes, or too much memory; says how much.
+        ValueError: too many routes, or too much memory; the message says how much.
     """
     routes = count_routes(model.num_layers, actions)
     for count in counts:
@@ -286,7 +286,7 @@ def _first_that_fits(
     options: EvaluationOptions,
     allowance: float,
 ) -> Methods | None:
-    """An exact bound goes before an exact baseline: where enumeration is dear, greedy hardly loses by it."""
+    """The first combination that fits. An exact bound comes before an exact baseline: greedy is almost as good."""
     for bound in bounds:
         for baseline in baselines:
             if costs.total(baseline, bound, options) <= allowance:
@@ -301,9 +301,9 @@ def _fewer_windows(
     options: EvaluationOptions,
     allowance: float,
 ) -> tuple[Methods, EvaluationOptions]:
-    """The cheapest methods, and the windows of what costs most halved until all fits.
+    """The cheapest methods; the windows of the most expensive part are halved until all fits.
 
-    The windows of a method that was asked for by name stay.
+    The windows of a method that was asked for by name do not change.
     """
     methods = min(product(baselines, bounds), key=lambda both: costs.total(both[0], both[1], options))
     free = {_FIXED: "baseline", _FINAL: "baseline", _BOUND: "bound"}
@@ -320,7 +320,7 @@ def _fewer_windows(
 
 
 def _half(options: EvaluationOptions, name: str) -> EvaluationOptions | None:
-    """Half as many of these windows; of the finalists, where there are no fewer windows for their final; or None."""
+    """Options with half of these windows, or with half of the finalists if there are too few windows; or None."""
     least = max(_LEAST[name], options.reference_windows) if name == _ROUTERS else _LEAST[name]
     if (count := getattr(options, name)) > least:
         return replace(options, **{name: max(least, count // 2)})

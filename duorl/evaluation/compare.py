@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -26,7 +26,7 @@ from duorl.evaluation.difficulty import token_names
 from duorl.evaluation.flat import flatten
 from duorl.evaluation.measure import Measurement, measure, stacked
 from duorl.evaluation.options import EvaluationOptions
-from duorl.evaluation.statistics import bootstrap_interval, sign_flip_test
+from duorl.evaluation.statistics import Estimate, estimate, holm
 from duorl.files import write_json, writing
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.patterns import pattern_losses
@@ -35,6 +35,7 @@ from duorl.routed_pass import Context, remember
 from duorl.routers import ConstantRouter, OracleRouter, PatternRouter, ReplayRouter, Router
 
 _SHOWN_WINDOWS = 2
+_AGAINST_FIXED = ("return_minus_fixed", "loss_minus_fixed")
 
 
 @dataclass
@@ -42,10 +43,10 @@ class Comparison:
     """Routers side by side.
 
     Attributes:
-        settings: model, corpus, price, token counts, command: what a reader needs to repeat it.
+        settings: model, corpus, price, numbers of tokens, command.
         rows: one per router; see docs/metrics.md for every key.
-        frontiers: loss against compute of the best fixed pattern and of the oracle, per number of big layers; a bound
-            that is not exact, or none, leaves the oracle's empty.
+        frontiers: loss against compute of the best fixed pattern and of the oracle, per number of big layers. Without
+            an exact oracle, the oracle's frontier is empty.
     """
 
     settings: dict[str, Any]
@@ -54,7 +55,7 @@ class Comparison:
 
     @classmethod
     def load(cls, path: Path) -> Comparison:
-        """A saved `comparison.json`."""
+        """Load a `comparison.json`."""
         return cls(**json.loads(path.read_text()))
 
     def save(self, folder: Path) -> None:
@@ -75,20 +76,21 @@ class Comparer:
         model: a frozen duo model.
         training: (W, T+1) of the router split, on which the fixed patterns are chosen.
         held_out: (W, T+1) of the evaluation split.
+        files: (W,), file of each of these windows; by default each window is its own file.
         price: nats per all-big pass.
-        actions: the allowed actions' names.
-        reference: the action of the reference route, whose loss gains are measured against.
+        actions: names of the allowed actions.
+        reference: the action of the reference route, in every layer.
         options: see `EvaluationOptions`.
-        flops: what the training cost, which the evaluation is not to exceed; see `choose`.
-        routers: how many will be measured, about.
+        flops: FLOPs of the training, the limit of the evaluation; see `choose`.
+        routers: approximate number of routers to measure.
 
     Attributes:
-        choice: what is searched, by which methods; `choose` with the same arguments says it beforehand.
+        choice: the chosen searches; `choose` with the same arguments returns the same.
         baseline: the fixed patterns.
-        fixed: the best one, with which differences are paired.
-        bound: what stands above all routers, on the first `choice.options.reference_windows` windows; or None.
-        knowable: a large network on a router's inputs. What it regrets only the label could have told; what others
-            regret beyond it they could have known. An estimate: a larger one, or more text, might know more.
+        fixed: the best fixed pattern; differences are paired with it.
+        bound: the bound of routers, on the first `choice.options.reference_windows` windows; or None.
+        knowable: a large network on the same inputs as the routers. Its regret is an estimate of the regret that no
+            router can avoid, because only the label could avoid it. A larger network or more text may lower it.
     """
 
     def __init__(
@@ -101,6 +103,7 @@ class Comparer:
         actions: Sequence[str],
         reference: str,
         options: EvaluationOptions,
+        files: Tensor | None = None,
         flops: float | None = None,
         routers: int = 8,
     ):
@@ -109,6 +112,7 @@ class Comparer:
         self.options = options = self.choice.options
         self.windows = held_out[: options.windows]
         self.searched = held_out[: options.reference_windows]
+        self.files = torch.arange(len(held_out)) if files is None else files
         method = self.choice.baseline
         self.baseline = Baseline(model, training, method=method, actions=actions, price=price, options=options)
         start = self.baseline.at_price(price)
@@ -118,7 +122,7 @@ class Comparer:
             self.choice.bound, model, searched, price=price, actions=actions, start=start, shown=_SHOWN_WINDOWS
         )
         self._memory = remember(model, searched) if self.bound else None
-        # The reference route's losses, by context: gains are measured against them.
+        # Losses of the reference route, by context, for the gains.
         route = ConstantRouter(reference)
         self._reference_loss = {"routed": measure(model, route, self.windows, batch=options.batch).loss}
         if self.bound:
@@ -130,7 +134,7 @@ class Comparer:
 
     @property
     def bounds(self) -> dict[str, list[Router]]:
-        """The bound's row for `compare`, by its name; empty where there is no bound."""
+        """The router of the bound for `compare`, by its name; empty without a bound."""
         return {self.bound.name: [self.bound.router]} if self.bound else {}
 
     def best_patterns(self) -> list[PatternRouter]:
@@ -143,24 +147,28 @@ class Comparer:
         settings: dict[str, Any],
         progress: Callable[[str], None] = lambda note: None,
     ) -> Comparison:
-        """A row per name, for a router or one per training seed, and the two frontiers.
+        """Compare routers: one row per name, and the two frontiers.
 
         Args:
-            routers: by name, one per training seed.
+            routers: by name, one router per training seed.
             settings: see `Comparison`.
-            progress: told what comes next.
+            progress: called with the name of the next router.
         """
         rows = []
         for number, (name, seeds) in enumerate(routers.items(), 1):
             progress(f"measure {name}, {number} of {len(routers)}")
             rows.append(self.row(name, seeds))
+        rivals = [row for row, seeds in zip(rows, routers.values(), strict=True) if seeds[0] is not self.fixed]
+        for key in _AGAINST_FIXED:
+            for row, holds in zip(rivals, holm([row[f"{key}_p"] for row in rivals]), strict=True):
+                row[f"{key}_holds"] = holds
         progress("measure the frontiers")
         return Comparison(settings, rows, {"fixed": self.fixed_frontier(), "oracle": self.oracle_frontier()})
 
     def row(self, name: str, seeds: Sequence[Router]) -> dict[str, Any]:
         """Measure a router, trained with one seed or several.
 
-        The bound, which is searched, sees fewer windows. See docs/metrics.md for the keys.
+        The bound is measured on its searched windows only. See docs/metrics.md for the keys.
         """
         sees_label = isinstance(seeds[0], (OracleRouter, ReplayRouter))
         windows = self.searched if sees_label else self.windows
@@ -180,7 +188,7 @@ class Comparer:
         }
 
     def traces(self, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-        """What the report shows beside the numbers: routes of all compared routers, and the first windows' difficulty.
+        """Data for the charts of the report: routes of all compared routers, and difficulty of the first windows.
 
         Returns:
             `routers`: per router `share_of_big` (L, T), `per_layer` by action (L,), and the `routes` (L, T) of the
@@ -196,7 +204,7 @@ class Comparer:
         }
 
     def _trace(self, routes: Tensor) -> dict[str, Any]:
-        """Routes (W, T, L) in short."""
+        """Summary of routes (W, T, L)."""
         per_layer = {name: (routes == code).float().mean((0, 1)).tolist() for code, name in enumerate(ACTIONS)}
         big = (routes == BIG).float().mean(0).T.tolist()
         return {"share_of_big": big, "per_layer": per_layer, "routes": routes[0].T.tolist()}
@@ -206,11 +214,12 @@ class Comparer:
         size = len(self.searched)
         return measure(self.model, router, self.searched, context="reference", batch=size, memories=[self._memory])
 
-    def _interval(self, values: Tensor, statistic: Callable[[np.ndarray], np.ndarray] | None = None):
-        return bootstrap_interval(values, resamples=self.options.resamples, statistic=statistic)
+    def _estimated(self, values: Tensor, name: str) -> dict[str, Any]:
+        """A mean over windows, (W,) or (S, W), with its interval."""
+        return _named(name, estimate(values, self.files[: values.shape[-1]]))
 
     def _returns(self, measured: Measurement, context: Context) -> Tensor:
-        """(W,), or (S, W) for several seeds: mean return per window."""
+        """Mean return of each window, (W,), or (S, W) for several seeds."""
         gain = self._reference_loss[context][: measured.loss.shape[-2]] - measured.loss
         return (gain - self.price * measured.compute).mean(-1)
 
@@ -220,38 +229,35 @@ class Comparer:
         length = measured.loss.shape[-1]
         flops = self.model.flops.token(compute, (length + 1) / 2)
         shares = {name: (measured.routes == code).float().mean((-2, -1)) for code, name in enumerate(ACTIONS)}
-        seconds = measured.seconds.flatten()
+        # Measured per batch, and positive: the interval is computed on the logarithm.
+        seconds = estimate(measured.seconds.reshape(1, 1, -1), statistic=lambda mean: -math.log(mean[0]))
         return {
-            "loss": loss.mean().item(),
-            "loss_interval": self._interval(loss),
-            "perplexity": loss.mean().exp().item(),
-            "perplexity_interval": self._interval(loss, np.exp),
-            "compute": compute.mean().item(),
-            "compute_interval": self._interval(compute),
-            "flops_per_token": flops.mean().item(),
-            "flops_per_token_interval": self._interval(flops),
-            "return": returns.mean().item(),
-            "return_interval": self._interval(returns),
+            **self._estimated(loss, "loss"),
+            **_named("perplexity", estimate(loss, self.files[: loss.shape[-1]]), math.exp),
+            **self._estimated(compute, "compute"),
+            **self._estimated(flops, "flops_per_token"),
+            **self._estimated(returns, "return"),
             "actions": {name: share.mean().item() for name, share in shares.items()},
-            "actions_interval": {name: self._interval(share) for name, share in shares.items()},
-            "tokens_per_second": 1 / seconds.mean().item(),
-            "tokens_per_second_interval": self._interval(seconds, lambda mean: 1 / mean),
+            "actions_interval": {
+                name: self._estimated(share, name)[f"{name}_interval"] for name, share in shares.items()
+            },
+            **_named("tokens_per_second", seconds, math.exp),
         }
 
     def _against_fixed(self, measured: Measurement) -> dict[str, Any]:
         count = measured.loss.shape[-2]
-        returns = self._returns(measured, "routed") - self._returns(self._fixed, "routed")[:count]
-        losses = measured.loss.mean(-1) - self._fixed.loss[:count].mean(-1)
-        return {
-            "return_minus_fixed": returns.mean().item(),
-            "return_minus_fixed_interval": self._interval(returns),
-            "return_minus_fixed_p": sign_flip_test(returns),
-            "loss_minus_fixed": losses.mean().item(),
-            "loss_minus_fixed_interval": self._interval(losses),
+        differences = {
+            "return": self._returns(measured, "routed") - self._returns(self._fixed, "routed")[:count],
+            "loss": measured.loss.mean(-1) - self._fixed.loss[:count].mean(-1),
         }
+        row: dict[str, Any] = {}
+        for key, values in zip(_AGAINST_FIXED, differences.values(), strict=True):
+            found = estimate(values, self.files[:count])
+            row |= {**_named(key, found), f"{key}_p": found.p, f"{key}_holds": False}
+        return row
 
     def _reference(self, seeds: Sequence[Router]) -> dict[str, Any]:
-        """Against the bound, in the reference context; null where there is none."""
+        """Comparison with the bound, in the reference context; null without a bound."""
         if self.bound is None:
             names = ("regret", "regret_interval", "agreement", "agreement_interval", "reference")
             return dict.fromkeys(names)
@@ -261,34 +267,27 @@ class Comparer:
         regret = (gain - self.price * self.bound.compute).mean(-1) - returns
         agreement = (measured.routes == self.bound.routes).float().mean((-2, -1))
         return {
-            "regret": regret.mean().item(),
-            "regret_interval": self._interval(regret),
+            **self._estimated(regret, "regret"),
             **self._avoidable(returns),
-            "agreement": agreement.mean().item(),
-            "agreement_interval": self._interval(agreement),
+            **self._estimated(agreement, "agreement"),
             "reference": {
                 "context": "reference",
                 "tokens": measured.loss[0].numel(),
-                "loss": measured.loss.mean().item(),
-                "loss_interval": self._interval(measured.loss.mean(-1)),
+                **self._estimated(measured.loss.mean(-1), "loss"),
                 "compute": measured.compute.mean().item(),
             },
         }
 
     def _avoidable(self, returns: Tensor) -> dict[str, Any]:
-        """The part of the regret that a router could have avoided, by the estimate of `knowable`."""
+        """Estimate of the avoidable part of the regret; see `knowable`."""
         if self.knowable is None:
             return {}
         if self._knowable_returns is None:
             self._knowable_returns = self._returns(self._measure_reference(self.knowable), "reference")
-        avoidable = self._knowable_returns - returns
-        return {
-            "regret_avoidable": avoidable.mean().item(),
-            "regret_avoidable_interval": self._interval(avoidable),
-        }
+        return self._estimated(self._knowable_returns - returns, "regret_avoidable")
 
     def oracle_frontier(self) -> list[dict[str, Any]]:
-        """The oracle's loss in the reference context with exactly k big layers, per possible k, where it is exact."""
+        """The oracle's loss in the reference context with exactly k big layers, for each k; empty without it."""
         return [{"context": "reference", **row} for row in self.bound.frontier] if self.bound else []
 
     def fixed_frontier(self) -> list[dict[str, Any]]:
@@ -301,3 +300,9 @@ class Comparer:
             {"big": big, "context": "routed", "route": route, "loss": loss, "compute": compute}
             for (big, route), loss, compute in columns
         ]
+
+
+def _named(name: str, found: Estimate, scale: Callable[[float], float] = lambda value: value) -> dict[str, Any]:
+    """A value and its interval, both on a rising scale."""
+    interval = found.interval and tuple(map(scale, found.interval))
+    return {name: scale(found.value), f"{name}_interval": interval}

@@ -1,4 +1,4 @@
-"""Token difficulty (Duo-LLM, Fig. 5 and 6): the loss that compute can still remove, reference loss - oracle loss.
+"""Token difficulty (Duo-LLM, Fig. 5 and 6): reference loss - oracle loss.
 
 table = duorl.oracle.exhaustive(model, tokens)
 rows = token_difficulty(table, tokens, tokenizer)
@@ -24,12 +24,12 @@ class TokenRow(NamedTuple):
     """One predicted token.
 
     Attributes:
-        window, position: where it stands; `position` counts from the window's first prediction.
+        window, position: its place; `position` counts from the window's first prediction.
         token: its text.
-        all_small, all_big, oracle: its loss in nats, in the context of the search.
+        all_small, all_big, oracle: its losses in nats, in the context of the search.
         difficulty: all_small - oracle, nats.
-        compute: of the oracle's route, in [0, 1].
-        route: the oracle's route, a character per layer: `.` skip, `s` small, `B` big.
+        compute: compute of the oracle's route, in [0, 1].
+        route: the oracle's route, one character per layer: `.` skip, `s` small, `B` big.
     """
 
     window: int
@@ -46,16 +46,16 @@ class TokenRow(NamedTuple):
 def token_difficulty(
     table: RouteTable, tokens: Tensor, tokenizer: PreTrainedTokenizerBase, *, price: float = 0.0
 ) -> list[TokenRow]:
-    """Every token's losses and difficulty.
+    """Losses and difficulty of every token.
 
     Args:
         table: a search of these tokens with small and big among its actions.
         tokens: (B, T+1).
-        tokenizer: names them.
-        price: nats per all-big pass that the oracle pays for compute.
+        tokenizer: gives their text.
+        price: price of the oracle, nats per all-big pass.
 
     Raises:
-        ValueError: the search did not have small and big.
+        ValueError: small and big are not among the actions of the search.
     """
     best = table.best(price)
     constant = [torch.full_like(table.routes[0], action) for action in (SMALL, BIG)]
@@ -74,15 +74,15 @@ def difficulty_rows(
     compute: Tensor,
     routes: Tensor,
 ) -> list[TokenRow]:
-    """The rows of tokens (B, T+1) whose routes were found by any search.
+    """Rows of tokens (B, T+1) from the routes of any search.
 
     Args:
         tokens: (B, T+1).
-        tokenizer: names them.
-        small: (B, T), nats, all-small.
-        big: (B, T), nats, all-big.
-        best: (B, T), nats, along the routes; where these are not the best, difficulties are lower bounds.
-        compute: (B, T), of the routes.
+        tokenizer: gives their text.
+        small: (B, T), losses of all-small, nats.
+        big: (B, T), losses of all-big, nats.
+        best: (B, T), losses of the routes, nats; if the routes are not the best, difficulties are lower bounds.
+        compute: (B, T), compute of the routes.
         routes: (B, T, L), action codes.
     """
     numbers = torch.stack((small, big, best, small - best, compute), -1).flatten(0, 1).tolist()
@@ -101,7 +101,7 @@ def token_names(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]
 
 
 def save_table(rows: list[TokenRow], path: Path) -> None:
-    """Write the rows as .parquet or .csv, by the file's ending."""
+    """Write the rows as .parquet or .csv, by the suffix of the path."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()

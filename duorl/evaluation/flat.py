@@ -7,7 +7,7 @@ from typing import Any
 
 
 def flatten(row: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a nested dictionary with their dotted names; intervals become `.low` and `.high`."""
+    """Values of a nested dictionary with dotted names; intervals become `.low` and `.high`."""
     for key, value in row.items():
         if isinstance(value, dict):
             yield from flatten(value, f"{prefix}{key}.")

@@ -1,4 +1,4 @@
-"""Router -> losses, compute, routes and time on windows of text."""
+"""Measure a router on windows of text: losses, compute, routes and time."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from duorl.routers import ConstantRouter, Router
 
 @dataclass(frozen=True)
 class Measurement:
-    """One router on W windows of T tokens.
+    """Measurement of one router on W windows of T tokens.
 
     Attributes:
         loss: (W, T) nats.
         compute: (W, T), in [0, 1].
         routes: (W, T, L) int64, action codes.
-        seconds: (batches,), wall time per token of each batch; the router's decisions are in it, `begin` is not.
+        seconds: (batches,), wall time per token of each batch, with the router's decisions, without `begin`.
     """
 
     loss: Tensor
@@ -33,7 +33,7 @@ class Measurement:
 
 
 def stacked(seeds: Sequence[Measurement]) -> Measurement:
-    """Measurements of the same windows as one, with a first axis S."""
+    """Measurements of the same windows, stacked along a first axis S."""
     columns = zip(*(vars(measured).values() for measured in seeds), strict=True)
     return Measurement(*(torch.stack(column) for column in columns))
 
@@ -52,11 +52,11 @@ def measure(
 
     Args:
         model: a duo model.
-        router: decides.
+        router: the router.
         windows: (W, T+1).
-        context: `routed` is deployment.
+        context: `routed` (deployment) or `reference`.
         batch: windows per pass.
-        memories: one per batch for the reference context, where several routers share them.
+        memories: one per batch, for the reference context; several routers can share them.
 
     Raises:
         ValueError: the router does not fit the model; see `Router.require_fit`.
@@ -71,7 +71,7 @@ def measure(
         while not walk.done:
             actions.append(router.decide(walk.view))
             walk.step(actions[-1])
-        loss = walk.losses().cpu()  # waits for an accelerator, so the clock is right
+        loss = walk.losses().cpu()  # waits for an accelerator, so that the time is right
         seconds = torch.tensor([(time.perf_counter() - started) / loss.numel()])
         parts.append((loss, walk.compute.cpu(), torch.stack(actions, dim=-1).cpu(), seconds))
     return Measurement(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -84,10 +84,10 @@ def evaluate(
 
     Args:
         model: a duo model.
-        router: decides.
+        router: the router.
         windows: (W, T+1).
         price: nats per all-big pass.
-        reference: the action of the reference route, whose loss gains are measured against.
+        reference: the action of the reference route, in every layer.
     """
     measured, baseline = measure(model, router, windows), measure(model, ConstantRouter(reference), windows)
     gain, compute = (baseline.loss - measured.loss).mean().item(), measured.compute.mean().item()

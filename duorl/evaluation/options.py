@@ -14,17 +14,17 @@ class EvaluationOptions:
 
     Args:
         windows: windows of the evaluation split for losses in the routed context.
-        reference_windows: windows of it for regret and agreement in the reference context, whose routes are searched.
+        reference_windows: windows of the evaluation split for regret and agreement in the reference context; their
+            routes are searched.
         fixed_windows: windows of the router split on which fixed patterns are ranked.
-        finalists: the best of them, measured again on `final_windows` windows of it to find the best one.
+        finalists: number of the best patterns that are measured again on `final_windows` windows of the router split.
         final_windows: see `finalists`.
-        baseline: how the best fixed pattern is found: `enumeration` of all, the dynamic `program`, or the `greedy`
-            search; `auto` enumerates where that costs less than the training, and is greedy elsewhere.
-        bound: what routers are held against: the `exhaustive` oracle, coordinate `descent`, which is a lower bound of
-            it, or `none`; `auto` is the first of these that costs less than the training. Where one of both is `auto`,
-            its windows become fewer rather than that the evaluation takes longer than the training.
+        baseline: search of the best fixed pattern: `enumeration` of all, the dynamic `program`, or `greedy`. `auto`
+            enumerates if this costs less than the training, and is greedy otherwise.
+        bound: the bound of routers: the `exhaustive` oracle, coordinate `descent` (a lower bound of the oracle), or
+            `none`. `auto` is the first of these that costs less than the training. With `auto`, the number of windows
+            may be lowered, so that the evaluation does not take longer than the training.
         batch: windows per pass.
-        resamples: bootstrap resamples of windows for the 95 % intervals.
     """
 
     windows: int = 256
@@ -35,7 +35,6 @@ class EvaluationOptions:
     baseline: Literal["auto", "enumeration", "program", "greedy"] = "auto"
     bound: Literal["auto", "exhaustive", "descent", "none"] = "auto"
     batch: int = 16
-    resamples: int = 2000
 
     def __post_init__(self) -> None:
         counts = {name: value for name, value in vars(self).items() if name not in ("baseline", "bound")}

@@ -1,4 +1,4 @@
-"""One search of held-out tokens, exhaustive or not, as `duorl oracle` prints and writes it."""
+"""The search of `duorl oracle`: the routes of held-out tokens, exhaustive or approximate."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ _RANDOM, _BEAM = 100, 8
 
 @dataclass(frozen=True)
 class RouteSearchOptions:
-    """What is searched, and how.
+    """Options of the search.
 
     Args:
-        method: `exhaustive`, coordinate `descent` or `beam` search; `auto` is exhaustive where that fits into the
-            memory limit, and descent elsewhere.
-        context: `reference`, `routed`, or `uniform`, which only an exhaustive search knows.
+        method: `exhaustive`, coordinate `descent` or `beam` search; `auto` is exhaustive if this fits into the
+            memory limit, and descent otherwise.
+        context: `reference`, `routed`, or (only for an exhaustive search) `uniform`.
         actions: names of the allowed actions.
         price: nats per all-big pass.
         memory_limit: bytes.
-        seed: of the random routes that it is compared with.
+        seed: seed of the random routes in the comparison.
     """
 
     method: SearchMethod = "auto"
@@ -58,16 +58,16 @@ class RouteSearchOptions:
 
 @dataclass(frozen=True)
 class RouteSearch:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
         method: `exhaustive`, `descent` or `beam`.
-        exact: nothing is better; otherwise its return is a lower bound of the oracle's.
-        rows: per number of big layers, see `RouteTable.by_budget`; empty where the search answers for one price alone.
-        title: of a table of them: context and tokens.
+        exact: true: no route is better; false: its return is a lower bound of the oracle's.
+        rows: rows per number of big layers, see `RouteTable.by_budget`; empty if the search is for one price only.
+        title: title of a table of the rows: context and tokens.
         summary: a sentence with the means over all tokens.
-        numbers: what `oracle.json` keeps, its settings apart.
-        difficulty: a row per token; empty unless small and big are among the actions, and the context is right for it.
+        numbers: content of `oracle.json`, without settings.
+        difficulty: one row per token; empty if small or big is not allowed, or if the context has no difficulty.
     """
 
     method: str
@@ -81,11 +81,11 @@ class RouteSearch:
 
 @dataclass(frozen=True)
 class RouteSearchPlan:
-    """What will be searched.
+    """A planned search.
 
     Attributes:
         method: `exhaustive`, `descent` or `beam`.
-        flops: of the search and of the random routes that it is compared with, about.
+        flops: approximate FLOPs of the search and of the random routes in the comparison.
     """
 
     method: str
@@ -98,10 +98,10 @@ class RouteSearchPlan:
 
 
 def plan_route_search(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> RouteSearchPlan:
-    """What will search tokens (B, T+1), `auto` decided, before it starts.
+    """Plan the search of tokens (B, T+1): decides `auto`, before the search starts.
 
     Raises:
-        ValueError: an unknown method, or one that cannot do it: too many routes, too much memory, the wrong context.
+        ValueError: the method is unknown or impossible: too many routes, too much memory, or another context.
     """
     method, positions = _method(model, tokens, options), tokens.shape[1] - 1
     walk = partial(tree_flops, model, options.actions, positions)
@@ -136,12 +136,12 @@ def _method(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) 
 def search_routes(
     model: DuoForCausalLM, tokens: Tensor, tokenizer: PreTrainedTokenizerBase, options: RouteSearchOptions
 ) -> RouteSearch:
-    """Search every token's route, beside the best of 100 random routes.
+    """Search the route of every token, and compare it with the best of 100 random routes.
 
     Args:
         model: a duo model.
         tokens: (B, T+1).
-        tokenizer: names them.
+        tokenizer: gives their text.
         options: see `RouteSearchOptions`.
 
     Raises:
@@ -164,7 +164,7 @@ def _exhaustive(
         price=options.price,
         memory_limit=options.memory_limit,
     )
-    # A committed context belongs to one budget: other budgets' routes in it are not what anybody deploys.
+    # A committed context belongs to one price; in it, routes of other budgets have no meaning.
     rows = table.by_budget() if table.committed is None else []
     generator = torch.Generator().manual_seed(options.seed)
     lucky = table.best_of_random(_RANDOM, generator=generator, price=options.price)
@@ -193,7 +193,7 @@ def _approximate(
 
 
 def _start(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> Route:
-    """The best fixed pattern on the searched text itself: a bound looks at labels anyway."""
+    """The best fixed pattern, chosen on the searched text; a bound may use labels."""
     tried = search_patterns(model, tokens, actions=options.actions, method="greedy", price=options.price)
     spent = model.flops.compute.tolist()
 
@@ -215,7 +215,7 @@ def _described(
     loss, compute, random_loss = means
     exact = isinstance(found, RouteTable)
     name = "oracle" if exact else method
-    remark = "" if exact else f"\n{method} is a lower bound of the oracle's return: the oracle may do better"
+    remark = "" if exact else f"\n{method} is a lower bound of the oracle's return, which may be higher"
     return RouteSearch(
         method=method,
         exact=exact,

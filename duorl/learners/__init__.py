@@ -1,4 +1,4 @@
-"""Learners: what trains a router without reinforcement, and the interface that they share with agents."""
+"""Learners that train a router without reinforcement learning, and the interface that they share with agents."""
 
 import lazy_loader
 

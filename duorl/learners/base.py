@@ -1,18 +1,18 @@
-"""Learner: what trains a router, by reinforcement or without.
+"""Learner: the interface of everything that trains a router, with or without reinforcement learning.
 
-All learners are made from a `Task`, the text and the rules that a `duorl.envs.Lockstep` holds, and their own options:
+A learner is made from a `Task` and its own options. The task has the text and the rules; `duorl.envs.Lockstep` is one:
 
     learner = duorl.learners.Soft(env)
-    router = learner.learn(total_decisions=1_000_000)        # again: goes on
+    router = learner.learn(total_decisions=1_000_000)        # a second call continues
 
-A learner of your own defines `update`, and names in `stateful` what its training changes beside the router:
+Your own learner defines `update`. It names in `stateful` the attributes that training changes, beside the router:
 
     class Mine(duorl.learners.HeadLearner):
         def update(self):                                    # one step of training
             ...
             return {"train/loss": loss.item()}               # metrics by TensorBoard tag
 
-`duorl.testing.check_learner` tries it.
+`duorl.testing.check_learner` checks it.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ Monitor = Callable[[int, dict[str, float], Router], None]
 """Called after every update with the layer decisions so far, metrics by TensorBoard tag, and the router."""
 
 State = dict[str, Any]
-"""Nested dictionaries, lists, numbers and strings with tensors in them: what a checkpoint holds."""
+"""Content of a checkpoint: nested dictionaries and lists of tensors, numbers and strings."""
 
 
 class Task(Protocol):
-    """What is learned, and on what text. `duorl.envs.Lockstep` is one.
+    """Model, text and rules of a training. `duorl.envs.Lockstep` is one.
 
     Attributes:
         model: a frozen duo model of L layers.
         windows: (W, T+1), text of the router split.
         actions: names of the allowed actions, cheapest first.
-        prices: lowest and highest price, where the router shall answer for a range of them.
-        charged: nats per all-big pass, where there is one price.
-        inputs: names of the router's further inputs.
-        big_layers: a hard budget: so many layers of every token must be big.
-        first_seed: of everything random.
+        prices: lowest and highest price, if one router is trained for a range of prices; else None.
+        charged: the price in nats per all-big pass, if there is only one.
+        inputs: names of the router's further inputs (`duorl.inputs`).
+        big_layers: hard budget: every token must have exactly this number of big layers; None without one.
+        first_seed: seed of all random generators.
         windows_per_batch: windows in lockstep, B.
         num_tokens: tokens in lockstep.
         layers: L.
@@ -88,19 +88,19 @@ class Task(Protocol):
 class Learner(ABC):
     """Trains a router, update by update.
 
-    Learners report the same tags over the same axis, layer decisions (docs/metrics.md), so that their curves lie over
-    each other.
+    All learners report the same TensorBoard tags over the same x axis, layer decisions (docs/metrics.md). So their
+    curves can be compared.
 
     Args:
-        env: the task; its seed starts everything random.
+        env: the task; its seed starts all random generators.
 
     Attributes:
-        router: what is trained.
+        router: the router in training.
         decisions: layer decisions learned from so far.
-        planned: those asked for so far, by all calls of `learn`; what changes over a training, rates for instance,
-            follows `progress`, their quotient.
+        planned: layer decisions asked for so far, by all calls of `learn`. Schedules, for example of the learning
+            rate, follow `progress` = decisions / planned.
         stateful: names of the attributes that training changes, beside the router: modules, optimizers, generators,
-            tensors, numbers, lists of these. They are saved and restored with it.
+            tensors, numbers, lists of these. They are saved and restored with the router.
 
     Raises:
         ValueError: the model has a trainable parameter.
@@ -122,7 +122,7 @@ class Learner(ABC):
 
     @property
     def progress(self) -> float:
-        """The share of the planned decisions that is done, in [0, 1]."""
+        """Share of the planned decisions that is done, in [0, 1]."""
         return self.decisions / self.planned if self.planned else 0.0
 
     @abstractmethod
@@ -130,11 +130,11 @@ class Learner(ABC):
         """One step of training; returns its metrics by TensorBoard tag."""
 
     def learn(self, total_decisions: int, monitor: Monitor | None = None) -> Router:
-        """Train for so much longer.
+        """Train on further decisions.
 
         Args:
             total_decisions: layer decisions to learn from, rounded up to whole updates.
-            monitor: told after every update.
+            monitor: called after every update.
 
         Returns:
             The trained router, frozen.
@@ -143,11 +143,11 @@ class Learner(ABC):
         return self.go_on(monitor)
 
     def span(self, total_decisions: int) -> int:
-        """Decisions that a call of `learn` adds to the plan; learners whose own options bound them know better."""
+        """Decisions that a call of `learn` adds to the plan; learners whose options fix the number override this."""
         return total_decisions
 
     def go_on(self, monitor: Monitor | None = None) -> Router:
-        """Train until what was planned is done: after `restore`, the rest of it."""
+        """Train until all planned decisions are done; after `restore`, on the remaining ones."""
         self.router.train().requires_grad_(True)
         while self.decisions < self.planned:
             metrics = self.update()
@@ -158,7 +158,7 @@ class Learner(ABC):
         return self.router.eval().requires_grad_(False)
 
     def charge(self, price: float) -> None:
-        """Let an all-big pass cost this from now on.
+        """Set the price of an all-big pass, in nats.
 
         Raises:
             ValueError: the task's reward has no price to change.
@@ -166,14 +166,14 @@ class Learner(ABC):
         self.env.charge(price)
 
     def state(self) -> State:
-        """All that is needed to go on to the same bit, after any update."""
+        """State after an update, complete: training continues from it with the same result, to the last bit."""
         parts = {name: _state_of(getattr(self, name)) for name in self.stateful}
         router = dict(self.router.state_dict())
         counters = {"decisions": self.decisions, "planned": self.planned}
         return {**counters, "router": router, "env": self.env.state(), "parts": parts}
 
     def restore(self, state: State) -> None:
-        """Take over the state of a learner of the same task and options."""
+        """Load the state of a learner with the same task and options."""
         self.decisions, self.planned = state["decisions"], state["planned"]
         self.router.load_state_dict(state["router"])
         self.env.restore(state["env"])
@@ -182,7 +182,7 @@ class Learner(ABC):
 
 
 def _is_part(value: Any) -> bool:
-    """It keeps its identity when it is restored."""
+    """Whether a value is an object that loads a state, and is not replaced."""
     kinds = (Tensor, torch.Generator, np.random.Generator)
     return isinstance(value, kinds) or hasattr(value, "load_state_dict") or hasattr(value, "restore")
 
@@ -202,7 +202,7 @@ def _state_of(part: Any) -> Any:
 
 
 def _restore(owner: Any, name: str, state: Any) -> None:
-    """Parts take over their state, plain values are replaced."""
+    """Objects load their state; plain values are replaced."""
     part = getattr(owner, name)
     if isinstance(part, list) and part and all(map(_is_part, part)):
         for one, its in zip(part, state, strict=True):
@@ -227,19 +227,19 @@ def _take_over(part: Any, state: Any) -> None:
 
 
 class HeadLearner(Learner):
-    """A learner of a `HeadRouter`, by Adam at a rate that falls linearly to 0 over what is planned.
+    """Trains a `HeadRouter` by Adam. The learning rate falls linearly to 0 over the planned decisions.
 
     Args:
         env: the task; its seed also starts the weights.
-        learning_rate: of Adam, at the start.
+        learning_rate: learning rate of Adam at the start.
         width: hidden units of a head; 0 for linear heads.
-        init: folder of a saved router to start from, whose sizes then count; None for a fresh one.
+        init: folder of a saved router to start from; its sizes are used. None for a new router.
 
     Attributes:
-        optimizer: of the router's weights.
+        optimizer: optimizer of the router's weights.
 
     Raises:
-        ValueError: the saved router is not one of heads for this task.
+        ValueError: the saved router does not fit this task.
     """
 
     router: HeadRouter
@@ -255,7 +255,7 @@ class HeadLearner(Learner):
         self.optimizer = torch.optim.Adam(self.router.parameters(), lr=learning_rate)
 
     def fresh(self, width: int, seed: int) -> HeadRouter:
-        """An untrained router for the task."""
+        """A new, untrained router for the task."""
         env = self.env
         return HeadRouter(
             env.layers,
@@ -268,7 +268,7 @@ class HeadLearner(Learner):
         )
 
     def critic_heads(self) -> LayerHeads:
-        """Fresh heads with one output on what the router sees, their weights among those that are optimized."""
+        """New heads with one output and the inputs of the router; the optimizer trains their weights too."""
         config = self.router.config
         heads = LayerHeads(
             self.env.layers,
@@ -283,11 +283,11 @@ class HeadLearner(Learner):
 
     @property
     def rate(self) -> float:
-        """The learning rate now."""
+        """The current learning rate."""
         return self.learning_rate * (1 - self.progress)
 
     def descend(self, loss: Tensor) -> None:
-        """One gradient step at the present rate."""
+        """Make one gradient step at the current learning rate."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate
         self.optimizer.zero_grad()
@@ -300,7 +300,7 @@ class HeadLearner(Learner):
 
 
 def _saved(folder: str, fresh: HeadRouter, model: DuoForCausalLM) -> HeadRouter:
-    """The router in a folder, where it can take the fresh one's place."""
+    """The router saved in a folder, if it fits in place of the new one."""
     router = load(folder)
     if isinstance(router, PatternRouter):
         return fresh.leaning(router.config["route"])

@@ -1,4 +1,4 @@
-"""The ensemble's training: every member is taught its own bootstrap of the same labels (after MEMTL, 2023)."""
+"""Training of the ensemble: every member learns from its own bootstrap sample of the same labels (MEMTL, 2023)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from duorl.routers import EnsembleRouter
 
 
 class Ensemble(Taught):
-    """Searches some text once and teaches each member of an `EnsembleRouter` its own bootstrap of it.
+    """Labels some text once and trains each member of an `EnsembleRouter` on its own bootstrap sample of it.
 
-    `learn` makes `epochs` passes, whatever number of decisions it is asked for. An update is one pass of every member.
+    `learn` always makes `epochs` passes, for any number of decisions. An update is one pass of every member.
 
     Args:
-        env: the task; its seed also starts the weights, the drawn routes, the bootstraps and the orders.
-        members: K.
+        env: the task; its seed also starts the weights, the random routes, the bootstraps and the orders.
+        members: number of members, K.
         windows, target, temperature, rungs, epochs, batch_size, learning_rate, width: see `Supervised`.
 
     Raises:
-        ValueError: as for `Supervised`, or no members.
+        ValueError: as for `Supervised`, or `members` is below 1.
     """
 
     router: EnsembleRouter
@@ -62,7 +62,7 @@ class Ensemble(Taught):
         self._pools = self._bootstraps()
 
     def update(self) -> dict[str, float]:
-        """One pass of every member over its bootstrap; returns the metrics by tag."""
+        """One pass of every member over its bootstrap sample; returns the metrics by tag."""
         losses = []
         decisions, size = self.labels.decisions(), self.batch_size // self.env.layers
         for place, member in enumerate(self.router.members):
@@ -84,7 +84,7 @@ class Ensemble(Taught):
 
 
 def bootstrap(prices: int, windows: int, length: int, generator: torch.Generator) -> Tensor:
-    """Windows drawn with replacement, each with all its tokens and prices: the tokens of a window depend on each other.
+    """Draw windows with replacement, each with all its tokens and prices, because tokens of a window are dependent.
 
     Returns:
         Shape (prices * windows * length,), indices of the routes of `Decisions`.

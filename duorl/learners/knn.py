@@ -1,4 +1,4 @@
-"""The nearest-neighbour router's datastore: the states along good routes, and the best action from there."""
+"""Training of the nearest-neighbour router: it stores hidden states and the best action in each of them."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from duorl.routers.knn import unit
 
 
 class KNN(Learner):
-    """Stores the states of labelled text, in the reference context, and what the best completion does there.
+    """Stores the hidden states of labelled text, in the reference context, and the best action in each state.
 
-    Where all routes can be enumerated the states lie on the oracle's routes; elsewhere on random ones, and the action
-    is the best single deviation from them. For a range of prices a state is stored once: it lies on the best route of
-    one of the prices, and every price's action is stored. `learn` stores `windows` windows more, whatever number of
-    decisions it is asked for.
+    If all routes can be enumerated, the states lie on the oracle's routes. Otherwise they lie on random routes, and the
+    action is the best single deviation from the route. For a range of prices, a state is stored once, on the best route
+    of one of the prices, with one action per price. `learn` always stores `windows` more windows, for any number of
+    decisions.
 
     Args:
-        env: the task; its seed also draws the prices whose routes are walked.
-        windows: windows of its text that are stored; every token is one state per layer.
-        neighbours: states that vote.
-        temperature: of a vote's weight exp(-distance / temperature); states lie on the unit sphere.
-        rungs: prices of a range for which actions are stored, evenly spaced on a log scale.
+        env: the task; its seed also draws the prices of the routes.
+        windows: number of windows to store; every token gives one state per layer.
+        neighbours: number of nearest states that vote.
+        temperature: a vote has the weight exp(-distance / temperature); states have length 1.
+        rungs: number of prices with stored actions, evenly spaced in the range on a log scale.
 
     Raises:
-        ValueError: a count below 1, a temperature that is not above 0, or fewer states than shall vote.
+        ValueError: a count is below 1, the temperature is not above 0, or there are fewer states than `neighbours`.
     """
 
     router: KNNRouter
@@ -58,12 +58,12 @@ class KNN(Learner):
 
     @property
     def prices(self) -> list[float]:
-        """Those for which actions are stored."""
+        """The prices for which actions are stored."""
         return [self.env.charged] if self.env.prices is None else ladder(self.env.prices, self.rungs)
 
     @torch.no_grad()
     def update(self) -> dict[str, float]:
-        """Store the windows so far and as many again; returns the number of states by tag."""
+        """Store `windows` more windows; returns the number of states by tag."""
         tokens = self._text(1 + self.decisions // self.decisions_per_update).to(self.env.model.device)
         router, generator = self._empty(tokens), torch.Generator().manual_seed(self.env.first_seed)
         states, choices = self._labelled(tokens, generator)
@@ -102,7 +102,7 @@ class KNN(Learner):
         ).to(env.model.device)
 
     def state(self) -> State:
-        """See `Learner.state`; the store has grown, so its sizes are in it."""
+        """See `Learner.state`; it has the sizes of the store, because they grow."""
         return {**super().state(), "description": described(self.router)}
 
     def restore(self, state: State) -> None:
@@ -114,7 +114,7 @@ class KNN(Learner):
 
 
 def routes_of_some_price(table: RouteTable, prices: Sequence[float], generator: torch.Generator) -> Tensor:
-    """Each token's best route at a price drawn for it: (B, T) indices."""
+    """Draw a price for each token; returns its best route at this price, (B, T) indices."""
     best = torch.stack([table.best(price) for price in prices])  # (P, B, T)
     drawn = torch.randint(len(prices), (1, *best.shape[1:]), generator=generator)
     return best.gather(0, drawn.to(best.device))[0]

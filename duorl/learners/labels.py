@@ -1,18 +1,18 @@
-"""Labels: what each action would have been worth, for learners that are taught and do not explore.
+"""Labels: the value of every action, for learners that learn from labels and do not explore.
 
-In the reference context some routes are walked, and at each of their prefixes every action has a value: what its
-completions are worth.
+Labels are made along some routes in the reference context. At each prefix of a route, every action has a value: the
+value of the routes that complete it.
 
-*Searched*, where all routes can be enumerated:
+*Searched*: if all routes can be enumerated,
 
     Q(prefix, a) = T * log mean over completions of exp(-(loss + price * compute) / T),
 
-with T the temperature in nats. T -> 0 is the best completion, which only the oracle finds; a high T is the mean
-completion, of a router that knows nothing more. softmax(Q / T) is the conditional P(a | prefix) of the distribution
-over routes proportional to exp(-(loss + price * compute) / T), from which the walked routes are drawn.
+where T is the temperature in nats. For T -> 0, the value is that of the best completion, which only the oracle finds.
+For a high T, it is the mean over the completions. The routes are drawn from the distribution proportional to
+exp(-(loss + price * compute) / T); softmax(Q / T) is its conditional probability P(a | prefix).
 
-*By deviations*, at any depth: every token's route is drawn at random, and an action's value is that of taking it in
-one layer with the rest of the route as it is: L (A - 1) completions of shared prefixes in place of A^L.
+*By deviations*: for any depth, every token gets a random route. The value of an action in a layer is that of the same
+route with only this action changed. This needs L (A - 1) completions of shared prefixes in place of A^L.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from duorl.routed_pass import RoutedPass, remember
 if TYPE_CHECKING:
     from duorl.models import DuoForCausalLM
 
-_MOST_SEARCHED = 1024  # routes; more cost more than they teach
+_MOST_SEARCHED = 1024  # routes; the search of more costs too much for what it adds
 
 
 @dataclass(frozen=True)
 class Decisions:
-    """What was seen along N walked routes, and what each action was worth there.
+    """Inputs of a router along N routes, and the value of each action there.
 
     Attributes:
-        hidden: (L, N, d), what the layers' FFNs would read.
-        compute: (L, N), spent before the decision.
-        inputs: (L, N, C), the router's further inputs, the price apart; None where there are none.
+        hidden: (L, N, d), input of the layers' FFNs.
+        compute: (L, N), compute before the decision.
+        inputs: (L, N, C), the router's further inputs, without the price; None if there are none.
         price: (N,), nats per all-big pass.
-        values: (L, N, A), nats, in the order of the actions' codes.
+        values: (L, N, A), value of each action in nats, in the order of the action codes.
     """
 
     hidden: Tensor
@@ -56,12 +56,12 @@ class Decisions:
 
 
 def searched(model: DuoForCausalLM, tokens: Tensor, actions: Sequence[str]) -> RouteTable | None:
-    """All routes of tokens (B, T+1) in the reference context; None where they are too many."""
+    """Search all routes of tokens (B, T+1) in the reference context; None if there are too many."""
     return exhaustive(model, tokens, context="reference", actions=actions) if searchable(model, actions) else None
 
 
 def searchable(model: DuoForCausalLM, actions: Sequence[str]) -> bool:
-    """Whether labels come from all routes."""
+    """Whether there are few enough routes to search all of them."""
     return len(actions) ** model.num_layers <= _MOST_SEARCHED
 
 
@@ -77,21 +77,21 @@ def label(
     inputs: Inputs | None = None,
     table: RouteTable | None = None,
 ) -> Decisions:
-    """Walk routes of some text, and value the actions beside them.
+    """Make labels along some routes of some text.
 
     Args:
         model: a frozen duo model.
         tokens: (B, T+1).
-        prices: P of them, nats per all-big pass.
+        prices: P prices, nats per all-big pass.
         actions: names of the allowed actions.
-        temperature: nats; 0 for the oracle's own routes.
-        generator: of the drawn routes.
-        inputs: the router's further inputs, which are kept; none unless given.
-        table: of an earlier search of the tokens, which no price changes.
+        temperature: nats; 0 for the routes of the oracle.
+        generator: draws the routes.
+        inputs: the router's further inputs, to be kept; by default none.
+        table: table of an earlier search of these tokens; it does not depend on the price.
 
     Returns:
-        Where all routes are searched, N = P * B * T routes' decisions, the token varying fastest; by deviations N =
-        B * T, each token at one of the prices.
+        The decisions of N routes. If all routes are searched, N = P * B * T, with the token as the last index. With
+        deviations, N = B * T, each token at one of the prices.
     """
     tokens = tokens.to(model.device)
     table = searched(model, tokens, actions) if table is None else table
@@ -109,7 +109,7 @@ def label(
 
 
 def _joined(parts: Sequence[tuple[Tensor | None, ...]]) -> list:
-    """Columns of parts, one after another along the routes; None where a part has nothing."""
+    """Concatenate the columns of parts along the routes; None if a part has no such column."""
     columns = zip(*parts, strict=True)
     return [None if column[0] is None else torch.cat(column, dim=1) for column in columns]
 
@@ -137,10 +137,10 @@ def walked_randomly(
     generator: torch.Generator,
     inputs: Inputs | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Walk a random route of every token, and try every deviation from it, which no price changes.
+    """Give every token a random route, and try every deviation from it; the result does not depend on the price.
 
     Returns:
-        As `walked`, and the deviations' losses in nats and compute, both (L, N, A).
+        The result of `walked`, and losses in nats and compute of the deviations, both (L, N, A).
     """
     codes, shape = action_ids(actions), tokens[:, 1:].shape
     routes = codes[torch.randint(len(codes), (*shape, model.num_layers), generator=generator)].to(tokens.device)
@@ -154,12 +154,12 @@ def walked_randomly(
 
 
 def deviations(walk: RoutedPass, routes: Tensor, actions: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """What every token's loss and compute become if it takes another action in one layer, all else as it is.
+    """Loss and compute of every token if it takes another action in one layer and keeps the rest of its route.
 
     Args:
-        walk: at its start; it is used up.
+        walk: a pass at its start; it cannot be used afterwards.
         routes: (B, P, L), action codes.
-        actions: the A codes.
+        actions: the A action codes.
 
     Returns:
         Losses in nats and compute, both (L, B, P, A).
@@ -181,10 +181,10 @@ def deviations(walk: RoutedPass, routes: Tensor, actions: Sequence[int]) -> tupl
 
 
 def action_values(table: RouteTable, price: float, routes: Tensor, temperature: float) -> Tensor:
-    """Q(prefix, a) at every prefix of each token's route, see the module's docstring.
+    """Q(prefix, a) at every prefix of each token's route; see the docstring of the module.
 
     Args:
-        table: of an exhaustive search, R = A^L routes in counting order.
+        table: table of an exhaustive search, R = A^L routes in counting order.
         price: nats per all-big pass.
         routes: (B, T), indices into `table.routes`.
         temperature: nats; 0 for the best completion.
@@ -208,13 +208,13 @@ def soft_maximum(values: Tensor, temperature: float) -> Tensor:
     greatest = values.amax(-1, keepdim=True)
     if temperature == 0:
         return greatest[..., 0]
-    # Near 1 exp and log lose the digits that a high temperature multiplies up.
+    # exp and log near 1 lose digits, and a high temperature would multiply this error.
     above = torch.expm1((values - greatest) / temperature).mean(-1)
     return greatest[..., 0] + temperature * torch.log1p(above)
 
 
 def draw_routes(table: RouteTable, price: float, temperature: float, generator: torch.Generator) -> Tensor:
-    """A route per token, P proportional to exp(-(loss + price * compute) / T), the best at T = 0: (B, T) indices."""
+    """Draw a route per token, P proportional to exp(-(loss + price * compute) / T), best if T = 0: (B, T) indices."""
     if temperature == 0:
         return table.best(price)
     chances = (-(table.losses + price * table.compute) / temperature).softmax(-1)
@@ -225,7 +225,7 @@ def draw_routes(table: RouteTable, price: float, temperature: float, generator: 
 def walked(
     model: DuoForCausalLM, tokens: Tensor, memory: Memory, routes: Tensor, inputs: Inputs | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Hidden states (L, N, d), compute spent (L, N) and a router's listed inputs (L, N, C) along routes (B, T, L)."""
+    """Hidden states (L, N, d), compute so far (L, N) and a router's listed inputs (L, N, C) along routes (B, T, L)."""
     walk = RoutedPass(model, tokens, context="reference", memory=memory)
     hidden, compute, extra = [], [], []
     while not walk.done:

@@ -1,9 +1,10 @@
-"""The soft router of Duo-LLM (arXiv 2410.10846, stage 3): a mixture of the modules, hardened over training.
+"""The soft router of Duo-LLM (arXiv 2410.10846, stage 3): a mixture of networks that becomes a hard choice.
 
-P = softmax(tau * h) with h the head's logits and tau a rising inverse temperature; a layer's output is the
-mixture of its modules' outputs; loss = cross-entropy + alpha * (mean compute - budget)^2. The paper states the
-budget as the share of big. Measured as compute it is the same for small / big up to a factor, and means
-something with skip as well. With a price in place of the budget, one router may be trained for a range of prices.
+P = softmax(tau * h), where h are the head's logits and tau is an inverse temperature that rises during the training.
+The output of a layer is the mixture of its networks' outputs. Loss = cross-entropy + alpha * (mean compute - budget)^2.
+In the paper, the budget is the share of big. Here it is the compute: with small and big this is the same up to a
+factor, and it is also defined with skip. With a price in place of the budget, one router can be trained for a range of
+prices.
 """
 
 from __future__ import annotations
@@ -27,25 +28,25 @@ Schedule = Literal["geometric", "linear", "constant"]
 
 
 class Soft(HeadLearner):
-    """Trains heads through the mixture of the networks. The paper does not give alpha, schedule or learning rate.
+    """Trains heads through the mixture of the networks. The paper does not state alpha, schedule or learning rate.
 
     Args:
         env: the task; its seed also starts the weights and draws the windows, `windows_per_batch` per update.
-        budget: mean compute to aim at, in [0, 1]; with none, compute is charged at the task's price instead.
-        alpha: weight of the budget's squared error, in nats.
-        updates: number of updates that `learn` makes; none for as many as the decisions that it is asked for.
+        budget: target of the mean compute, in [0, 1]; None: compute is charged at the price of the task.
+        alpha: weight of the squared error of the compute, in nats.
+        updates: number of updates that `learn` makes; None: the number follows from the decisions asked for.
         first_sharpness: inverse temperature at the start.
-        last_sharpness: at the end.
-        schedule: how it gets there; `constant` has the last from the start.
-        straight_through: every token takes its likeliest action alone, as when deployed, and only the gradient is that
+        last_sharpness: inverse temperature at the end.
+        schedule: how the inverse temperature changes; `constant`: it is `last_sharpness` from the start.
+        straight_through: every token takes its most probable action, as in deployment, and only the gradient is that
             of the mixture.
-        learning_rate: of Adam; falls linearly to 0.
+        learning_rate: learning rate of Adam; it falls linearly to 0.
         width: hidden units of a head; 0 for the paper's linear map.
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: a count below 1, a sharpness that is not above 0, an unknown schedule, or both a budget and a range
-            of prices.
+        ValueError: a count is below 1, a sharpness is not above 0, the schedule is unknown, or there are both a budget
+            and a range of prices.
     """
 
     stateful = ("optimizer", "generator")
@@ -73,7 +74,7 @@ class Soft(HeadLearner):
         if schedule not in get_args(Schedule):
             raise ValueError(f"unknown schedule {schedule!r}: choose from {', '.join(get_args(Schedule))}")
         if env.prices is not None and budget is not None:
-            raise ValueError("a budget leaves nothing to a range of prices: give one of the two")
+            raise ValueError("give a budget or a range of prices, not both")
         self.budget, self.alpha, self.updates = budget, alpha, updates
         self.first_sharpness, self.last_sharpness, self.schedule = first_sharpness, last_sharpness, schedule
         self.straight_through = straight_through
@@ -128,9 +129,9 @@ def soft_loss(
 
     Args:
         losses: nats per token.
-        compute: mixture's compute per token, the shape of `losses`.
-        price: nats per all-big pass, one for all, or broadcastable to `losses`; not charged where there is a budget.
-        budget: mean compute to aim at.
+        compute: compute of the mixture per token, same shape as `losses`.
+        price: nats per all-big pass, a number, or broadcastable to `losses`; not used with a budget.
+        budget: target of the mean compute.
         alpha: see `Soft`.
     """
     if budget is None:
@@ -151,10 +152,10 @@ def soft_pass(
 
     Args:
         model: a frozen duo model.
-        router: its logits are h.
+        router: gives the logits h.
         tokens: (B, T+1).
         tau: inverse temperature.
-        price: (B, 1), of every window, where the router takes it as an input.
+        price: (B, 1), one per window, if it is an input of the router.
         straight_through: see `Soft`.
     """
     walk = RoutedPass(model, tokens, price=price)
@@ -166,6 +167,6 @@ def soft_pass(
 
 
 def hardened(shares: Tensor) -> Tensor:
-    """The likeliest action alone, with the gradient of the shares (..., A): the straight-through estimator."""
+    """The most probable action, with the gradient of the shares (..., A): the straight-through estimator."""
     hard = one_hot(shares.argmax(-1), shares.shape[-1]).to(shares.dtype)
     return hard + shares - shares.detach()

@@ -1,4 +1,4 @@
-"""The supervised router: taught the values of actions (`duorl.learners.labels`), no reinforcement learning."""
+"""The supervised router learns the values of actions from labels (`duorl.learners.labels`)."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Target = Literal["action", "soft", "value", "cost"]
 
 
 class Labels:
-    """The decisions that a learner is taught, made when they are first asked for, and again when the price changes.
+    """Labelled decisions. They are made at their first use, and again if the price changes.
 
     Args:
         env: the task.
-        windows: windows of its text that are labelled, the first ones.
-        temperature: of the values and of the walked routes, in nats.
-        rungs: prices of a range that are labelled, evenly spaced on a log scale.
+        windows: number of windows to label, the first ones of the text.
+        temperature: temperature of values and routes, in nats.
+        rungs: number of labelled prices, evenly spaced in the range on a log scale.
     """
 
     def __init__(self, env: Task, *, windows: int, temperature: float, rungs: int):
@@ -38,17 +38,17 @@ class Labels:
 
     @property
     def prices(self) -> list[float]:
-        """Those that are labelled, P of them."""
+        """The P labelled prices."""
         return [self.env.charged] if self.env.prices is None else ladder(self.env.prices, self.rungs)
 
     @property
     def count(self) -> int:
-        """N, labelled routes."""
+        """N, the number of labelled routes."""
         tokens = self.text[:, 1:].numel()
         return tokens * (len(self.prices) if searchable(self.env.model, self.env.actions) else 1)
 
     def decisions(self) -> Decisions:
-        """All of them, at the present price."""
+        """All labelled decisions, at the current price."""
         if self._made is None or self._made[0] != self.env.charged:
             if self._table is None:
                 self._table = searched(self.env.model, self.text.to(self.env.model.device), self.env.actions)
@@ -68,10 +68,10 @@ class Labels:
 
 
 class Taught(Learner):
-    """What learners share that are taught labels: `learn` makes `epochs` passes, whatever it is asked for.
+    """Base of learners from labels: `learn` always makes `epochs` passes, for any number of decisions.
 
     Attributes:
-        labels: what is taught.
+        labels: the labelled decisions.
     """
 
     labels: Labels
@@ -80,7 +80,7 @@ class Taught(Learner):
     def prepare(
         self, *, windows: int, target: Target, temperature: float, rungs: int, epochs: int, batch_size: int
     ) -> None:
-        """Take the options over; see `Supervised`."""
+        """Set the options; see `Supervised`."""
         require_positive(epochs=epochs, batch_size=batch_size)
         check_target(target, temperature)
         self.target, self.temperature, self.epochs, self.batch_size = target, temperature, epochs, batch_size
@@ -89,7 +89,7 @@ class Taught(Learner):
 
     @property
     def decisions_per_update(self) -> int:
-        """Labelled decisions."""
+        """Number of labelled decisions."""
         return self.env.layers * self.labels.count
 
     def span(self, total_decisions: int) -> int:
@@ -98,26 +98,26 @@ class Taught(Learner):
 
 
 class Supervised(Taught, HeadLearner):
-    """Teaches heads what each action is worth, by passes over labelled text.
+    """Trains heads on the values of actions, in passes over labelled text.
 
-    `learn` makes `epochs` passes, whatever number of decisions it is asked for. An update is one pass.
+    `learn` always makes `epochs` passes, for any number of decisions. An update is one pass.
 
     Args:
-        env: the task; its seed also starts the weights, the drawn routes and the order of the decisions.
-        windows: windows of its text that are labelled.
-        target: what is learned: `action`, the best action; `soft`, the distribution over actions that the temperature
-            makes of their values; `value`, the values' differences, by squared error; `cost`, to lose little value in
-            the mean (cost-sensitive classification).
-        temperature: of the values and of the walked routes, in nats; `action` is the limit 0.
-        rungs: prices of a range that are labelled, evenly spaced on a log scale.
+        env: the task; its seed also starts the weights, the random routes and the order of the decisions.
+        windows: number of windows to label.
+        target: `action`: learn the best action; `soft`: the distribution softmax(values / temperature); `value`: the
+            differences of the values, by squared error; `cost`: minimize the mean loss of value (cost-sensitive
+            classification).
+        temperature: temperature of values and routes, in nats; 0 for `action`.
+        rungs: number of labelled prices, evenly spaced in the range on a log scale.
         epochs: passes over the labelled decisions.
         batch_size: decisions per gradient step.
-        learning_rate: of Adam, constant.
+        learning_rate: learning rate of Adam; it is constant.
         width: hidden units of a head; 0 for a linear map.
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: a count below 1, an unknown target, or a temperature that is not above 0.
+        ValueError: a count is below 1, the target is unknown, or the temperature is not above 0.
     """
 
     stateful = ("optimizer", "generator")
@@ -143,7 +143,7 @@ class Supervised(Taught, HeadLearner):
 
     @property
     def rate(self) -> float:
-        """The learning rate, which stays."""
+        """The learning rate; it is constant."""
         return self.learning_rate
 
     def update(self) -> dict[str, float]:
@@ -158,10 +158,10 @@ class Supervised(Taught, HeadLearner):
 
 
 def check_target(target: str, temperature: float) -> None:
-    """Refuse what cannot be taught.
+    """Refuse an unknown target or a bad temperature.
 
     Raises:
-        ValueError: names it.
+        ValueError: the message names it.
     """
     if target not in get_args(Target):
         raise ValueError(f"unknown target {target!r}: choose from {', '.join(get_args(Target))}")
@@ -173,10 +173,10 @@ def shuffled(count: int, size: int, generator: torch.Generator, pool: Tensor | N
     """Indices of routes in a random order, in batches, at least one route in each.
 
     Args:
-        count: routes there are.
-        size: of a batch.
-        generator: of the order.
-        pool: the routes to learn from, with repeats for a bootstrap; all unless given.
+        count: number of routes.
+        size: routes per batch.
+        generator: draws the order.
+        pool: the routes to use; a bootstrap sample repeats some. By default all.
     """
     pool = torch.arange(count) if pool is None else pool
     return pool[torch.randperm(len(pool), generator=generator)].split(max(1, size))
@@ -185,7 +185,7 @@ def shuffled(count: int, size: int, generator: torch.Generator, pool: Tensor | N
 def taught_loss(
     router: HeadRouter, decisions: Decisions, index: Tensor, *, target: Target, temperature: float
 ) -> Tensor:
-    """The mean over the decisions of some routes of what a target asks for, a scalar."""
+    """Mean loss of a target over the decisions of some routes, a scalar."""
     logits = []
     for layer in range(len(decisions.hidden)):
         listed = None if decisions.inputs is None else decisions.inputs[layer, index]
@@ -196,20 +196,20 @@ def taught_loss(
 
 
 def target_loss(logits: Tensor, values: Tensor, *, target: Target, temperature: float) -> Tensor:
-    """The mean over decisions of what a target asks for.
+    """Mean loss of a target over decisions.
 
     Args:
         logits: (..., A), the heads' outputs.
         values: (..., A), nats.
         target: see `Supervised`.
-        temperature: nats, of `soft`.
+        temperature: temperature of `soft`, in nats.
     """
     logits, values = logits.flatten(0, -2), values.flatten(0, -2)
     if target == "action":
         return cross_entropy(logits, values.argmax(-1))
     if target == "soft":
         return cross_entropy(logits, (values / temperature).softmax(-1))
-    values = _centred(values)  # only differences between actions decide
+    values = _centred(values)  # only differences between actions matter
     if target == "value":
         return (_centred(logits) - values).square().sum(-1).mean()
     return -(logits.softmax(-1) * values).sum(-1).mean()

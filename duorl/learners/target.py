@@ -1,4 +1,4 @@
-"""Training to a budget: the price of compute by dual ascent, until the router spends what it shall."""
+"""Training to a budget: dual ascent changes the price until the router's compute meets a target."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from duorl.learners.base import Learner, Monitor, State
 from duorl.routers import Router
 
 Spending = Callable[[Router], float]
-"""Mean compute of a deployed router on text that nobody trains on."""
+"""Measures the mean compute of a deployed router on text that no training uses."""
 
-_STEP = 2.0  # of the logarithm of the price per unit of compute too much
-_ROUNDS = 10  # extra ones at most, each a tenth of the training, an update at least
+_STEP = 2.0  # change of the logarithm of the price per unit of compute above the target
+_ROUNDS = 10  # maximum of extra rounds; each is a tenth of the training, at least one update
 
 
 class TargetCompute:
     """Dual ascent on the price (Altman 1999): max over routers, min over prices, of gain - price * (compute - target).
 
-    While the learner learns, the held-out compute of its greedy router is measured `checks` times, and the logarithm
-    of the price moves with what is spent too much. After that training goes on in short rounds until the compute is
-    within the tolerance.
+    During the training, the held-out compute of the greedy router is measured `checks` times. After each measurement,
+    the logarithm of the price changes in proportion to compute - target. Then training continues in short rounds until
+    the compute is within the tolerance.
 
     Args:
-        learner: its task's reward must have a price.
-        target: mean compute to spend, in (0, 1).
+        learner: the reward of its task must have a price.
+        target: mean compute, in (0, 1).
         spending: measures a router's held-out compute.
-        price: to start from.
-        checks: measurements during training.
-        tolerance: of the compute at the end.
+        price: price at the start.
+        checks: number of measurements during the training.
+        tolerance: largest difference to the target at the end.
 
     Attributes:
-        price: the price so far, nats per all-big pass.
-        compute: what the router spent when it was last measured.
+        price: current price, nats per all-big pass.
+        compute: compute in the last measurement.
 
     Raises:
         ValueError: the target is not in (0, 1), or the reward has no price.
@@ -56,7 +56,7 @@ class TargetCompute:
 
     @property
     def met(self) -> bool:
-        """The last measured compute is within the tolerance."""
+        """Whether the last measured compute is within the tolerance."""
         return abs(self.compute - self.target) <= self.tolerance
 
     @property
@@ -91,7 +91,7 @@ class TargetCompute:
             self.learner.planned += max(self.learner.decisions_per_update, self._total // _ROUNDS)
 
     def state(self) -> State:
-        """The learner's state, and the price's; see `Learner.state`."""
+        """The state of the learner and of the price; see `Learner.state`."""
         counters = {"price": self.price, "compute": self.compute, "total": self._total, "rounds": self._rounds}
         return {**counters, "learner": self.learner.state()}
 
@@ -102,7 +102,7 @@ class TargetCompute:
         self.learner.restore(state["learner"])
 
     def _watch(self, monitor: Monitor | None) -> Monitor:
-        """Moves the price after every so many decisions, and tells the monitor of it."""
+        """A monitor that changes the price at regular intervals, and adds it to the metrics."""
         every, size = self._total / self.checks, self.learner.decisions_per_update
 
         def watch(decisions: int, metrics: dict[str, float], router: Router) -> None:
@@ -116,13 +116,13 @@ class TargetCompute:
         return watch
 
     def _move(self) -> None:
-        """One step of dual ascent; in the logarithm, so that the price stays above 0."""
+        """One step of dual ascent, on the logarithm of the price, so that the price stays above 0."""
         self.price *= math.exp(_STEP * (self.compute - self.target))
         self.learner.charge(self.price)
 
 
 def check_target(target: float) -> float:
-    """The target itself.
+    """Check a target and return it.
 
     Raises:
         ValueError: it is not in (0, 1).
@@ -133,16 +133,16 @@ def check_target(target: float) -> float:
 
 
 def price_for(router: Router, target: float, spending: Spending, *, steps: int = 12) -> float:
-    """The price at which a router for a range of prices spends what it shall, by bisection on a log scale.
+    """The price at which a router for a range of prices meets a target, by bisection on a log scale.
 
     Args:
-        router: spends less at higher prices.
-        target: mean compute.
+        router: a router for a range of prices; its compute falls as the price rises.
+        target: mean compute, in (0, 1).
         spending: measures a router's held-out compute.
-        steps: halvings of the range.
+        steps: how many times the range is halved.
 
     Raises:
-        ValueError: the router is for one price, or cannot spend that much or that little at its prices.
+        ValueError: the router is for one price, or no price in its range meets the target.
     """
     if router.config.get("prices") is None:
         raise ValueError("this router was trained for one price: train with env.prices for a range of them")

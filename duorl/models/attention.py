@@ -1,8 +1,8 @@
 """Attention in the `reference` context: position t reads the stored keys and values before t, and its own.
 
-Registered with transformers' attention interface under `STEERED`. Without an active memory it is plain
-scaled-dot-product attention; with one, it first records the keys and values of an all-big pass, then lets
-any number of routes of the same tokens read them.
+It is registered with the attention interface of transformers as `STEERED`. Without an active memory, it is plain
+scaled-dot-product attention. With a memory, it first records the keys and values of an all-big pass; then several
+routes of the same tokens can read them.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ def _per_query_head(module: nn.Module, states: Tensor) -> Tensor:
 def steered_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options
 ) -> tuple[Tensor, None]:
-    """An attention function in the sense of transformers' attention interface.
+    """An attention function for the attention interface of transformers.
 
     Args:
-        module: the attention block; its `layer_idx` finds its memory.
-        query: (n * B, H, P, k), n branches of the remembered B sequences.
+        module: the attention block; `layer_idx` is its place in the memory.
+        query: (n * B, H, P, k), n branches of the B sequences in the memory.
         key, value: (n * B, H_kv, P, k), of the same tokens.
-        attention_mask: used by ordinary attention only; windows have no padding.
-        options: `scaling`, `sliding_window`, `softcap` as the families pass them.
+        attention_mask: used without a memory only, because windows have no padding.
+        options: `scaling`, `sliding_window`, `softcap` from the families.
 
     Returns:
-        Shape (n * B, P, H, k), and no weights.
+        Shape (n * B, P, H, k), and None for the weights.
     """
     memory, layer = active_memory(), cast(int, module.layer_idx)
     if memory is None:
@@ -60,7 +60,8 @@ def _plain(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: T
     scores = _capped(_scaled(query, key.shape[-1], options) @ key.transpose(2, 3), options)
     if mask is None:
         mask = torch.ones_like(scores, dtype=torch.bool).tril(scores.shape[3] - scores.shape[2])
-    return (scores.masked_fill(~mask, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+    # Not -inf: a padding token sees nothing, and its NaN would spread.
+    return (scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1) @ value).transpose(1, 2)
 
 
 def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, options: dict) -> Tensor:
@@ -71,7 +72,7 @@ def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: 
     branches, queries = len(query) // batch, query.shape[2]
 
     def fold(states: Tensor) -> Tensor:
-        # Branches join the query axis: one product per head serves them all, and keys are never copied.
+        # Branches are part of the query axis: one product per head for all branches, and keys are not copied.
         states = states.view(branches, batch, heads, queries, -1).permute(1, 2, 0, 3, 4)
         return states.reshape(batch, heads, branches * queries, -1)
 
@@ -83,8 +84,9 @@ def _read(memory: Memory, module: nn.Module, query: Tensor, key: Tensor, value: 
     hidden = _hidden(memory.positions, length, options)[:, :, None]  # (B, 1, 1, P, S)
     weights = scores.masked_fill_(hidden, -torch.inf).flatten(2, 3).softmax(-1)
     own = weights.gather(3, index)
-    # The stored value at t itself is replaced by the token's own.
-    output = weights.scatter_(3, index, 0.0) @ stored_value + own * value
+    # The token's own value replaces the stored value at its position. Gradients need the softmax unchanged.
+    others = weights.scatter(3, index, 0.0) if weights.requires_grad else weights.scatter_(3, index, 0.0)
+    output = others @ stored_value + own * value
     output = output.view(batch, heads, branches, queries, -1).permute(2, 0, 3, 1, 4)
     return output.reshape(branches * batch, queries, heads, -1)
 
@@ -99,7 +101,7 @@ def _capped(scores: Tensor, options: dict) -> Tensor:
 
 
 def _hidden(positions: Tensor, length: int, options: dict) -> Tensor:
-    """Which stored positions a query may not see: (B, 1, P, S)."""
+    """Which stored positions are hidden from a query: (B, 1, P, S)."""
     behind = positions[:, None, :, None] - torch.arange(length, device=positions.device)
     window = options.get("sliding_window") or length
     return (behind < 0) | (behind >= window)

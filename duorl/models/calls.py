@@ -1,8 +1,8 @@
-"""What one call changes in a duo model: state that lives with the call, not on the modules.
+"""Calls: the state of one forward pass, kept outside of the modules.
 
-A context variable holds the call that a thread is in. The model's layers, its decoder (the part between embedding and
-head) and its feed-forward networks ask it what to do; without a call they do what they always do. So one model serves
-many threads at once, and what others hang on its modules, accelerate's hooks for instance, stays there.
+A context variable has the current call of a thread. The model's layers, its decoder (the part between embedding and
+head) and its feed-forward networks ask this call what to do. Without a call, they work as usual. So one model can be
+used by many threads at the same time, and changes of its modules by others, for example hooks of accelerate, remain.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
     from duorl.models.ffn import DuoFFN
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""How a model calls a layer, the hidden state apart: positional arguments and keywords."""
+"""Arguments of a layer, without the hidden state: positional and keyword arguments."""
 
 Skip = Literal["ffn", "block"]
-"""What the action `skip` drops of a layer: the feed-forward network, or the attention's output as well."""
+"""What the action `skip` leaves out: the feed-forward network, or also the attention's output."""
 
 
 def known_skip(skip: str) -> str:
-    """`skip` itself.
+    """Check `skip` and return it.
 
     Raises:
         ValueError: it is not one of `Skip`.
@@ -41,18 +41,18 @@ def known_skip(skip: str) -> str:
 
 
 class Call:
-    """A call of the model's parts; this one changes nothing."""
+    """Base class of calls; it changes nothing."""
 
     def ffn(self, ffn: DuoFFN, hidden: Tensor) -> Tensor:
-        """A layer's networks on (..., d): big."""
+        """Run the networks of a layer on (..., d): here the big one."""
         return ffn.big(hidden)
 
     def layer(self, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A layer, of which `forward` is its class's own."""
+        """Run a layer; `forward` is the original method of its class."""
         return forward(hidden, *args, **kwargs)
 
     def decoder(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """The decoder, of which `forward` is its class's own."""
+        """Run the decoder; `forward` is the original method of its class."""
         return forward(*args, **kwargs)
 
 
@@ -62,7 +62,7 @@ current = _current.get
 
 @contextmanager
 def calling(call: Call | None) -> Iterator[None]:
-    """Let a model's parts ask `call` inside; None: nothing is changed."""
+    """In this block, the parts of models ask `call`; None: they work as usual."""
     token = _current.set(call)
     try:
         yield
@@ -71,14 +71,14 @@ def calling(call: Call | None) -> Iterator[None]:
 
 
 class RecordedLayers(Call):
-    """Layers that only note how they are called, and hand on what enters them.
+    """Layers only record their arguments and return their input.
 
     Args:
-        in_tuple: they do so in a tuple.
+        in_tuple: they return it in a tuple.
 
     Attributes:
-        entering: (B, P, d), what enters the first layer.
-        arguments: per layer how it was called.
+        entering: (B, P, d), input of the first layer.
+        arguments: arguments of each layer.
     """
 
     def __init__(self, *, in_tuple: bool):
@@ -87,7 +87,7 @@ class RecordedLayers(Call):
         self.arguments: list[Arguments] = []
 
     def layer(self, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The hidden state as it came."""
+        """Return the hidden state unchanged."""
         if self.entering is None:
             self.entering = hidden
         self.arguments.append((args, kwargs))
@@ -95,11 +95,11 @@ class RecordedLayers(Call):
 
 
 class GivenStream(Call):
-    """Layers that hand on a given residual stream, whatever enters them.
+    """Layers return a given residual stream, for any input.
 
     Args:
         stream: (B, P, d).
-        in_tuple: they do so in a tuple.
+        in_tuple: they return it in a tuple.
     """
 
     def __init__(self, stream: Tensor, *, in_tuple: bool):
@@ -111,7 +111,7 @@ class GivenStream(Call):
 
 
 class GivenDecoderOutput(Call):
-    """A decoder that answers with a given output, so that only the model's head runs."""
+    """The decoder returns a given output, so that only the model's head runs."""
 
     def __init__(self, output: Any):
         self.output = output
@@ -122,27 +122,27 @@ class GivenDecoderOutput(Call):
 
 
 class BypassedFFN(Call):
-    """Networks that do not run: their input is captured, and nothing joins the residual stream.
+    """Networks do not run: their input is recorded, and nothing is added to the residual stream.
 
     Attributes:
-        captured: (..., d), what the network would have read.
+        captured: (..., d), input of the network.
     """
 
     captured: Tensor
 
     def ffn(self, ffn: DuoFFN, hidden: Tensor) -> Tensor:
-        """Zeros, a tensor of its own: Falcon adds to it in place."""
+        """Return zeros, as a new tensor, because Falcon changes it in place."""
         self.captured = hidden
         return torch.zeros_like(hidden)
 
 
 class RoutedCall(Call):
-    """One forward pass of the whole model in which every layer's networks are chosen per token.
+    """One forward pass of the whole model in which the network of each token is chosen in every layer.
 
     Args:
-        decide: from a view of the pass to actions.
+        decide: a function from a view of the pass to actions.
         action_compute: (L, 3), compute of each action in each layer.
-        drops_blocks: a skipped layer is dropped whole, its attention's output with it.
+        drops_blocks: skip also leaves out the attention's output.
     """
 
     def __init__(self, decide: Callable[[View], Tensor], action_compute: Tensor, *, drops_blocks: bool):
@@ -154,17 +154,17 @@ class RoutedCall(Call):
         self.taken: tuple[Tensor, ...] = ()
 
     def ffn(self, ffn: DuoFFN, hidden: Tensor) -> Tensor:
-        """Each token's own network."""
+        """Run the chosen network of each token."""
         layer = len(self.taken)
-        before = hidden.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
-        with calling(None):  # a router may run models itself
+        before = self.action_compute.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
+        with calling(None):  # because a router may run models
             actions = self.decide(View(hidden, layer, before, self.previous, self.taken))
         self.compute = before + self.action_compute[layer][actions]
         self.previous, self.taken = hidden, (*self.taken, actions)
         return ffn.route(hidden, actions)
 
     def layer(self, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """A layer; what it added is taken back where the whole of it is skipped."""
+        """Run a layer; if the whole layer is skipped, the token keeps its input."""
         output = forward(hidden, *args, **kwargs)
         if not self.drops_blocks:
             return output
@@ -178,7 +178,7 @@ Part = Literal["layer", "decoder"]
 
 
 def let_ask(module: nn.Module, part: Part) -> None:
-    """Let a layer or a decoder ask the call it is in: it gets a subclass of its own class, of the same name."""
+    """Make a layer or a decoder ask the current call: its class becomes a subclass with the same name."""
     kind: Any = type(module)
     module.__class__ = _asking(kind, part)
 
@@ -187,7 +187,7 @@ def let_ask(module: nn.Module, part: Part) -> None:
 def _asking(base: Any, part: Part) -> Any:
     own: Callable[..., Any] = base.forward
 
-    @wraps(own)  # transformers reads a forward's parameters
+    @wraps(own)  # transformers reads the signature of forward
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         call = current()
         if call is None:
@@ -195,7 +195,7 @@ def _asking(base: Any, part: Part) -> Any:
         return getattr(call, part)(own.__get__(self), *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        """The class has no name that pickle and deepcopy could find it by: it is made again from its base."""
+        """For pickle and deepcopy, which cannot find the class by its name: make it again from its base."""
         return _new, (base, part), *object.__reduce_ex__(self, max(2, protocol))[2:]
 
     names = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}

@@ -1,4 +1,4 @@
-"""The model card that stage 1 leaves beside a model: how it was made, on what, its curve and its numbers."""
+"""The model card that stage 1 writes: training, text, loss curve and results."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def write_card(out: Path, *, facts: dict[str, Any], losses: dict[str, dict[str, 
 
     Args:
         out: the model's folder.
-        facts: what the text names; see `_TEXT`.
-        losses: per text `tokens`, `all_small` and `all_big` on its evaluation split.
+        facts: values for `_TEXT`.
+        losses: for each text `tokens`, `all_small` and `all_big` on its evaluation split.
     """
     lines = [
         f"| {name} | {found['tokens']:,} | {found['all_small']:.3f} | {found['all_big']:.3f} "

@@ -1,4 +1,4 @@
-"""DuoConfig: what a duo model is built from."""
+"""DuoConfig: the configuration of a duo model."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from duorl.models.families import inner_size_name
 
 
 class DuoConfig(PreTrainedConfig):
-    """A Hugging Face decoder's configuration and the inner size of the small networks beside its own.
+    """Configuration of a Hugging Face decoder, and the inner size of the small networks.
+
+    Settings of the decoder, for example `vocab_size` and `hidden_size`, are read from and written to `backbone`.
 
     Args:
         backbone: the decoder's configuration, or its dictionary form with `model_type`.
         small_size: inner size of the small feed-forward network (the paper: big / 16).
-        skip: what `skip` drops: `ffn`, or `block`, the attention's output as well. Attention runs either way, for the
-            decision and later tokens read it, so both cost the same.
+        skip: what `skip` leaves out: `ffn`, or `block`, which is also the attention's output. Attention runs in both
+            cases, because the decision and later tokens need it. So both have the same compute.
     """
 
     model_type = "duo"
@@ -39,15 +41,32 @@ class DuoConfig(PreTrainedConfig):
             backbone = AutoConfig.for_model(fields.pop("model_type"), **fields)
         if not isinstance(small_size, int) or small_size < 1:
             raise ValueError(f"small_size must be a number of at least 1, not {small_size!r}")
-        self.backbone = backbone
-        self.small_size = small_size
-        self.skip = known_skip(skip)
+        own = vars(PreTrainedConfig())
+        theirs = {name: kwargs.pop(name) for name in list(kwargs) if hasattr(backbone, name) and name not in own}
         kwargs["tie_word_embeddings"] = getattr(backbone, "tie_word_embeddings", False)
         super().__init__(**kwargs)
+        self.small_size = small_size
+        self.skip = known_skip(skip)
+        self.backbone = backbone
+        for name, value in theirs.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        """A setting of the decoder, if this configuration does not have it."""
+        backbone = self.__dict__.get("backbone")
+        if backbone is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+        return getattr(backbone, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set a setting; those that only the decoder has are set there."""
+        backbone = self.__dict__.get("backbone")
+        own = backbone is None or name in self.__dict__ or hasattr(type(self), name) or not hasattr(backbone, name)
+        super().__setattr__(name, value) if own else setattr(backbone, name, value)
 
     def get_text_config(self, decoder=None, encoder=None) -> PreTrainedConfig:
-        """The decoder's configuration: generation sizes its caches by it."""
-        return self.backbone
+        """The decoder's configuration; generation reads the sizes of its caches from it."""
+        return self.__dict__.get("backbone", self)
 
     @property
     def small_backbone(self) -> PreTrainedConfig:

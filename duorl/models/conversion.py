@@ -1,8 +1,8 @@
-"""From a Hugging Face causal language model to a duo: its own FFNs become the big ones."""
+"""Make a duo model from a Hugging Face causal language model; its FFNs become the big networks."""
 
 from __future__ import annotations
 
-from typing import cast
+import copy
 
 import torch
 from torch import nn
@@ -13,47 +13,57 @@ from duorl.models.config import DuoConfig
 from duorl.models.families import family_of, find_layers, inner_size
 from duorl.models.modeling import DuoForCausalLM
 
-_PROBE = 8  # tokens on which a converted model is compared with its original
+_PROBE = 8  # tokens for the comparison of a converted model with its original
 
 
 @torch.no_grad()
 def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn") -> DuoForCausalLM:
-    """Put a small feed-forward network beside each of a decoder's own.
+    """Add a small feed-forward network to every layer of a decoder.
 
-    The small networks are freshly initialised: train them with `duorl pretrain` before routing to them.
+    The small networks have random weights. Train them with `duorl pretrain` before you use them.
 
     Args:
-        model: a transformers causal language model of a family that `duorl.models.families` knows. It is left as it is.
+        model: a transformers causal language model of a family that `duorl.models.families` knows. It does not change.
         small_ratio: inner size of big divided by that of small (the paper: 16).
-        skip: what the action `skip` drops, see `DuoConfig`.
+        skip: what the action `skip` leaves out, see `DuoConfig`.
 
     Returns:
-        A trainable duo model with copies of the weights, on the same device and in the same precision.
+        A trainable duo model with copies of the weights, on the same device and each in the same precision. Buffers
+        that transformers computes, for example rotary frequencies, are float32, as in a loaded model.
 
     Raises:
-        ValueError: the family cannot be walked layer by layer, or all-big does not give the original's logits.
+        ValueError: the family cannot be run layer by layer, or all-big does not give the original's logits.
     """
     if small_ratio < 1:
         raise ValueError(f"small_ratio must be at least 1, not {small_ratio}")
-    layers = find_layers(model)
+    find_layers(model)  # says so where there are none
     small_size = max(1, inner_size(model.config) // small_ratio)
     duo = DuoForCausalLM(DuoConfig(backbone=model.config.to_dict(), small_size=small_size, skip=skip))
-    name = family_of(model.config).ffn
-    for ffn, layer in zip(duo.stack.ffns, layers, strict=True):
-        ffn.big.load_state_dict(cast(nn.Module, getattr(layer, name)).state_dict())
-    rest = {key: tensor for key, tensor in model.state_dict().items() if f".{name}." not in key}
-    duo.backbone.load_state_dict(rest, strict=False)
+    _take_over(duo.backbone, model)
+    duo.generation_config = copy.deepcopy(model.generation_config)
     duo.train(model.training)
-    nn.Module.to(duo, device=model.device, dtype=model.dtype)
+    nn.Module.to(duo, device=model.device)
     check_all_big(duo, model)
     return duo
 
 
+def _take_over(backbone: PreTrainedModel, model: PreTrainedModel) -> None:
+    """Copy all weights, those of a layer's network to its big one, and give the small ones the same precision."""
+    ffn = family_of(model.config).ffn
+    given = dict(model.named_parameters(remove_duplicate=False))
+    for name, parameter in backbone.named_parameters():
+        own = given[name.replace(f".{ffn}.big.", f".{ffn}.").replace(f".{ffn}.small.", f".{ffn}.")]
+        source = parameter if f".{ffn}.small." in name else own
+        parameter.data = source.detach().to(own.dtype, copy=True)
+    buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in given}
+    backbone.load_state_dict(buffers, strict=False)
+
+
 def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
-    """Compare a layer-by-layer all-big walk with the original's own forward pass.
+    """Compare a layer-by-layer all-big pass with the forward pass of the original.
 
     Raises:
-        ValueError: they differ, so routing this family would be wrong.
+        ValueError: they differ, so routes in this family would give wrong results.
     """
     inputs = torch.arange(1, _PROBE + 1, device=original.device)[None] % original.config.vocab_size
     family = type(original).__name__
@@ -63,7 +73,7 @@ def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
         expected = original(input_ids=inputs).logits
         error = (duo.stack.logits(duo.stack.all_big(inputs)) - expected).abs().max() / expected.abs().max()
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
-        raise ValueError(f"{family} cannot be walked layer by layer: {problem}") from problem
+        raise ValueError(f"{family} cannot be run layer by layer: {problem}") from problem
     finally:
         duo.train(modes[0]), original.train(modes[1])
     if not error <= max(1e-4, 8 * torch.finfo(original.dtype).eps):  # lower precisions add up in another order

@@ -1,8 +1,8 @@
-"""Where a family of decoders keeps its parts: the one place that knows.
+"""The names of the parts of decoders, for each model family.
 
-A family whose layers are built as Llama's needs nothing here. Another is one entry of `FAMILIES`, with what deviates,
-and one line of the table in tests/conftest.py. What a family cannot do is found out when a model of it is converted:
-`duorl.convert` compares the result with the original.
+A family whose layers have the structure of Llama needs no entry here. Every other family has one entry in `FAMILIES`,
+with the differences, and one line in the table in tests/conftest.py. If a family does not work, `duorl.convert` finds
+this out, because it compares the converted model with the original.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ if TYPE_CHECKING:
 STEERED = "duorl"
 """The attention function of `duorl.models.attention`, by its name in transformers' attention interface."""
 
-# What the numbers of experts are called; a network that routes by itself is not what is routed here.
+# Names of the number of experts; mixtures of experts already route tokens and are not supported.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
 @dataclass(frozen=True)
 class Family:
-    """The names of a decoder's parts; those of Llama unless given.
+    """The names of a decoder's parts; by default those of Llama.
 
     Attributes:
         ffn: a layer's feed-forward network.
-        attention: a layer's attention block; several where layers have different ones.
-        ffn_norm: a layer's norm of the network's output, before it joins the residual stream; None where no layer has
-            one.
-        multiplier: a layer's factor on the network's output; None where it is 1.
-        inner_size: the configuration's inner size of the network; four times the hidden size where that is None.
-        attention_function: its name in transformers; families whose attention bypasses the attention interface have
-            routed passes, but no reference context.
-        layer_returns_tuple: a layer's output is a tuple that the hidden state comes first in.
+        attention: a layer's attention block; several names if layers have different ones.
+        ffn_norm: a layer's norm of the network's output, before this is added to the residual stream; None without.
+        multiplier: a layer's factor on the network's output; None if it is 1.
+        inner_size: the network's inner size in the configuration; if its value is None, 4 times the hidden size.
+        attention_function: its name in transformers. Families whose attention does not use the attention interface
+            have routed passes, but no reference context.
+        layer_returns_tuple: a layer returns a tuple whose first element is the hidden state.
     """
 
     ffn: str = "mlp"
@@ -47,7 +46,7 @@ class Family:
     layer_returns_tuple: bool = False
 
     def completed(self, layer: nn.Module, residual: Tensor, output: Tensor) -> Tensor:
-        """What leaves a layer: its network's output joins the residual stream, all (..., d)."""
+        """Output of a layer: its network's output is added to the residual stream, all (..., d)."""
         if self.ffn_norm is not None and hasattr(layer, self.ffn_norm):
             output = getattr(layer, self.ffn_norm)(output)
         if self.multiplier is not None:
@@ -82,7 +81,7 @@ FAMILIES: dict[str, Family] = {
     "olmo_hybrid": Family(attention=("self_attn", "linear_attn"), ffn_norm="post_feedforward_layernorm"),
     "qwen3_5_text": Family(attention=("self_attn", "linear_attn")),
 }
-"""By transformers' `model_type`; what is not listed is taken for `Family()`."""
+"""By `model_type` of transformers; a family that is not listed has the names of `Family()`."""
 
 
 def family_of(config: PreTrainedConfig) -> Family:
@@ -108,7 +107,7 @@ def attention_of(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
     """A layer's attention block.
 
     Raises:
-        ValueError: it is not where the family should keep it.
+        ValueError: the layer has no module with the name that the family gives.
     """
     names = family_of(config).attention
     for name in names:
@@ -118,10 +117,10 @@ def attention_of(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
 
 
 def inner_size_name(config: PreTrainedConfig) -> str:
-    """The field that holds a decoder's FFN inner size.
+    """Name of the field with a decoder's FFN inner size.
 
     Raises:
-        ValueError: it is not there as a single number for all layers, or the networks are mixtures of experts.
+        ValueError: the configuration has no single number for all layers, or the networks are mixtures of experts.
     """
     count = max(_number(getattr(config, name, None)) for name in _EXPERTS)
     if count > 1:
@@ -133,7 +132,7 @@ def inner_size_name(config: PreTrainedConfig) -> str:
 
 
 def inner_size(config: PreTrainedConfig) -> int:
-    """A decoder's FFN inner size; GPT-2 leaves it out and means four times the hidden size."""
+    """A decoder's FFN inner size; for GPT-2 without a value, 4 times the hidden size."""
     name = inner_size_name(config)
     size = getattr(config, name)
     if size is not None and (not isinstance(size, int) or size < 1):
@@ -142,7 +141,7 @@ def inner_size(config: PreTrainedConfig) -> int:
 
 
 def attention_width(config: PreTrainedConfig) -> int:
-    """Number of attention heads times the size of one."""
+    """Number of attention heads times head size."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return head_size * config.num_attention_heads
 

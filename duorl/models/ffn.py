@@ -8,14 +8,13 @@ from torch import Tensor, nn
 from duorl.costs import BIG, SKIP
 from duorl.models.calls import current
 
-_CACHED = 2**20  # inner activations that a processor's cache holds
+_CACHED = 2**20  # inner activations that fit into a processor's cache
 
 
 class DuoFFN(nn.Module):
-    """A drop-in replacement for a decoder layer's `mlp`: per token it runs the big network, the small one, or none.
+    """Replaces the `mlp` of a decoder layer: for each token, it runs the big network, the small one, or none.
 
-    Called by its layer it does what the call it is in says (`duorl.models.calls`), and without one runs big for every
-    token.
+    When its layer calls it, the current call decides (`duorl.models.calls`). Without a call, big runs everywhere.
     """
 
     def __init__(self, big: nn.Module, small: nn.Module):
@@ -28,7 +27,7 @@ class DuoFFN(nn.Module):
 
         Args:
             hidden: (..., d).
-            actions: codes 0 skip, 1 small, 2 big: (...), each token's own, or one for all; None: as the call says.
+            actions: codes 0 skip, 1 small, 2 big: (...), one per token, or one for all; None: the call decides.
         """
         if isinstance(actions, Tensor):
             return self.route(hidden, actions)
@@ -38,34 +37,34 @@ class DuoFFN(nn.Module):
         return self.big(hidden) if call is None else call.ffn(self, hidden)
 
     def run(self, hidden: Tensor, action: int) -> Tensor:
-        """One action for all tokens: (..., d) to (..., d)."""
+        """Apply one action to all tokens: (..., d) to (..., d)."""
         if action == SKIP:
             return torch.zeros_like(hidden)
         return _in_cache(self.big if action == BIG else self.small, hidden)
 
     def route(self, hidden: Tensor, actions: Tensor) -> Tensor:
-        """Each token's own action: tokens are sorted by action, and each network sees only its group.
+        """Apply the action of each token: tokens are sorted by action, and each network runs on its group only.
 
         Args:
             hidden: (..., d).
             actions: (...), codes 0 skip, 1 small, 2 big.
 
         Returns:
-            Shape (..., d); zeros where skipped.
+            Shape (..., d); zeros for skip.
         """
         tokens = hidden.flatten(0, -2)  # (N, d)
         order = actions.flatten().argsort()
-        counts = actions.flatten().bincount(minlength=3).tolist()  # the group sizes: the one host synchronisation
+        counts = actions.flatten().bincount(minlength=3).tolist()  # sizes of the groups: the only host synchronisation
         if max(counts) == len(tokens):
             return self.run(hidden, counts.index(len(tokens)))
-        # Rows are copied by index_select both ways: on a processor several times faster than indexing or index_copy.
+        # index_select copies rows in both directions: on a CPU, this is several times faster than indexing.
         groups = tokens.index_select(0, order).split(counts)
         outputs = torch.cat([self.run(group, action) for action, group in enumerate(groups) if len(group)])
         return outputs.index_select(0, order.argsort()).view_as(hidden)
 
 
 def _in_cache(ffn: nn.Module, hidden: Tensor) -> Tensor:
-    """A network's output, on a processor in parts whose inner activations stay in its cache: up to a third faster."""
+    """Output of a network. On a CPU, it is computed in parts that fit into the cache: up to a third faster."""
     rows = _CACHED // max(max(weight.shape) for weight in ffn.parameters())
     tokens = hidden.flatten(0, -2)
     if hidden.device.type != "cpu" or len(tokens) <= rows:

@@ -1,4 +1,4 @@
-"""Whether a model is frozen: routers are trained beside one that stays as it is."""
+"""Checks that a model is frozen: routers are trained, the model is not."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from torch import nn
 
 
 def require_frozen(model: nn.Module) -> None:
-    """Refuse a model that would be trained along.
+    """Refuse a model with trainable parameters.
 
     Raises:
-        ValueError: a parameter is trainable; names the first.
+        ValueError: a parameter is trainable; the message names the first one.
     """
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

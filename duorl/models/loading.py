@@ -1,6 +1,6 @@
-"""Loading a saved duo model, frozen.
+"""Load a saved duo model, frozen.
 
-transformers is imported when a model is loaded, not before: whether a model's folder is there is known at once.
+transformers is imported only when a model is loaded, so a missing folder is found quickly.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def model_folder(name: str | Path) -> Path:
         name: an embedded model's name (`EMBEDDED`), or a folder.
 
     Raises:
-        FileNotFoundError: there is no such folder, or files are missing in it; names them.
+        FileNotFoundError: there is no such folder, or files are missing in it; the message names them.
     """
     folder = EMBEDDED.get(str(name), Path(name))
     if not folder.is_dir():
@@ -48,12 +48,12 @@ def model_folder(name: str | Path) -> Path:
 def load(
     name: str | Path = "duo-tiny", *, dtype: torch.dtype = torch.float32, skip: Skip | None = None
 ) -> DuoForCausalLM:
-    """A saved duo model, frozen and in evaluation mode.
+    """Load a saved duo model, frozen and in evaluation mode.
 
     Args:
         name: `"duo-tiny"`, the model inside the package, or a folder.
-        dtype: of the weights in memory.
-        skip: what the action `skip` drops, see `DuoConfig`; as the model was saved unless given.
+        dtype: dtype of the weights in memory.
+        skip: what the action `skip` leaves out, see `DuoConfig`; by default as the model was saved.
 
     Raises:
         FileNotFoundError: there is no such folder, or files are missing in it.
@@ -135,7 +135,7 @@ def _said(problem: Exception) -> str:
 
 
 def load_tokenizer(name: str | Path = "duo-tiny") -> PreTrainedTokenizerBase:
-    """The tokenizer that was saved with a model; the same arguments and errors as `load`."""
+    """Load the tokenizer that was saved with a model; same arguments and errors as `load`."""
     folder = model_folder(name)
     from transformers import AutoTokenizer
 

@@ -1,4 +1,4 @@
-"""Keys and values that an earlier pass leaves behind, for passes in the reference context to read."""
+"""Stored keys and values of an earlier pass, which passes in the reference context read."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 
 @dataclass
 class Memory:
-    """Keys and values that earlier passes left behind, and who reads them.
+    """Stored keys and values of earlier passes, and how attention uses them.
 
     Attributes:
-        positions: (B, P), of the tokens that read.
-        stored: per layer the keys and values of S positions, each (B, H, S, k).
-        mode: what attention does with it: `record` an ordinary pass, `read`, or read and `commit` the readers' own keys
-            and values to their positions.
-        length: number of stored positions that are looked at; all unless given.
+        positions: (B, P), positions of the tokens that read the memory.
+        stored: for each layer the keys and values of S positions, each (B, H, S, k).
+        mode: `record`: store the keys and values of an ordinary pass; `read`: read them; `commit`: read them, and store
+            the readers' own keys and values at their positions.
+        length: number of stored positions that are read; by default all.
     """
 
     positions: Tensor
@@ -29,12 +29,12 @@ class Memory:
     length: int | None = None
 
     def looked_at(self, layer: int) -> tuple[Tensor, Tensor]:
-        """The keys and values that are read in a layer, each (B, H, `length`, k)."""
+        """Keys and values that are read in a layer, each (B, H, `length`, k)."""
         keys, values = self.stored[layer]
         return keys[:, :, : self.length], values[:, :, : self.length]
 
     def commit(self, layer: int, key: Tensor, value: Tensor) -> None:
-        """Overwrite those at `positions` with (B, H, P, k)."""
+        """Store keys and values (B, H, P, k) at `positions`."""
         index = self.positions[:, None, :, None].expand_as(key)
         for states, own in zip(self.stored[layer], (key, value), strict=True):
             states.scatter_(2, index, own)
@@ -46,7 +46,7 @@ active_memory = _active.get
 
 @contextmanager
 def remembering(memory: Memory | None) -> Iterator[None]:
-    """Let attention inside record into or read from `memory`; None is ordinary attention."""
+    """In this block, attention uses `memory`; None: ordinary attention."""
     token = _active.set(memory)
     try:
         yield

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, Protocol, cast
 
 import torch
@@ -22,7 +22,7 @@ from duorl.models.stack import DecoderStack
 
 
 class Decider(Protocol):
-    """What decides from a view: a `duorl.routers.Router`, or anything with its `decide`."""
+    """An object with `decide`, for example a `duorl.routers.Router`."""
 
     def decide(self, view: View) -> Tensor:
         """(B, T) action codes."""
@@ -34,9 +34,9 @@ RouterLike = Decider | Callable[[Tensor, int, Tensor], Tensor]
 
 
 class DuoForCausalLM(PreTrainedModel, GenerationMixin):
-    """The duo model of Duo-LLM (arXiv 2410.10846) over any decoder of transformers that `DecoderStack` can walk.
+    """The duo model of Duo-LLM (arXiv 2410.10846) with any decoder of transformers that `DecoderStack` can run.
 
-    Without `routes` or `router` every token takes the big network in every layer: the model it was made from.
+    Without `routes` or `router`, every token takes the big network in every layer, as in the original model.
 
         model = duorl.load("duo-tiny")
         model(input_ids=x, routes=routes).logits          # routes (B, T, L), int64: 0 skip, 1 small, 2 big
@@ -45,7 +45,7 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = DuoConfig
     base_model_prefix = "backbone"
-    supports_gradient_checkpointing = False  # its second pass would run without the routes
+    supports_gradient_checkpointing = False  # the second pass of checkpointing would run without the routes
     _supports_sdpa = True
 
     def __init__(self, config: DuoConfig):
@@ -63,12 +63,12 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
 
     @property
     def stack(self) -> DecoderStack:
-        """The model as a walk over its layers."""
+        """The steps of a pass, layer by layer."""
         return DecoderStack(self.backbone)
 
     @property
     def num_layers(self) -> int:
-        """L."""
+        """Number of layers, L."""
         return len(find_layers(self.backbone))
 
     @property
@@ -78,7 +78,7 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
 
     @cached_property
     def flops(self) -> Flops:
-        """FLOPs of one token, part by part."""
+        """FLOPs of one token in each part of the model."""
         config, stack = self.config.backbone, self.stack
         return Flops(
             projections=torch.tensor([linear_flops(attention_of(layer, config)) for layer in stack.layers]),
@@ -98,20 +98,35 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         self,
         input_ids: Tensor | None = None,
         *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
         routes: Tensor | None = None,
         router: RouterLike | None = None,
         **kwargs,
     ) -> CausalLMOutputWithPast:
         """The backbone's forward pass with routed feed-forward networks.
 
+        The arguments that all families have are in the signature, because transformers reads it. It passes only these
+        to the model, and keeps only these columns of a data set.
+
         Args:
             input_ids: (B, T).
-            routes: (B, T, L) int64, each token's action in each layer: 0 skip, 1 small, 2 big.
-            router: decides in place of `routes`, layer by layer; see `RouterLike`.
-            kwargs: the backbone's own (`attention_mask`, `labels`, `past_key_values`, ...).
+            attention_mask: (B, T), 0 where padded.
+            position_ids: (B, T), the tokens' positions; 0, 1, 2, ... unless given.
+            inputs_embeds: (B, T, d), in place of `input_ids`.
+            labels: (B, T), the tokens themselves; -100 is not scored.
+            use_cache: return keys and values.
+            logits_to_keep: number of last positions whose logits are computed, or their indices; 0: all.
+            routes: (B, T, L) int64, action of each token in each layer: 0 skip, 1 small, 2 big.
+            router: decides layer by layer, in place of `routes`; see `RouterLike`.
+            kwargs: further ones of the backbone (its cache, ...).
 
         Returns:
-            The backbone's output; `loss` in nats per token where `labels` are given.
+            The backbone's output, with `loss` in nats per token if `labels` are given.
 
         Raises:
             ValueError: both `routes` and `router` are given, or `routes` has the wrong shape or codes.
@@ -121,7 +136,22 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         if routes is not None:
             self._check_routes(routes, input_ids)
         with calling(self._call(routes, router)):
-            return self.backbone(input_ids=input_ids, **kwargs)
+            return self.backbone(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                **kwargs,
+            )
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """The family's own: Phi-3 changes its rotary frequencies where a text grows long."""
+        backbone: Any = self.backbone
+        return backbone.prepare_inputs_for_generation(*args, **kwargs)
 
     def _check_routes(self, routes: Tensor, input_ids: Tensor | None) -> None:
         if routes.ndim != 3 or routes.shape[2] != self.num_layers:
@@ -132,11 +162,10 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"routes hold codes 0 to {len(ACTIONS) - 1} ({', '.join(ACTIONS)})")
 
     def _call(self, routes: Tensor | None, router: RouterLike | None) -> Call | None:
-        """What one forward pass changes."""
+        """The call of one forward pass."""
         if routes is None and router is None:
             return None
-        require_fit = getattr(router, "require_fit", None)
-        if require_fit is not None:
+        if require_fit := getattr(router, "require_fit", None):
             require_fit(self)
         decide = _decision(routes, router)
         return RoutedCall(decide, self.action_compute, drops_blocks=self.config.skip == "block")
@@ -156,7 +185,12 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         """Replace the backbone's head."""
         self.backbone.set_output_embeddings(value)
-        self.__dict__.pop("flops", None)  # counted anew
+        self.__dict__.pop("flops", None)  # to be counted again
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """The backbone's own, which keeps its number of tokens for the loss; the FLOPs of the head are counted anew."""
+        self.__dict__.pop("flops", None)
+        return self.backbone.resize_token_embeddings(*args, **kwargs)
 
 
 def _decision(routes: Tensor | None, router: RouterLike | None) -> Callable[[View], Tensor]:
@@ -169,7 +203,7 @@ def _decision(routes: Tensor | None, router: RouterLike | None) -> Callable[[Vie
 
 
 def _steered_backbone(config: DuoConfig) -> PreTrainedModel:
-    """The decoder itself, its attention ours where the family allows it."""
+    """The decoder, with our attention function if the family allows it."""
     function = family_of(config.backbone).attention_function
     config.backbone._attn_implementation = function
     try:
@@ -185,8 +219,8 @@ def _steered_backbone(config: DuoConfig) -> PreTrainedModel:
 
 
 def _small_ffns(config: DuoConfig) -> list[nn.Module]:
-    """The layers' feed-forward networks of the same decoder with the small inner size, freshly initialised."""
-    with torch.device("meta"):  # the rest of that decoder is never allocated
+    """Feed-forward networks of the same decoder with the small inner size and new weights."""
+    with torch.device("meta"):  # the rest of this decoder is not allocated
         skeleton = AutoModelForCausalLM.from_config(config.small_backbone)
     name = family_of(config.backbone).ffn
     ffns = [cast(nn.Module, getattr(layer, name)) for layer in find_layers(skeleton)]

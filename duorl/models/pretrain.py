@@ -1,14 +1,13 @@
 """Stage 1 of Duo-LLM: train a duo model under random routing.
 
-For every token and layer a coin sends the token to the big or to the small network, which keeps the two
-interchangeable and unbiased by any router (arXiv 2410.10846, section on training the duo). The loop is
-transformers' Trainer, so checkpoints, resuming and several GPUs come with it.
+For every token and layer, the big or the small network is chosen at random. So both networks can replace each other,
+and no router influences them (arXiv 2410.10846, section on training the duo). The training loop is the Trainer of
+transformers, with its checkpoints, resuming and several GPUs.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.utils.data import Dataset
 from transformers import (
@@ -44,6 +43,7 @@ from duorl.models.families import inner_size
 from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.recipe import PretrainOptions
+from duorl.models.saving import precisions, save
 from duorl.models.tokenizer import train_tokenizer
 from duorl.models.training_options import training_arguments
 
@@ -53,9 +53,9 @@ def random_routes(
 ) -> Tensor:
     """A random route for every token, (tokens, layers) int64.
 
-    In every layer a share `skip_share` skips, and `big_share` of the rest takes big. Which tokens do is
-    random, how many is not: a processor's matrix kernels are compiled per shape, so group sizes that
-    change with every coin toss cost more than the products themselves.
+    In every layer, a share `skip_share` of the tokens skips, and a share `big_share` of the rest takes big. The tokens
+    are random, their number is fixed: matrix kernels on a CPU are compiled for each shape. If the group sizes always
+    change, this takes longer than the products.
     """
     skips = round(tokens * skip_share)
     smalls = int((tokens - skips) * (1 - big_share))
@@ -84,7 +84,7 @@ def constant_losses(model: DuoForCausalLM, windows: Tensor, *, batch: int = 32) 
     return losses
 
 
-_LOSSES = "losses.json"  # in a checkpoint: what has been lost since the last log
+_LOSSES = "losses.json"  # in a checkpoint: the losses since the last log
 
 
 class _Windows(Dataset):
@@ -99,10 +99,10 @@ class _Windows(Dataset):
 
 
 class StageOneTrainer(Trainer):
-    """transformers' Trainer with a fresh random route for every token at every update.
+    """The Trainer of transformers, with new random routes of all tokens in every update.
 
-    Batches that are accumulated into one update share the draw of their routes. A checkpoint also holds what has been
-    lost since the last log, so that a training that goes on logs what it would have logged.
+    Batches that are accumulated into one update have the same random routes. A checkpoint also has the losses since the
+    last log, so that a resumed training logs the same values as an uninterrupted one.
     """
 
     def __init__(self, *args, skip_share: float, big_share: float, **kwargs):
@@ -112,7 +112,7 @@ class StageOneTrainer(Trainer):
         self.add_callback(_GoesOn(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Next-token loss in nats under random routes, seeded by the step so that a resumed run draws the same."""
+        """Next-token loss in nats under random routes; the step is the seed, so a resumed run draws the same."""
         tokens = inputs["tokens"]
         seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
         generator = torch.Generator().manual_seed(seed)
@@ -123,7 +123,7 @@ class StageOneTrainer(Trainer):
         return (loss, output) if return_outputs else loss
 
     def log(self, logs, start_time=None) -> None:
-        """The mean loss of the training is that of all its steps, also of those before it was stopped."""
+        """Log; the mean loss of the training includes the steps before it was stopped."""
         if "train_loss" in logs:
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         super().log(logs, start_time)
@@ -135,7 +135,7 @@ class StageOneTrainer(Trainer):
             "logged": self._globalstep_last_logged,
         }
         write_json(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _LOSSES, losses)
-        super()._save_checkpoint(model, trial)  # which ends with trainer_state.json
+        super()._save_checkpoint(model, trial)  # writes trainer_state.json last
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         """Mean loss in nats of all-small and all-big on the evaluation windows."""
@@ -149,13 +149,13 @@ class StageOneTrainer(Trainer):
 
 
 class _GoesOn(TrainerCallback):
-    """Gives a trainer back the losses in the checkpoint that it goes on from."""
+    """Gives a resumed trainer the losses in its checkpoint."""
 
     def __init__(self, trainer: StageOneTrainer):
         self.trainer = trainer
 
     def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """The trainer has just set them to 0."""
+        """Set the losses; the trainer has just set them to 0."""
         path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _LOSSES
         if state.global_step and path.is_file():
             losses = json.loads(path.read_text())
@@ -165,15 +165,15 @@ class _GoesOn(TrainerCallback):
 
 
 class _Events(TensorBoardCallback):
-    """Stays open after the training, for the evaluation behind it."""
+    """TensorBoard events that stay open after the training, for the evaluation."""
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Only flush."""
+        """Flush, but do not close."""
         self.tb_writer.flush()
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last whole checkpoint in a folder; half-written ones, those without trainer_state.json, are removed."""
+    """The last complete checkpoint in a folder; those without trainer_state.json are incomplete and removed."""
     whole: dict[int, Path] = {}
     for checkpoint in folder.glob("checkpoint-*"):
         try:
@@ -187,8 +187,10 @@ def backbone_config(settings: dict[str, Any], **more: Any) -> PreTrainedConfig:
     """A transformers configuration from a dictionary with `model_type`.
 
     Raises:
-        ValueError: it names no known family.
+        ValueError: it names no known family, or no precision as `dtype`.
     """
+    if not isinstance(getattr(torch, str(settings.get("dtype") or "bfloat16"), None), torch.dtype):
+        raise ValueError(f"backbone names {settings['dtype']!r} as dtype: choose float32, bfloat16 or float16")
     if "model_type" not in settings:
         raise ValueError("backbone must name a transformers family as model_type, e.g. llama")
     settings = {**settings, **more}
@@ -205,7 +207,7 @@ def _short(error: Exception) -> str:
 
 
 def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizerBase]:
-    """The untrained duo model and its tokenizer.
+    """The untrained duo model, in float32, and its tokenizer.
 
     Raises:
         ValueError: the model cannot be converted, or `backbone` names no known family.
@@ -219,7 +221,7 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
             model.requires_grad_(False)
             for ffn in model.stack.ffns:
                 ffn.small.requires_grad_(True)
-        return model, AutoTokenizer.from_pretrained(options.model)
+        return _told_of_padding(model, AutoTokenizer.from_pretrained(options.model))
     texts = (document.text for document in documents(options.corpus, "model"))
     tokenizer = train_tokenizer(texts, options.vocab_size)
     if options.small_ratio < 1:
@@ -229,17 +231,30 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
         vocab_size=len(tokenizer),
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
+        dtype=None,
     )
     small_size = max(1, inner_size(backbone) // options.small_ratio)
-    return DuoForCausalLM(DuoConfig(backbone=backbone, small_size=small_size)), tokenizer
+    return _told_of_padding(DuoForCausalLM(DuoConfig(backbone=backbone, small_size=small_size)), tokenizer)
+
+
+def _told_of_padding(
+    model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> tuple[DuoForCausalLM, PreTrainedTokenizerBase]:
+    """Both, the model generating with the tokenizer's padding token where it has none of its own.
+
+    Its configuration is not told: transformers would not train that token's embedding, which may be the end of text's.
+    """
+    if model.generation_config is not None and model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
 
 
 class Pretraining:
-    """A stage-1 training, ready to run: its input has been read and found good.
+    """A stage-1 training with checked input, ready to run.
 
     Args:
         options: see `PretrainOptions`.
-        resume: go on from the last checkpoint in the folder, where there is one.
+        resume: continue from the last checkpoint in the folder, if there is one.
 
     Raises:
         ValueError: text is too short, the model cannot be converted, or an option of `training` is unknown.
@@ -254,6 +269,8 @@ class Pretraining:
         if options.model is not None and not Path(options.model).is_dir():
             raise FileNotFoundError(f"no model in {options.model}: give a folder")
         self.model, self.tokenizer = build(options)
+        fresh: Any = backbone_config(options.backbone).dtype or torch.bfloat16  # half of float32's bytes
+        self.precisions = precisions(self.model, options.model, fresh)
         read = partial(load_windows, options.corpus, self.tokenizer, length=options.window)
         self.training, self.held_out = read(split="model"), read(split="router")
         self.evaluation = {
@@ -285,16 +302,16 @@ class Pretraining:
         )
 
     def run(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        """Train, save, and leave a model card, `README.md`, with losses on the evaluation split."""
+        """Train, save, and write a model card, `README.md`, with losses on the evaluation split."""
         self.train(callbacks)
         describe(self.options, self.out, self.arguments, self.evaluation)
 
     def train(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
-        """Train, and save under `options.out`: `config.json`, `model.safetensors` (bfloat16), the tokenizer's files,
-        and last `history.json`, the Trainer's log.
+        """Train, and save under `options.out`: `config.json`, `model.safetensors` (its precision: see
+        `duorl.models.saving`), the tokenizer's files, and last `history.json`, the Trainer's log.
 
         Args:
-            callbacks: told of the training by the Trainer.
+            callbacks: callbacks of the Trainer.
         """
         checkpoint = last_checkpoint(self.out / "checkpoints") if self.resume else None
         trainer = self._trainer(self.arguments)
@@ -303,11 +320,11 @@ class Pretraining:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         trainer.evaluate()
-        save(self.model, self.tokenizer, self.out)
+        save(self.model, self.tokenizer, self.out, self.precisions)
         write_json(self.out / "history.json", trainer.state.log_history)
 
     def _journal(self, trainer: Trainer, checkpoint: Path | None) -> None:
-        """TensorBoard events, where they are wanted: anew, what the checkpoint knows of first."""
+        """Write TensorBoard events, if wanted: first those from before the checkpoint."""
         if trainer.pop_callback(TensorBoardCallback) is None:
             return
         from torch.utils.tensorboard import SummaryWriter
@@ -323,14 +340,14 @@ class Pretraining:
 
 
 def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArguments:
-    # Without use_cpu the arguments refuse bf16 where there is no GPU, though CPUs autocast to it as well.
+    # Without use_cpu, the arguments refuse bf16 if there is no GPU, although CPUs support it.
     defaults = {"use_cpu": not torch.cuda.is_available(), "seed": options.seed, "remove_unused_columns": False}
     defaults["save_total_limit"] = 2
     return training_arguments(options.training, output_dir=str(out / "checkpoints"), **defaults)
 
 
 def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, evaluation: dict[str, Tensor]) -> None:
-    """Write the model card of a trained model; its losses are those of the model as saved, on windows by text."""
+    """Write the model card of a trained model, with losses of the saved model on windows by text."""
     model = load(out)
     losses = {
         source: {"tokens": windows[:, 1:].numel(), **constant_losses(model, windows)}
@@ -359,18 +376,3 @@ def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, 
         "windows": options.evaluation_windows,
     }
     write_card(out, facts=facts, losses=losses)
-
-
-def save(model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
-    """Write the model in bfloat16, half of float32's bytes, and its tokenizer.
-
-    Last `config.json`: a folder without it is no model.
-    """
-    nn.Module.to(model, dtype=torch.bfloat16)
-    beside = out / ".part-model"
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    (out / "config.json").unlink(missing_ok=True)
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, out / path.name)
-    beside.rmdir()

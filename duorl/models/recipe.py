@@ -1,4 +1,4 @@
-"""The options of stage 1, known without what trains."""
+"""The options of stage 1, in a module that imports no training code."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ _LEAST_VOCABULARY = 257
 
 @dataclass(frozen=True)
 class PretrainOptions:
-    """What stage 1 trains, and on what.
+    """Stage 1: train a duo model under random routing.
 
     Args:
         out: folder for the model, its tokenizer, checkpoints and TensorBoard events.
         corpus: built-in corpora, or paths and globs of .txt, .jsonl and .parquet files.
-        model: folder of a model to go on from, with its tokenizer: a duo, or a Hugging Face causal language model,
-            which is converted; its own networks become the big ones. Unless given, a model is built from `backbone`.
-        backbone: a transformers configuration as a dictionary with `model_type`.
-        vocab_size: tokens of the byte-level BPE that is trained for a model built from `backbone`.
+        model: folder of a model to start from, with its tokenizer: a duo, or a Hugging Face causal language model. This
+            is converted, and its networks become the big ones. By default, a model is built from `backbone`.
+        backbone: a transformers configuration as a dictionary with `model_type`. Its `dtype` is the precision of the
+            saved model, by default bfloat16. A model from a folder keeps its precision.
+        vocab_size: number of tokens of the byte-level BPE for a model built from `backbone`.
         small_ratio: inner size of the big network divided by that of the small one (the paper: 16).
         window: tokens to predict per window.
         skip_share: share of decisions that skip (the paper: 0).
-        big_share: share of big among the others (the paper: 0.5); 1 trains a dense model, whose small networks stay
-            as they are.
-        trained: `all` weights, or only the `small` networks, beside a model that stays as it is (Duo-LLM, Fig. 8c).
-        evaluation_windows: windows of the router split on which all-big and all-small are followed.
-        training: options of transformers' TrainingArguments.
-        seed: of initialisation, order of the text and routes.
+        big_share: share of big in the other decisions (the paper: 0.5); 1 trains a dense model, and the small networks
+            do not change.
+        trained: `all` weights, or only those of the `small` networks (Duo-LLM, Fig. 8c).
+        evaluation_windows: windows of the router split for the losses of all-big and all-small during the training.
+        training: options of TrainingArguments of transformers.
+        seed: seed of initial weights, order of the text and routes.
     """
 
     out: str
@@ -56,4 +57,4 @@ class PretrainOptions:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1], not {getattr(self, name)}")
         if self.trained == "small" and self.model is None:
-            raise ValueError("trained 'small' leaves all else as it is: give the model to start from")
+            raise ValueError("trained 'small' changes nothing else: give the model to start from")

@@ -1,9 +1,9 @@
-"""DecoderStack: walks a Hugging Face decoder layer by layer, whatever its family.
+"""DecoderStack: runs a Hugging Face decoder of any family layer by layer.
 
-Two techniques make it model-agnostic. *Caught calls*: the model's own forward runs once with layers that
-only record how they were called (masks, position embeddings), and are then called one by one with that.
-*Bypassed FFN*: a bypassed `DuoFFN` adds nothing, so the layer's output is the residual stream after attention,
-and adding the chosen network's output completes the layer, for sequential and parallel residuals alike.
+It uses two techniques. *Recorded calls*: the model's forward runs once with layers that only record their arguments
+(masks, position embeddings). Then each layer is called with these arguments. *Bypassed FFN*: a bypassed `DuoFFN` adds
+nothing, so the layer's output is the residual stream after attention. Adding the output of the chosen network completes
+the layer. This works for sequential and for parallel residuals.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class DecoderStack:
     `embed`, then per layer `attend` and `complete`, then `logits`.
 
     Attributes:
-        family: where the decoder keeps its parts.
+        family: names of the decoder's parts.
         layers: the decoder's layers.
         ffns: their two networks.
     """
@@ -38,11 +38,11 @@ class DecoderStack:
         self._decoder = cast(nn.Module, backbone.base_model)
 
     def embed(self, input_ids: Tensor, positions: Tensor | None = None) -> tuple[Tensor, list[Arguments]]:
-        """What enters layer 0, (B, P, d), and how the model calls each layer.
+        """Input of layer 0, (B, P, d), and arguments of each layer.
 
         Args:
             input_ids: (B, P).
-            positions: (B, P), the tokens' positions; 0, 1, 2, ... unless given.
+            positions: (B, P), positions of the tokens; by default 0, 1, 2, ...
         """
         call = RecordedLayers(in_tuple=self.family.layer_returns_tuple)
         with calling(call):
@@ -58,16 +58,16 @@ class DecoderStack:
         return (output[0] if isinstance(output, tuple) else output), call.captured
 
     def complete(self, layer: int, residual: Tensor, ffn_output: Tensor) -> Tensor:
-        """What leaves the layer, (B, P, d): the FFN's output joins the residual stream."""
+        """Output of the layer, (B, P, d): the FFN's output is added to the residual stream."""
         return self.family.completed(self.layers[layer], residual, ffn_output)
 
     def normalized(self, hidden: Tensor) -> Tensor:
-        """The model's own final norm of a residual stream: (B, P, d) to (B, P, d)."""
+        """Apply the model's final norm to a residual stream: (B, P, d) to (B, P, d)."""
         with calling(GivenStream(hidden, in_tuple=self.family.layer_returns_tuple)):
             return self._decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
 
     def head(self, normalized: Tensor) -> Tensor:
-        """The model's own head on a normalised stream: (B, P, d) to (B, P, V)."""
+        """Apply the model's head to a normalized stream: (B, P, d) to (B, P, V)."""
         output = BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=normalized)
         with calling(GivenDecoderOutput(output)):
             return self.backbone(inputs_embeds=normalized, use_cache=False).logits
@@ -77,7 +77,7 @@ class DecoderStack:
         return self.head(self.normalized(hidden))
 
     def all_big(self, input_ids: Tensor) -> Tensor:
-        """The residual stream after an all-big walk, (B, T) to (B, T, d)."""
+        """The residual stream after an all-big pass, (B, T) to (B, T, d)."""
         hidden, arguments = self.embed(input_ids)
         with calling(None):
             for layer, ffn in enumerate(self.ffns):

@@ -11,10 +11,12 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text encodes, and decodes to itself.
+    """Train a byte-level BPE tokenizer; it encodes every text, and decoding gives the same text.
+
+    The end-of-text token is also the start and the padding.
 
     Args:
-        texts: what the merges are learned from.
+        texts: text from which the merges are learned.
         vocab_size: number of tokens, the 256 bytes and the end-of-text token included.
     """
     tokenizer = Tokenizer(models.BPE())
@@ -27,4 +29,5 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT)
+    one_for_all = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **one_for_all)

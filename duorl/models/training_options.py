@@ -1,4 +1,4 @@
-"""What stage 1 hands through to transformers' TrainingArguments, checked before anything is written."""
+"""Checks the options of stage 1 for TrainingArguments of transformers, before anything is written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
-# What the training decides itself, or what its model and its loss do not have.
+# Options that stage 1 sets itself, or that do not work with its model and loss.
 _OURS = {
     "output_dir": "give out",
     "resume_from_checkpoint": "give --resume",
@@ -33,11 +33,11 @@ def training_arguments(given: dict[str, Any], **defaults: Any) -> TrainingArgume
     """The arguments of a training.
 
     Args:
-        given: options that the user chose.
-        defaults: what holds where the user chose nothing, and `output_dir`.
+        given: options of the user.
+        defaults: values of options that the user did not set, and `output_dir`.
 
     Raises:
-        ValueError: an option is unknown, is stage 1's own, or has a value that cannot be; names it.
+        ValueError: an option is unknown, is set by stage 1, or has a bad value; the message names it.
     """
     kinds = get_type_hints(TrainingArguments)
     known = {field.name: field for field in fields(TrainingArguments)}
@@ -54,7 +54,7 @@ def training_arguments(given: dict[str, Any], **defaults: Any) -> TrainingArgume
     given = {name: value for name, value in given.items() if name not in _OURS}
     try:
         return TrainingArguments(**{**defaults, **given})
-    except Exception as error:  # of many kinds, for the options are
+    except Exception as error:  # transformers raises errors of many classes
         said = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
         raise ValueError(f"training: {said}") from error
 

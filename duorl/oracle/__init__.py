@@ -1,11 +1,11 @@
-"""The oracle: search over a token's routes (Duo-LLM, arXiv 2410.10846, stage 2).
+"""The oracle: it searches the best route of every token (Duo-LLM, arXiv 2410.10846, stage 2).
 
     table = exhaustive(model, tokens, context="reference", actions=("small", "big"))
     best = table.best(price=0.1)                     # (B, T), indices into table.routes
     table.loss(best).mean(), table.compute[best].mean()
 
-`exhaustive` is exact; one search answers every budget (`RouteTable`). `beam`, `descent` and `best_of_random` are for
-models whose routes cannot be enumerated, and `fixed_patterns` finds the best single route for all tokens.
+`exhaustive` is exact. The `RouteTable` of one search has the best routes for all budgets. `beam`, `descent` and
+`best_of_random` are for models with too many routes. `fixed_patterns` finds the best single route for all tokens.
 """
 
 import lazy_loader

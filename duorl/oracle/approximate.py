@@ -1,7 +1,7 @@
 """Approximate oracles, for models whose routes cannot be enumerated: beam search, coordinate descent, random routes.
 
-Each returns routes that exist, so the return it finds is a lower bound of the oracle's (its loss at price 0 an
-upper one); how far off it is on duo-tiny stands in docs/oracle.md.
+Each search returns one route per token. The return of these routes is a lower bound of the oracle's return, and their
+loss at price 0 is an upper bound of its loss. docs/oracle.md has the differences on duo-tiny.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ class Found:
     """A route for every token.
 
     Attributes:
-        method: what found them.
+        method: name of the search.
         context: `reference` or `routed`, see `exhaustive`.
         routes: (B, T, L) int64, action codes.
         losses: (B, T), nats.
         compute: (B, T), in [0, 1].
-        flops: what the search executed; the all-big pass that a token reads is not in it.
+        flops: FLOPs of the search, without the all-big pass whose keys and values the tokens read.
         seconds: wall time.
-        lower_bound: the oracle's return is at least this one's, and may be higher.
+        lower_bound: true: the oracle's return may be higher than that of these routes.
     """
 
     method: str
@@ -48,7 +48,7 @@ class Found:
 
 
 Strategy = Callable[[RoutedPass], tuple[Tensor, Tensor]]
-"""From a pass at its start, tokens (B, P), to routes (B, P, L) and losses (B, P)."""
+"""A search: from a pass at its start, tokens (B, P), to routes (B, P, L) and losses (B, P)."""
 
 
 def beam(
@@ -60,15 +60,15 @@ def beam(
     context: Literal["reference", "routed"] = "reference",
     actions: Sequence[str] = ("small", "big"),
 ) -> Found:
-    """Layer by layer keep each token's `width` most promising prefixes.
+    """Beam search: in each layer, keep the best `width` prefixes (routes so far) of each token.
 
-    A prefix is judged by the loss of what the head would predict from it, plus price * compute so far. With a width of
-    A^(L-1) it is the exhaustive search.
+    The score of a prefix is the loss of the prediction that the head makes from it, plus price * compute so far. With a
+    width of A^(L-1) this is the exhaustive search.
 
     Args:
         model: a duo model.
         tokens: (B, T+1).
-        width: prefixes kept per token.
+        width: number of prefixes kept per token.
         price: nats per all-big pass.
         context: `reference` or `routed`, see `exhaustive`.
         actions: names of the allowed actions.
@@ -112,13 +112,13 @@ def descent(
     context: Literal["reference", "routed"] = "reference",
     actions: Sequence[str] = ("small", "big"),
 ) -> Found:
-    """Coordinate descent: change one layer's action at a time where that pays, all other layers as they are.
+    """Coordinate descent: change one layer's action at a time, if this lowers loss + price * compute.
 
     Args:
         model: a duo model.
         tokens: (B, T+1).
-        start: L action codes from which every token starts: the best fixed pattern, see `fixed_patterns`.
-        rounds: sweeps over the layers; it ends early when no token changes.
+        start: L action codes with which every token starts, for example the best fixed pattern (`fixed_patterns`).
+        rounds: number of sweeps over the layers; the search ends early if no token changes.
         price: nats per all-big pass.
         context: `reference` or `routed`, see `exhaustive`.
         actions: names of the allowed actions.
@@ -155,7 +155,7 @@ def _descent(walk: RoutedPass, *, codes: Tensor, start: Tensor, rounds: int, pri
 
 
 def _complete(walk: RoutedPass, routes: Tensor, price: float) -> tuple[Tensor, Tensor]:
-    """Losses and costs, both (B, P), of a pass that follows routes (B, P, L) from where it stands."""
+    """Losses and costs, both (B, P), of a pass that follows routes (B, P, L) from its current layer."""
     while not walk.done:
         walk.step(routes[..., walk.layer])
     losses = walk.losses()
@@ -163,16 +163,16 @@ def _complete(walk: RoutedPass, routes: Tensor, price: float) -> tuple[Tensor, T
 
 
 def descent_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, *, rounds: int = 2) -> float:
-    """FLOPs of `descent` for one token, at most: every layer big, and no round that ends early.
+    """Maximum FLOPs of `descent` for one token: every layer is big, and no round ends early.
 
     Args:
         model: a duo model.
         actions: names of the A allowed actions.
-        positions: whose scores attention computes for the token.
-        rounds: sweeps over the layers.
+        positions: number of positions that the token attends to.
+        rounds: number of sweeps over the layers.
     """
     rest = completion_flops(model, actions, positions)
-    steps = rest[0] - model.flops.head  # of the pass from which the trials fork
+    steps = rest[0] - model.flops.head  # of the pass that the trials start from
     first = model.flops.attention(0, positions)
     return first + rest[0] + rounds * ((len(actions) - 1) * sum(rest) + steps)
 
@@ -187,13 +187,13 @@ def best_of_random(
     context: Literal["reference", "routed"] = "reference",
     actions: Sequence[str] = ("small", "big"),
 ) -> Found:
-    """Each token's best of `count` random routes, the same for all tokens (Duo-LLM, Fig. 4a).
+    """Take the best of `count` random routes for each token; all tokens try the same routes (Duo-LLM, Fig. 4a).
 
     Args:
         model: a duo model.
         tokens: (B, T+1).
-        count: routes drawn, uniformly and with replacement.
-        generator: of the draws.
+        count: number of routes, drawn uniformly and with replacement.
+        generator: draws the routes.
         price: nats per all-big pass.
         context: `reference` or `routed`, see `exhaustive`.
         actions: names of the allowed actions.
@@ -221,9 +221,9 @@ def _search(
     tokens: Tensor,
     context: Literal["reference", "routed"],
 ) -> Found:
-    """Run a strategy on all tokens: window by window in the reference context, token by token in the routed one."""
+    """Run a search on all tokens: window by window in the reference context, token by token in the routed one."""
     if context not in ("reference", "routed"):
-        raise ValueError(f"unknown context {context!r}: an approximate search knows reference and routed")
+        raise ValueError(f"unknown context {context!r}: an approximate search needs reference or routed")
     tokens, tally, started = tokens.to(model.device), Tally(), time.perf_counter()
     routes = torch.empty(*tokens[:, 1:].shape, model.num_layers, dtype=torch.int64, device=tokens.device)
     losses = torch.empty(routes.shape[:2], device=tokens.device)
@@ -241,7 +241,7 @@ def _search(
         else:
             at_once = states_within(MEMORY_LIMIT, model, len(tokens), losses.shape[1], 1)
             token_by_token(model, tokens, search, at_once=at_once, tally=tally)
-    routes, losses = routes.cpu(), losses.cpu()  # waits for an accelerator, so the clock is right
+    routes, losses = routes.cpu(), losses.cpu()  # waits for an accelerator, so that the time is right
     seconds = time.perf_counter() - started
     return Found(
         method, context, routes, losses, route_compute(model, routes.to(model.device)).cpu(), tally.flops, seconds

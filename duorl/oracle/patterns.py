@@ -1,8 +1,9 @@
-"""The best fixed pattern, one route for all tokens: by enumeration, by dynamic programming, or greedily.
+"""The best fixed pattern, one route for all tokens: by enumeration, dynamic programming or greedy search.
 
-The program follows AmoebaLLM (2024): S[l][k], the best pattern with k big layers among the first l and small ones after
-them, is the better of S[l-1][k] and S[l-1][k-1] with layer l big. It tries L (L + 1) / 2 patterns in place of 2^L. The
-greedy search orders the layers by what each of them loses alone, and tries of the order of L.
+The dynamic program follows AmoebaLLM (2024). S[l][k] is the best pattern with k big layers among the first l and small
+ones after them. It is the better of S[l-1][k] and S[l-1][k-1] with layer l big. It tries L (L + 1) / 2 patterns in
+place of 2^L. The greedy search orders the layers by the change of the loss if only this layer changes. It tries in the
+order of L patterns.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from duorl.oracle.search import all_routes, completion_flops, count_routes, rout
 from duorl.routed_pass import RoutedPass, along
 
 Budget = tuple[int, ...]
-"""Layers per action, by code of the allowed actions: (6, 2) is six small and two big."""
+"""Number of layers with each allowed action, in the order of codes: (6, 2) is six small and two big."""
 Route = tuple[int, ...]
 PatternMethod = Literal["enumeration", "program", "greedy"]
 
@@ -31,9 +32,9 @@ class FixedPattern:
     """One route for all tokens.
 
     Attributes:
-        budget: number of layers with each allowed action, cheapest first.
+        budget: number of layers with each allowed action, cheapest action first.
         route: L action codes.
-        loss: mean in nats over the windows it was chosen on, every token routed so.
+        loss: mean loss in nats of all tokens on this route, over the windows on which it was chosen.
         compute: in [0, 1].
     """
 
@@ -45,7 +46,7 @@ class FixedPattern:
 
 @torch.no_grad()
 def pattern_losses(model: DuoForCausalLM, windows: Tensor, routes: Tensor, *, batch: int = 16) -> Tensor:
-    """Mean loss in nats of deploying each pattern, (R,): the `uniform` context, shared prefixes walked once.
+    """Mean loss in nats of each pattern in the `uniform` context, (R,). Shared prefixes are computed once.
 
     Args:
         model: a duo model.
@@ -67,14 +68,14 @@ def fixed_patterns(
     actions: Sequence[str] = ("small", "big"),
     method: PatternMethod = "enumeration",
 ) -> list[FixedPattern]:
-    """The best pattern for every budget that was tried, the cheapest first.
+    """The best pattern for every budget that was tried, cheapest first.
 
     Args:
         model: a duo model.
-        windows: (W, T+1), the text to choose them on.
+        windows: (W, T+1), the text on which the patterns are chosen.
         actions: names of the allowed actions.
-        method: `enumeration` of all A^L, exact; or, for any depth, the dynamic `program` or the `greedy` search, which
-            with more than two actions does not try every budget.
+        method: `enumeration` tries all A^L patterns and is exact. The dynamic `program` and the `greedy` search work
+            for any depth. With more than two actions, `greedy` does not try every budget.
 
     Raises:
         ValueError: too many routes to enumerate, or an unknown method.
@@ -102,14 +103,14 @@ def search_patterns(
     method: PatternMethod,
     price: float = 0.0,
 ) -> dict[Route, float]:
-    """All patterns that a search tries which does not enumerate, and their losses in nats on the windows.
+    """All patterns that `program` or `greedy` tries, and their losses in nats on the windows.
 
     Args:
         model: a duo model.
         windows: (W, T+1).
         actions: names of the allowed actions.
         method: `program` or `greedy`.
-        price: nats per all-big pass; around the best pattern at this price the greedy search looks closer.
+        price: nats per all-big pass; the greedy search changes the best pattern at this price further.
 
     Raises:
         ValueError: an unknown method.
@@ -128,7 +129,7 @@ def search_patterns(
 
 
 def pattern_count(layers: int, actions: Sequence[str], method: PatternMethod) -> int:
-    """How many patterns a method tries, at most.
+    """Maximum number of patterns that a method tries.
 
     Raises:
         ValueError: an unknown action, or too many routes to enumerate.
@@ -136,37 +137,37 @@ def pattern_count(layers: int, actions: Sequence[str], method: PatternMethod) ->
     if method == "enumeration":
         return count_routes(layers, actions)
     dearer = len(action_ids(actions)) - 1
-    if method == "program":  # C(l + A - 1, A - 1) budgets are open before layer l
+    if method == "program":  # there are C(l + A - 1, A - 1) budgets before layer l
         return 1 + dearer * sum(comb(layer + dearer, dearer) for layer in range(layers))
     changes = (2 + _ROUNDS) * layers * dearer
     return 2 + changes + _greedy_others(layers, dearer)
 
 
 def _greedy_others(layers: int, dearer: int) -> int:
-    """Patterns of a greedy search that are not a known one with a single change: chains and swaps."""
+    """Number of patterns of the greedy search that come from chains and swaps, not from single changes."""
     chains = 2 * ((layers - 1) + (layers * dearer if dearer > 1 else 0))
     return chains + _SWAPS * (layers - 1)
 
 
 def patterns_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, method: PatternMethod) -> float:
-    """FLOPs of walking one token along all patterns that a method tries, about.
+    """Approximate FLOPs of one token on all patterns that a method tries.
 
     Args:
         model: a duo model.
         actions: names of the allowed actions.
-        positions: whose scores attention computes for the token.
+        positions: number of positions that the token attends to.
         method: see `pattern_count`.
     """
     layers, dearer = model.num_layers, len(action_ids(actions)) - 1
     if method != "greedy" or not dearer:
         return tree_flops(model, actions, positions, routes=pattern_count(layers, actions, method))
-    changes = (2 + _ROUNDS) * dearer * sum(completion_flops(model, actions, positions))  # they share what is before
+    changes = (2 + _ROUNDS) * dearer * sum(completion_flops(model, actions, positions))  # they share the layers before
     others = max(1, _greedy_others(layers, dearer))
     return changes + tree_flops(model, actions, positions, routes=others)
 
 
 class _Trials:
-    """The patterns that were tried, each once."""
+    """The patterns that were tried, each one once."""
 
     def __init__(self, model: DuoForCausalLM, windows: Tensor):
         self.model, self.windows = model, windows
@@ -204,11 +205,11 @@ def _program(trials: _Trials, codes: list[int]) -> None:
 
 
 _SWAPS = 4  # exchanges that the greedy search tries per budget
-_ROUNDS = 2  # of single changes around the best pattern
+_ROUNDS = 2  # rounds of single changes of the best pattern
 
 
 class _Greedy:
-    """Layers in the order of what they lose alone, seen from all-cheapest and from all-dearest, then small repairs."""
+    """The greedy search: orders layers by their damage, from all-cheapest and from all-dearest; then improves."""
 
     def __init__(self, trials: _Trials, codes: list[int]):
         self.trials, self.codes = trials, codes
@@ -216,7 +217,7 @@ class _Greedy:
         self.spent = trials.model.flops.compute[:, codes].double()  # (L, A)
 
     def search(self, price: float) -> None:
-        """Fill the trials."""
+        """Try the patterns; the results are in `trials`."""
         damages = [self._damage((code,) * self.layers) for code in (self.codes[0], self.codes[-1])]
         chains = [*map(self._chain, damages)]
         if len(self.codes) > 2:
@@ -226,17 +227,17 @@ class _Greedy:
         self._refine(price)
 
     def _damage(self, base: Route) -> Tensor:
-        """What taking another action in a single layer adds to the loss, (L, A)."""
+        """Change of the loss if one layer takes another action, (L, A)."""
         routes = [_changed(base, layer, code) for layer in range(self.layers) for code in self.codes]
         losses = torch.tensor(self.trials.losses([base, *routes]), dtype=torch.float64)
         return (losses[1:] - losses[0]).view(self.layers, -1)
 
     def _need(self, damage: Tensor) -> Tensor:
-        """What a layer loses without the dearest action, (L,)."""
+        """Increase of the loss if a layer does not take the dearest action, (L,)."""
         return damage[:, :-1].min(1).values - damage[:, -1]
 
     def _chain(self, damage: Tensor) -> list[Route]:
-        """By number of dearest layers: those that need it most, the rest at the best of the other actions."""
+        """For each number of dearest layers: layers with the largest need take it, the rest the best other action."""
         order = self._need(damage).argsort(descending=True)
         choice, chain = damage[:, :-1].argmin(1), []
         for layer in [None, *order.tolist()]:
@@ -246,7 +247,7 @@ class _Greedy:
         return chain
 
     def _hull(self, damage: Tensor) -> list[Route]:
-        """Were damages to add up: the best patterns at all prices, (layer by layer) from the highest price to 0."""
+        """The best patterns at all prices, from the highest to 0, if the damages of layers added up."""
         loss, spent = damage[:, :, None] - damage[:, None], self.spent[:, None] - self.spent[:, :, None]
         slopes = (loss / spent)[(loss > 0) & (spent > 0)].sort(descending=True).values
         prices = [slopes[:1] * 2, (slopes[:-1] + slopes[1:]) / 2, slopes[-1:] / 2]
@@ -257,7 +258,7 @@ class _Greedy:
         return tuple(self.codes[index] for index in choice.tolist())
 
     def _swap(self, damage: Tensor) -> None:
-        """In the best pattern per number of dearest layers exchange those that need it least for those outside."""
+        """In the best pattern per number of dearest layers, exchange layers of least need with others."""
         dearest, need = self.codes[-1], self._need(damage).tolist()
         best: dict[int, Route] = {}
         for route, loss in self.trials.found.items():
@@ -274,7 +275,7 @@ class _Greedy:
         return [_changed(_changed(route, into, dearest), out, route[into]) for out, into in pairs]
 
     def _refine(self, price: float) -> None:
-        """Single changes of the pattern that is best at the price, while they help."""
+        """Change single layers of the best pattern at the price, while this improves it."""
         tried, before = self.trials.found, None
         for _ in range(_ROUNDS):
             best = min(tried, key=lambda route: tried[route] + price * self._compute(route))

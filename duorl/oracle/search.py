@@ -1,7 +1,7 @@
-"""Exhaustive search: all A^L routes of every token, each shared prefix walked once.
+"""Exhaustive search: all A^L routes of every token, each shared prefix computed once.
 
-At layer l there are A^l states per token and each is expanded once, instead of A^L full passes: wide while it
-fits, then depth first.
+At layer l there are A^l states per token. Each is computed once, instead of A^L full passes. The search is breadth
+first while the states fit into the memory limit, then depth first.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.table import RouteTable, SearchContext, cheapest
 from duorl.routed_pass import RoutedPass, along, head_rows, remember
 
-_STATES_AT_ONCE = 4096  # token states at the widest; more do not run faster
+_STATES_AT_ONCE = 4096  # maximum of token states in one step; more do not run faster
 MOST_ROUTES = 2**16
 MEMORY_LIMIT = 2**32
-"""Bytes that a search may take unless told otherwise."""
+"""Default memory limit of a search, in bytes."""
 _FLOAT = 4  # bytes
 
 
@@ -54,14 +54,14 @@ def count_routes(layers: int, actions: Sequence[str]) -> int:
 
 
 def tree_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, *, routes: int | None = None) -> float:
-    """FLOPs of walking one token along all routes in closed form: sum_l A^l (attention_l + sum_a ffn_la) + A^L head.
+    """FLOPs of one token on all routes, in closed form: sum_l A^l (attention_l + sum_a ffn_la) + A^L head.
 
     Args:
         model: a duo model.
         actions: names of the A allowed actions.
-        positions: whose scores attention computes for the token.
-        routes: how many of the routes, R, are walked, all unless given: never more than R states are alive in a layer,
-            and no choice of R routes needs more than this (their networks' costs being the mean of the A).
+        positions: number of positions that the token attends to.
+        routes: number of routes, R; by default all. There are at most R states in a layer. Every choice of R routes
+            needs at most these FLOPs, if its networks have the mean cost of the A actions.
     """
     flops, codes = model.flops, action_ids(actions)
     count, total = len(codes), 0.0
@@ -74,12 +74,12 @@ def tree_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, 
 
 
 def completion_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float) -> list[float]:
-    """FLOPs of finishing one token's pass from each layer's decision on, at most: every layer takes the dearest action.
+    """Maximum FLOPs to complete one token's pass from each layer on: every layer takes the dearest action.
 
     Args:
         model: a duo model.
         actions: names of the allowed actions.
-        positions: whose scores attention computes for the token.
+        positions: number of positions that the token attends to.
     """
     flops, depth = model.flops, model.num_layers
     networks = flops.ffns[:, action_ids(actions).tolist()].max(1).values.tolist()
@@ -104,28 +104,28 @@ def exhaustive(
 
     - `reference`: those of an all-big pass. Tokens do not depend on each other, so the result is each token's optimum,
       and all tokens of a window are searched in parallel. Cost per token: `tree_flops` over T positions.
-    - `uniform`: those of the same route applied to every token, as a fixed pattern is deployed. A token's best route
-      here presumes that all tokens before it took that route too. Cost: as in `reference`.
-    - `routed`: those of the best routes (at `price`, among `allowed`) of the tokens before it, which are searched first
-      and committed, as in deployment. Windows are searched in parallel, the tokens of a window one after another,
-      so that few windows use the machine badly. The losses are those given the committed context; choosing
-      greedily, token by token, need not be best for the whole window. Cost: `tree_flops` over the positions up to
-      the token, and a pass along the committed route.
+    - `uniform`: those of the same route for every token, as when a fixed pattern is deployed. The best route of a token
+      then assumes that all tokens before it took this route too. Cost: as in `reference`.
+    - `routed`: those of the best routes (at `price`, among `allowed`) of the tokens before it, as in deployment. These
+      routes are searched first and then committed: later tokens read their keys and values. Windows are searched in
+      parallel, the tokens of a window one after another, so with few windows the search is slow. The choice is greedy,
+      token by token, so it may not be the best for the whole window. Cost: `tree_flops` over the positions up to the
+      token, and a pass along the committed route.
 
     Args:
         model: a duo model.
         tokens: (B, T+1).
         context: see above.
         actions: names of the allowed actions.
-        price: nats per all-big pass at which the `routed` context commits; the others do not use it.
-        allowed: (R,) or (T, R) bool, the routes (`all_routes`) that the `routed` context may commit; all unless given.
-        memory_limit: bytes for the result and everything that the search allocates beside it.
+        price: nats per all-big pass, for the choice of the committed routes in the `routed` context.
+        allowed: (R,) or (T, R) bool, the routes (`all_routes`) that the `routed` context may commit; by default all.
+        memory_limit: bytes for the result and for everything else that the search allocates.
 
     Returns:
         A table of R = A^L routes in counting order, the last layer's action varying fastest.
 
     Raises:
-        ValueError: unknown context or action, too many routes, or a memory limit under which nothing can be searched.
+        ValueError: unknown context or action, too many routes, or a memory limit that is too small.
     """
     if context not in get_args(SearchContext):
         raise ValueError(f"unknown context {context!r}: choose from {', '.join(get_args(SearchContext))}")
@@ -159,7 +159,7 @@ def _search_and_commit(
     at_once: int,
     tally: Tally,
 ) -> Tensor:
-    """Token by token fill in the losses (B, T, R), and choose the routes that later tokens read: (B, T) indices."""
+    """Fill in the losses (B, T, R) token by token; returns the committed routes, (B, T) indices."""
     committed = torch.empty_like(tokens[:, 1:])
 
     def search(walk: RoutedPass, rows: slice, position: int) -> Tensor:
@@ -174,13 +174,13 @@ def _search_and_commit(
 
 
 def fill(walk: RoutedPass, actions: Sequence[int], at_once: int, losses: Tensor) -> None:
-    """Write the losses of all completions of a pass, in counting order.
+    """Write the losses of all routes that complete a pass, in counting order.
 
     Args:
-        walk: with one branch, at any layer; it is used up.
-        actions: codes.
-        at_once: token states at the widest.
-        losses: (B, P, A^rest), written.
+        walk: a pass with one branch, at any layer; it cannot be used afterwards.
+        actions: action codes.
+        at_once: maximum of token states in one step.
+        losses: (B, P, A^rest), the result.
     """
     while not walk.done and walk.compute.numel() * len(actions) <= at_once:
         walk.branch(actions)
@@ -197,56 +197,56 @@ def token_by_token(
     at_once: int,
     tally: Tally,
 ) -> None:
-    """Search in the `routed` context: windows in parallel, each token given the committed routes before it.
+    """Search in the `routed` context: windows in parallel, each token after the committed routes before it.
 
     Args:
         model: a duo model.
         tokens: (B, T+1).
-        search: from a pass of some windows' tokens at one position, the windows' rows and the position, to the routes
-            (B', 1, L) to commit.
-        at_once: token states in flight.
-        tally: of the FLOPs.
+        search: a function from a pass of some windows' tokens at one position, the windows' rows and the position, to
+            the routes (B', 1, L) to commit.
+        at_once: maximum of token states in one step.
+        tally: counts the FLOPs.
     """
     length, size = tokens.shape[1] - 1, max(1, at_once // (tokens.shape[1] - 1))
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)
         windows = tokens[rows]
-        stored = remember(model, windows).stored  # makes room: every position is overwritten before it is read
+        stored = remember(model, windows).stored  # allocates memory: every position is overwritten before it is read
         for position in range(length):
             here = torch.full((len(windows), 1), position, device=tokens.device)
             reader, writer = (Memory(here, stored, mode, position + 1) for mode in ("read", "commit"))
             chosen = search(RoutedPass(model, windows, memory=reader, tally=tally), rows, position)
             walk = RoutedPass(model, windows, memory=writer, tally=tally)
-            while walk.layer < model.num_layers - 1:  # no later token needs what leaves the last layer
+            while walk.layer < model.num_layers - 1:  # no later token reads the output of the last layer
                 walk.step(chosen[..., walk.layer])
 
 
 def route_compute(model: DuoForCausalLM, routes: Tensor) -> Tensor:
-    """Compute of routes (..., L), (...)."""
+    """Compute of routes (..., L): shape (...)."""
     return model.action_compute[torch.arange(model.num_layers, device=routes.device), routes].sum(-1)
 
 
 def states_within(limit: int, model: DuoForCausalLM, count: int, length: int, routes: int) -> int:
-    """How many token states may be in flight under a memory limit in bytes: all of a window, or more while it pays.
+    """How many token states fit into a memory limit at the same time: at least those of one window.
 
-    Counted are the table, the stored keys and values, the head's logits, and per state what is alive at once: three
-    vectors for each depth of the search, and the working tensors of an FFN or an attention.
+    The count includes the table, the stored keys and values, the head's logits and, per state, three vectors for each
+    depth of the search and the working tensors of an FFN or an attention.
 
     Args:
-        limit: bytes.
+        limit: memory limit in bytes.
         model: a duo model.
         count: windows, B.
         length: tokens per window, T.
-        routes: of the table, R.
+        routes: number of routes in the table, R.
 
     Raises:
-        ValueError: not even one window's tokens fit.
+        ValueError: the tokens of one window do not fit.
     """
     config = model.config.backbone
     size, layers = model.hidden_size, model.num_layers
     scores = 4 * config.num_attention_heads * length
     working = max(4 * inner_size(config), 12 * size + scores)
-    stored = 2 * layers * model.flops.width  # keys and values of the tokens that are searched together
+    stored = 2 * layers * model.flops.width  # keys and values of the tokens in one search
     per_state = _FLOAT * (3 * size * (layers + 1) + working + stored)
     fixed = _FLOAT * (count * length * routes + 4 * config.vocab_size * head_rows(config.vocab_size, model.device))
     fits = (limit - fixed) // per_state

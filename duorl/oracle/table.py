@@ -1,4 +1,4 @@
-"""RouteTable: the loss of every token under every route, and what follows from it."""
+"""RouteTable: the loss of every token under every route, and the choice of routes from it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class RouteTable:
         losses: (B, T, R), nats.
         compute: (R,), in [0, 1].
         context: which keys and values the tokens read, see `exhaustive`.
-        flops: what the search executed; the all-big pass that a token reads is not in it.
-        committed: (B, T) indices into `routes`, in the `routed` context the routes whose keys and values later tokens
-            read; the losses are those given these routes. None in the others.
+        flops: FLOPs of the search, without the all-big pass whose keys and values the tokens read.
+        committed: (B, T) indices into `routes`: in the `routed` context, the routes whose keys and values later tokens
+            read. The losses hold for these routes. None in the other contexts.
     """
 
     routes: Tensor
@@ -35,42 +35,42 @@ class RouteTable:
     committed: Tensor | None = None
 
     def best(self, price: float = 0.0, *, allowed: Tensor | None = None) -> Tensor:
-        """Each token's best route: the maximum of gain - price * compute.
+        """Choose the best route of each token: the maximum of gain - price * compute.
 
         Args:
             price: nats per all-big pass.
-            allowed: bool, the routes to choose among, (R,), or (T, R) for a budget that changes along the sequence;
-                all unless given. See `with_big`, `within`.
+            allowed: bool, the routes to choose from: (R,), or (T, R) for a budget that changes along the sequence. By
+                default all. See `with_big`, `within`.
 
         Returns:
             Shape (B, T), indices into `routes`.
 
         Raises:
-            ValueError: somewhere no route is allowed.
+            ValueError: for some position no route is allowed.
         """
-        return cheapest(self.losses + price * self.compute, allowed)
+        return torch.cat([cheapest(losses + price * self.compute, allowed) for losses in self.losses.split(1)])
 
     def fixed_ranking(self, price: float = 0.0, *, allowed: Tensor | None = None) -> Tensor:
-        """All routes, the best one for all tokens together first: (R,) indices; those not allowed come last.
+        """Sort all routes by their mean return over all tokens, best first: (R,) indices. Forbidden routes are last.
 
         Raises:
-            ValueError: a budget that changes along the sequence, (T, R), which no fixed route can keep.
+            ValueError: `allowed` has shape (T, R); a fixed route cannot keep a budget that changes along the sequence.
         """
         if allowed is not None and allowed.ndim > 1:
             raise ValueError("one route for all tokens has one budget: give `allowed` of shape (R,)")
         return _among(self.losses.mean((0, 1)) + price * self.compute, allowed).argsort()
 
     def best_fixed(self, price: float = 0.0, *, allowed: Tensor | None = None) -> int:
-        """The one route that is best for all tokens together (the paper's best fixed pattern), as an index.
+        """Index of the route with the best mean return over all tokens (the paper's best fixed pattern).
 
-        In the `uniform` context its loss is that of deploying it.
+        In the `uniform` context, its loss is that in deployment.
         """
         return int(self.fixed_ranking(price, allowed=allowed)[0])
 
     def best_of_random(
         self, count: int, *, generator: torch.Generator, price: float = 0.0, allowed: Tensor | None = None
     ) -> Tensor:
-        """Each token's best among `count` routes drawn for all tokens (Duo-LLM, Fig. 4a), out of those allowed, (R,).
+        """Best of `count` random allowed routes for each token; all tokens try the same (Duo-LLM, Fig. 4a).
 
         Returns:
             Shape (B, T), indices into `routes`.
@@ -81,11 +81,11 @@ class RouteTable:
         return self.best(price, allowed=drawn.to(self.routes.device))
 
     def with_big(self, count: int | Tensor, *, at_most: bool = False) -> Tensor:
-        """Which routes have exactly (or at most) `count` big layers, for `allowed`.
+        """Which routes have exactly (or at most) `count` big layers; to be used as `allowed`.
 
         Args:
             count: a number, or (T,), one per position: a budget that falls or rises along the sequence (Fig. 4c).
-            at_most: allow fewer.
+            at_most: also allow fewer.
 
         Returns:
             Bool, (R,), or (T, R) for (T,).
@@ -95,24 +95,24 @@ class RouteTable:
         return big <= count if at_most else big == count
 
     def within(self, compute: float | Tensor) -> Tensor:
-        """Which routes spend at most `compute`, a number or (T,), in [0, 1]: bool, (R,) or (T, R), for `allowed`."""
+        """Which routes have at most `compute`, a number or (T,), in [0, 1]; bool (R,) or (T, R), for `allowed`."""
         return self.compute <= _per_position(compute).to(self.compute.device) + 1e-6  # compute is a sum of floats
 
     def frontier(self) -> Frontier:
-        """The least mean loss at every mean compute: each token chooses at a common price, for all prices at once.
+        """The smallest mean loss at every mean compute: each token chooses its best route at each price.
 
-        A token's choices as the price falls are the corners of the lower convex hull of its (compute, loss) points;
-        between two corners the price equals the slope. Sorting all tokens' slopes gives the curve of means.
+        As the price falls, a token's choices are the corners of the lower convex hull of its (compute, loss) points.
+        Between two corners, the price equals the slope. The sorted slopes of all tokens give the curve of means.
         """
         levels, group = self.compute.double().mul(1e6).round().unique(return_inverse=True)  # equal up to rounding
         levels = levels / 1e6
-        losses = self.losses.flatten(0, 1).double()  # (N, R)
-        least = losses.new_full((len(losses), len(levels)), torch.inf)
-        least.scatter_reduce_(1, group.expand_as(losses), losses, "amin")
-        return _frontier_of(levels.cpu(), least.cpu())
+        least = self.losses.new_full((*self.losses.shape[:2], len(levels)), torch.inf)
+        for window, losses in zip(least, self.losses, strict=True):  # no second table beside this one
+            window.scatter_reduce_(1, group.expand_as(losses), losses, "amin")
+        return _frontier_of(levels.cpu(), least.flatten(0, 1).double().cpu())
 
     def by_budget(self) -> list[dict[str, float]]:
-        """Per possible number of big layers: mean loss and compute of the oracle and of the best fixed route.
+        """For each number of big layers: mean loss and compute of the oracle and of the best fixed route.
 
         Returns:
             Rows with `big`, `loss`, `compute`, `fixed_loss`, `fixed_compute` (Duo-LLM, Fig. 4b).
@@ -133,11 +133,11 @@ class RouteTable:
         return rows
 
     def loss(self, index: Tensor) -> Tensor:
-        """The losses of chosen routes: index (B, T) into `routes`, result (B, T), nats."""
+        """Losses of chosen routes: from indices (B, T) into `routes` to (B, T) nats."""
         return self.losses.gather(-1, index[..., None]).squeeze(-1)
 
     def index_of(self, routes: Tensor) -> Tensor:
-        """Where routes (..., L) stand in the table: (...), int64.
+        """Indices of routes (..., L) in the table: (...), int64.
 
         Raises:
             ValueError: a route is not in the table.
@@ -147,16 +147,16 @@ class RouteTable:
         ordered, order = (self.routes * place).sum(-1).sort()
         found = order[torch.searchsorted(ordered, (routes * place).sum(-1)).clamp(max=len(order) - 1)]
         if not torch.equal(self.routes[found], routes):
-            raise ValueError("a route takes an action that the table was not searched with")
+            raise ValueError("a route has an action that this table was not searched with")
         return found
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """A convex curve of mean loss against mean compute, from the cheapest routes to the best at any cost.
+    """A convex curve of mean loss against mean compute, from the cheapest routes to those with the lowest loss.
 
     Attributes:
-        price: (M,), falling: point i is optimal for prices from `price[i]` (the first: from infinity) down to the next.
+        price: (M,), falling: point i is optimal for prices from `price[i]` (infinity for the first) down to the next.
         compute: (M,), rising, in [0, 1].
         loss: (M,), falling, nats.
     """
@@ -167,8 +167,8 @@ class Frontier:
 
 
 def _frontier_of(levels: Tensor, least: Tensor) -> Frontier:
-    """Levels (C,) of compute, and each token's least loss at each, (N, C)."""
-    corner = least.argmin(1)  # walk down each token's hull from its best point; all tokens at once
+    """The frontier from levels of compute (C,) and the smallest loss of each token at each level (N, C)."""
+    corner = least.argmin(1)  # follow each token's hull from its best point; all tokens in parallel
     slopes, saved, lost = [], [], []
     while (corner > 0).any():
         here = least.gather(1, corner[:, None])
@@ -201,13 +201,13 @@ def _sorted_frontier(
 
 
 def _per_position(limit: float | Tensor) -> Tensor:
-    """A number as it is; one per position, (T,), as (T, 1), to be compared with (R,)."""
+    """Shape a limit for comparison with (R,): a number stays a number, (T,) becomes (T, 1)."""
     limit = torch.as_tensor(limit)
     return limit[..., None] if limit.ndim else limit
 
 
 def cheapest(cost: Tensor, allowed: Tensor | None = None) -> Tensor:
-    """Index of the least cost (..., R) among the allowed, (R,) or (T, R): (...)."""
+    """Index of the smallest cost (..., R) among the allowed routes, (R,) or (T, R): (...)."""
     return _among(cost, allowed).argmin(-1)
 
 

@@ -1,6 +1,6 @@
 """The study of Duo-LLM (arXiv 2410.10846), figure by figure, on any duo model.
 
-`study` measures and leaves numbers, `pictures` draws them, `claims` sets them beside what the paper says.
+`study` measures the numbers, `pictures` draws them, `claims` compares them with the claims of the paper.
 """
 
 import lazy_loader

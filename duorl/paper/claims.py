@@ -1,23 +1,38 @@
-"""The paper's claims beside what was measured here, agreeing or not.
+"""The claims of the paper, compared with our measurements.
 
 A claim *agrees* where the 95 % interval lies on the claimed side, *disagrees* where it lies on the other side, and is
-*open* where it includes the border. What the border is stands in the measured sentence.
+*open* where it includes the border. What the border is stands in the measured sentence. A table
+of many claims has many chances to be wrong: Holm's procedure says which verdicts hold for all claims together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from math import comb
-from typing import Any
+from math import comb, inf
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from scipy.stats import t
 
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.evaluation.statistics import Statistic, estimate, holm
 
 Numbers = dict[str, Any]
 Interval = Sequence[float]
+
+
+class Verdict(NamedTuple):
+    """What an interval says of a border.
+
+    Attributes:
+        name: `agrees`, `disagrees` or `open`.
+        margin: how far the border lies from the value, in half-widths of the 95 % interval; 0 where it is open.
+    """
+
+    name: str
+    margin: float
 
 
 @dataclass(frozen=True)
@@ -25,25 +40,45 @@ class Claim:
     """One claim of the paper and its measurement on one text.
 
     Attributes:
-        figure: the paper's.
-        paper: what it says.
-        text: what it was measured on.
-        measured: what was found, with intervals.
-        verdict: `agrees`, `disagrees` or `open`.
+        figure: figure of the paper.
+        paper: the claim.
+        text: text of the measurement.
+        measured: the measurement, with intervals.
+        verdict: `agrees`, `disagrees` or `open`, by its own interval.
+        holds: with 95 % confidence for all verdicts of the table together.
     """
 
     figure: str
     paper: str
     text: str
     measured: str
-    verdict: str
+    verdict: Verdict
+    holds: bool = False
+
+    @property
+    def said(self) -> str:
+        """The verdict, marked where it holds."""
+        return self.verdict.name + "^" * self.holds
 
 
 def claims(figures: Mapping[str, Numbers]) -> list[Claim]:
-    """All claims that the given figures bear on."""
+    """All claims about the given figures."""
     found = [*_oracle_claims(figures), *_schedule_claims(figures), *_pattern_claims(figures)]
     found += [*_router_claims(figures), *_difficulty_claims(figures), *_scaling_claims(figures)]
+    held = holm([_p(claim.verdict, _freedom(figures, claim.text)) for claim in found])
+    found = [replace(claim, holds=holds) for claim, holds in zip(found, held, strict=True)]
     return sorted(found, key=lambda claim: claim.figure)  # a stable sort: claims of one figure stay together
+
+
+def _p(verdict: Verdict, freedom: float) -> float:
+    """Two-sided, of a value at the border: the interval is symmetric, and its half-width a t quantile's."""
+    return float(2 * t.sf(verdict.margin * t.isf(0.025, freedom), freedom))
+
+
+def _freedom(figures: Mapping[str, Numbers], text: str) -> float:
+    found = figures["4b"]["texts"][text]
+    windows = torch.zeros(len(found["reference"]["oracle"][0]["windows"]))
+    return estimate(windows, torch.tensor(found["files"]) if "files" in found else None).freedom
 
 
 def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> str:
@@ -51,23 +86,25 @@ def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> 
 
     Args:
         figures: numbers by the figure's name.
-        model: its name.
-        command: what made the numbers.
+        model: name of the model.
+        command: the command that made the numbers.
     """
     found = claims(figures)
-    counts = ", ".join(f"{sum(c.verdict == verdict for c in found)} {verdict}" for verdict in VERDICTS)
+    known = all("files" in found for found in figures["4b"]["texts"].values())
+    counts = ", ".join(f"{sum(c.verdict.name == verdict for c in found)} {verdict}" for verdict in VERDICTS)
     lines = [
         f"# The claims of Duo-LLM on {model}",
         "",
         f"    {command}",
         "",
-        "Losses in nats per token, on held-out text, in the reference context unless said. In brackets 95 % bootstrap",
-        "intervals over windows. The verdict is read off the interval: *open* where it includes the border.",
+        "Losses in nats per token, on held-out text, in the reference context unless said. In brackets 95 % intervals",
+        f"over {'files' if known else 'windows'}. The verdict is read off the interval: *open* where it includes the",
+        "border. ^ it holds with 95 % confidence for all verdicts of the table together (Holm).",
         f"The paper has 12 layers; its budgets stand for the same shares of the layers here. {counts}.",
         "",
         "| figure | the paper | text | measured here | verdict |",
         "|---|---|---|---|---|",
-        *(f"| {c.figure} | {c.paper} | {c.text} | {c.measured} | {c.verdict} |" for c in found),
+        *(f"| {c.figure} | {c.paper} | {c.text} | {c.measured} | {c.said} |" for c in found),
     ]
     return "\n".join(lines) + "\n"
 
@@ -75,44 +112,56 @@ def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> 
 VERDICTS = ("agrees", "disagrees", "open")
 
 
-def _verdict(interval: Interval, *, above: float | None = None, below: float | None = None) -> str:
+def _verdict(interval: Interval, *, above: float | None = None, below: float | None = None) -> Verdict:
     """Whether an interval lies above (or below) a border."""
-    low, high = interval if above is not None else (-interval[1], -interval[0])
-    border = above if above is not None else -(below or 0.0)
-    if low > border:
-        return "agrees"
-    return "disagrees" if high < border else "open"
+    low, high = interval
+    border = above if above is not None else (below or 0.0)
+    if not low <= border <= high:
+        half = (high - low) / 2
+        margin = abs((low + high) / 2 - border) / half if half > 0 else inf
+        return Verdict("agrees" if (low > border) == (above is not None) else "disagrees", margin)
+    return Verdict("open", 0.0)
 
 
-def _within(interval: Interval, border: float) -> str:
+def _within(interval: Interval, border: float) -> Verdict:
     """Whether an interval lies within a border on both sides of 0."""
     return _all([_verdict(interval, above=-border), _verdict(interval, below=border)])
 
 
-def _all(verdicts: Sequence[str]) -> str:
-    """A claim about several numbers: it disagrees where one does, and agrees where all do."""
-    if not verdicts:
-        return "open"
-    for verdict in ("disagrees", "open"):
-        if verdict in verdicts:
-            return verdict
-    return "agrees"
+def _all(verdicts: Sequence[Verdict]) -> Verdict:
+    """The verdict on several numbers: it disagrees if one does, and agrees if all do."""
+    for name in ("disagrees", "open"):
+        if found := [verdict for verdict in verdicts if verdict.name == name]:
+            return min(found, key=lambda verdict: verdict.margin)
+    return min(verdicts, key=lambda verdict: verdict.margin, default=Verdict("open", 0.0))
 
 
-def _steps(points: Sequence[Numbers]) -> tuple[str, str]:
+def _steps(points: Sequence[Numbers], files: Sequence[int] | None) -> tuple[str, Verdict]:
     """Whether each point's loss is below that of the one before."""
-    steps = [_difference(later, earlier) for earlier, later in pairwise(points)]
+    steps = [
+        _estimated([later, earlier], files, lambda means: means[0] - means[1]) for earlier, later in pairwise(points)
+    ]
     verdicts = [_verdict(step["mean_interval"], below=0) for step in steps]
     compute = ", ".join(f"{point['compute']:.2f}" for point in points)
     listed = ", ".join(f"{step['mean']:+.3f}" for step in steps)
-    counts = f"{verdicts.count('agrees')} of {len(verdicts)} intervals below 0, {verdicts.count('disagrees')} above"
+    names = [verdict.name for verdict in verdicts]
+    counts = f"{names.count('agrees')} of {len(names)} intervals below 0, {names.count('disagrees')} above"
     return f"routed context, compute {compute}; each loss minus the one before: {listed}; {counts}", _all(verdicts)
 
 
-def _difference(one: Numbers, other: Numbers) -> Numbers:
-    """Of two points' windows, paired."""
-    values = torch.tensor(one["windows"]) - torch.tensor(other["windows"])
-    return {"mean": values.mean().item(), "mean_interval": bootstrap_interval(values)}
+def _estimated(points: Sequence[Numbers], files: Sequence[int] | None, statistic: Statistic) -> Numbers:
+    """A statistic of several points' losses, and its interval; a choice among the points is a part of it."""
+    windows = torch.tensor([point["windows"] for point in points])
+    found = estimate(windows[None], None if files is None else torch.tensor(files), statistic=statistic)
+    return {"mean": found.value, "mean_interval": found.interval}
+
+
+def _best_minus(end: int) -> Statistic:
+    return lambda means: means.min() - means[end]
+
+
+def _best_among(here: np.ndarray) -> Statistic:
+    return lambda means: means[here].min() - means[~here].min()
 
 
 def _number(values: Numbers, key: str = "mean") -> str:
@@ -137,15 +186,16 @@ def _oracle_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
     for text, found in figures["4b"]["texts"].items():
         curve, half = found["reference"]["oracle"], figures["4b"]["layers"] / 2
         best = min(curve, key=lambda point: point["loss"])
-        arms = [_difference(best, end) for end in (curve[0], curve[-1])]
-        bent = _all([_verdict(arm["mean_interval"], below=0) for arm in arms])
+        middle = np.array([abs(point["big"] - half) <= 1 for point in curve])
+        arms = [_estimated(curve, found.get("files"), _best_minus(end)) for end in (0, -1)]
+        lead = _estimated(curve, found.get("files"), _best_among(middle))
         yield Claim(
             "4b",
             "the oracle's loss is a U over the budget, best at half of the layers",
             text,
-            f"best at {best['big']} of {figures['4b']['layers']} big (half: within one layer); there minus no big "
-            f"layer {_number(arms[0])}, minus all-big {_number(arms[1])}",
-            bent if abs(best["big"] - half) <= 1 else "disagrees",
+            f"best at {best['big']} of {figures['4b']['layers']} big; there minus no big layer {_number(arms[0])}, "
+            f"minus all-big {_number(arms[1])}; best within one layer of half minus best elsewhere {_number(lead)}",
+            _all([_verdict(one["mean_interval"], below=0) for one in (*arms, lead)]),
         )
         yield Claim(
             "4b",
@@ -188,7 +238,8 @@ def _pattern_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
     for text, found in figures["2d"]["texts"].items():
         shares = found["per_layer"]
         layer = min(range(len(shares["mean"])), key=lambda index: shares["mean"][index])
-        low, high = (1 - share for share in reversed(shares["mean_interval"][layer]))
+        kept = [1 - share for share in reversed(shares["mean_interval"][layer])]  # of older files: without the choice
+        low, high = found["most_skipped"]["mean_interval"] if "most_skipped" in found else kept
         yield Claim(
             "2d",
             "with skip, some layers are almost always skipped",
@@ -231,7 +282,8 @@ def _router_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             ("fixed", "the best fixed pattern improves with every big layer"),
             ("soft", "the learned router improves with its budget"),
         ):
-            measured, verdict = _steps(sorted(curves[kind], key=lambda point: point["compute"]))
+            points = sorted(curves[kind], key=lambda point: point["compute"])
+            measured, verdict = _steps(points, found.get("files"))
             yield Claim("4b", said, text, measured, verdict)
     for favour, key in (("late layers", "lateness"), ("early tokens", "early_tokens")):
         for text, found in figures["3b"]["texts"].items():

@@ -1,10 +1,10 @@
-"""A duo against dense models of its FLOPs, and against small networks added to a frozen big model (Duo-LLM, Fig. 8).
+"""Compares a duo with dense models of the same FLOPs and with small networks beside a frozen model (Duo-LLM, Fig. 8).
 
-One recipe trains them all, each from scratch but the last:
+One recipe trains all models, each from scratch except the last:
 
 - `duo`: both networks, under random routing;
-- `dense-N`: one network of inner size N in every layer, as many FLOPs as the duo spends with a share of big;
-- `frozen`: small networks, trained beside the dense model of big's size, which stays as it is.
+- `dense-N`: one network of inner size N in every layer, with the FLOPs of a duo with some share of big;
+- `frozen`: small networks beside the dense model of big's size, which does not change.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerBase
 
 from duorl.checks import require_positive
-from duorl.corpus import load_windows
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.corpus import Windows, read_windows
+from duorl.evaluation.statistics import estimate
 from duorl.models import DuoForCausalLM, load, load_tokenizer
 from duorl.models.families import inner_size, inner_size_name
 from duorl.models.pretrain import Pretraining, backbone_config, random_routes
@@ -32,16 +32,16 @@ from duorl.models.recipe import PretrainOptions
 
 @dataclass(frozen=True)
 class DenseOptions:
-    """Train a duo, and dense models of its FLOPs with the same recipe, and measure them on held-out text.
+    """Train a duo and dense models of the same FLOPs with one recipe, and measure them on held-out text.
 
     Args:
         recipe: stage 1 of the duo: options of `duorl pretrain`, or a YAML file of them. The folder in it is not used.
-        shares: shares of big at which the duo is measured, each against a dense model of equal FLOPs.
-        texts: what they are measured on: built-in corpora, or paths and globs; several in one joined by ", ".
-        windows: windows of each text's evaluation split.
-        processes: trainings side by side; the machine's cores are divided among them.
-        seed: of the routes in the measurement.
-        out: folder for the models and dense.json; the first free `runs/dense-N` unless given.
+        shares: shares of big for which the duo is measured, each with a dense model of equal FLOPs.
+        texts: texts of the measurement: built-in corpora, or paths and globs; ", " joins several into one.
+        windows: number of windows of each text's evaluation split.
+        processes: number of trainings at the same time; they share the machine's cores.
+        seed: seed of the routes in the measurement.
+        out: folder for the models and dense.json; by default the first free `runs/dense-N`.
     """
 
     recipe: PretrainOptions
@@ -61,14 +61,14 @@ class DenseOptions:
 def plan(recipe: PretrainOptions, shares: Sequence[float], folder: Path) -> dict[str, PretrainOptions]:
     """The trainings by name; `frozen` is the last and starts from the dense model of big's size.
 
-    An inner size of small + share * (big - small) has the FLOPs of a duo with that share of big, for
-    a network's FLOPs are proportional to it.
+    An inner size of small + share * (big - small) has the FLOPs of a duo with that share of big, because the FLOPs of a
+    network are proportional to its inner size.
 
     Raises:
         ValueError: the recipe starts from a model, so the duo would not be trained from scratch.
     """
     if recipe.model is not None:
-        raise ValueError("the recipe must build its model from `backbone`: all are trained from scratch")
+        raise ValueError("the recipe must build its model from `backbone`: all models are trained from scratch")
     sizes = [dense_size(recipe, share) for share in shares]
     full = dense_size(recipe, 1.0)
     jobs = {"duo": recipe}
@@ -79,7 +79,7 @@ def plan(recipe: PretrainOptions, shares: Sequence[float], folder: Path) -> dict
 
 
 def dense_size(recipe: PretrainOptions, share: float) -> int:
-    """Inner size of the dense network with the FLOPs of a duo that takes big in a share of the decisions."""
+    """Inner size of the dense network with the FLOPs of a duo with a share of big decisions."""
     big = inner_size(backbone_config(recipe.backbone))
     small = max(1, big // recipe.small_ratio)
     return round(small + share * (big - small))
@@ -95,7 +95,7 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
     Returns:
         Rows with `text`, `model`, `big_share`, `tokens`, `loss` (nats), `accuracy` (of the likeliest next token), and
         for the duo and the frozen one `rival` with the paired differences to it: the dense model of equal FLOPs,
-        and the duo. Each number has its 95 % bootstrap interval over windows beside it.
+        and the duo. Each number has its 95 % interval over files beside it.
     """
     tokenizer = load_tokenizer(folder / "duo")
     dense = {share: f"dense-{dense_size(options.recipe, share)}" for share in options.shares}
@@ -103,36 +103,42 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
     rows = []
     for text in options.texts:
         windows = evaluation_windows(text, tokenizer, options)
-        score = partial(_score, windows=windows, seed=options.seed)
+        score = partial(_score, windows=windows.tokens, seed=options.seed)
         scores = {(name, share): score(models[name], 1.0) for share, name in dense.items()}
         for name in ("duo", "frozen"):
             scores |= {(name, share): score(models[name], share) for share in options.shares}
         for (name, share), found in scores.items():
-            row = {"text": text, "model": name, "big_share": share, "tokens": windows[:, 1:].numel()}
+            row = {"text": text, "model": name, "big_share": share, "tokens": windows.tokens[:, 1:].numel()}
             rival = {"duo": dense[share], "frozen": "duo"}.get(name)
-            rows.append({**row, **_summary(found), **_against(rival, found, scores.get((rival or "", share)))})
+            rows.append(
+                {
+                    **row,
+                    **_summary(found, windows.files),
+                    **_against(rival, found, scores.get((rival or "", share)), windows.files),
+                }
+            )
     return rows
 
 
-def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, options: DenseOptions) -> Tensor:
-    """What the models are measured on, (W, T+1); errors as for `load_windows`."""
-    found = load_windows(text.split(", "), tokenizer, split="evaluation", length=options.recipe.window)
-    return found[: options.windows]
+def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, options: DenseOptions) -> Windows:
+    """Windows of the measurement; errors as for `load_windows`."""
+    found = read_windows(text.split(", "), tokenizer, split="evaluation", length=options.recipe.window)
+    return Windows(found.tokens[: options.windows], found.files[: options.windows])
 
 
 def find(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
-    """The rows of a kept dense.json about some texts.
+    """The rows about some texts in a dense.json.
 
     Args:
-        place: the file or its folder; that beside the model unless given.
-        model: the model's folder.
-        texts: as the rows name them.
+        place: the file or its folder; by default the one in the model's folder.
+        model: folder of the model.
+        texts: names of the texts in the rows.
 
     Returns:
-        The rows; none where no place is given and the model has none.
+        The rows; empty if no place is given and the model's folder has no dense.json.
 
     Raises:
-        FileNotFoundError: there is none at the place given.
+        FileNotFoundError: there is no dense.json at the place.
         ValueError: it has no rows about one of the texts.
     """
     path = Path(place) if place is not None else model / "dense.json"
@@ -149,12 +155,12 @@ def find(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str,
 
 
 def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[dict[str, Any]]:
-    """The whole study in a minute, on models so small and so little trained that only the machinery is shown.
+    """The whole study in a minute, with very small models and very short trainings; only to show that it works.
 
     Args:
-        folder: for the models.
+        folder: folder for the models.
         texts: sources by name; the models are trained on all of them.
-        seed: of initialisation, order and routes.
+        seed: seed of initial weights, order and routes.
     """
     sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2}
     schedule = {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 5}
@@ -178,7 +184,7 @@ def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[d
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as a table: accuracy and loss, and the accuracy's paired difference to the rival."""
+    """The rows as a table: accuracy, loss, and the paired difference of the accuracy to the rival."""
     lines = [
         "| text | model | share of big | accuracy | loss | accuracy minus its rival's |",
         "|---|---|---:|---:|---:|---|",
@@ -200,7 +206,7 @@ def _difference(rival: Mapping[str, Any] | None) -> str:
 
 @torch.no_grad()
 def _score(model: DuoForCausalLM, share: float, *, windows: Tensor, seed: int) -> dict[str, Tensor]:
-    """Per window mean loss and accuracy, both (W,), with a random share of the decisions on big."""
+    """Mean loss and accuracy of each window, both (W,), with a random share of big decisions."""
     generator, parts = torch.Generator().manual_seed(seed), []
     for tokens in windows.split(16):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -211,12 +217,15 @@ def _score(model: DuoForCausalLM, share: float, *, windows: Tensor, seed: int) -
     return dict(zip(("loss", "accuracy"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 
-def _against(rival: str | None, found: dict[str, Tensor], other: dict[str, Tensor] | None) -> dict[str, Any]:
+def _against(
+    rival: str | None, found: dict[str, Tensor], other: dict[str, Tensor] | None, files: Tensor
+) -> dict[str, Any]:
     if other is None:
         return {}
-    return {"rival": {"model": rival, **_summary({name: found[name] - other[name] for name in found})}}
+    return {"rival": {"model": rival, **_summary({name: found[name] - other[name] for name in found}, files)}}
 
 
-def _summary(values: dict[str, Tensor]) -> dict[str, Any]:
-    means = {name: per_window.mean().item() for name, per_window in values.items()}
-    return means | {f"{name}_interval": bootstrap_interval(per_window) for name, per_window in values.items()}
+def _summary(values: dict[str, Tensor], files: Tensor) -> dict[str, Any]:
+    found = {name: estimate(per_window, files) for name, per_window in values.items()}
+    means = {name: one.value for name, one in found.items()}
+    return means | {f"{name}_interval": one.interval for name, one in found.items()}

@@ -1,4 +1,4 @@
-"""What the study computes of routes and losses, and Figure 8 out of the dense models' rows: pure functions."""
+"""Measures of routes and losses, and Figure 8 from the rows of dense models: pure functions."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Numbers = dict[str, Any]
 
 
 def scaling(rows: Sequence[Numbers], texts: Mapping[str, str]) -> dict[str, Numbers]:
-    """Figures 8 a to c out of the rows of `duorl.paper.dense`.
+    """Figures 8 a to c from the rows of `duorl.paper.dense`.
 
     Args:
         rows: see `duorl.paper.dense.measure_all`.
-        texts: the rows' texts by the names that the figures give them; the first is 8a's, the second 8b's. A text that
-            no row is about is left out.
+        texts: texts of the rows, by their names in the figures; the first is 8a's, the second 8b's. A text without rows
+            is left out.
     """
 
     def points(text: str, model: str) -> list[Numbers]:
@@ -42,17 +42,17 @@ def scaling(rows: Sequence[Numbers], texts: Mapping[str, str]) -> dict[str, Numb
 
 
 STUDIED = (*(f"{number}{letter}" for number in "23" for letter in "abcd"), "4a", "4b", "4c", "5", "6", "7")
-"""The figures that a study measures; the 8th is `duorl.paper.dense`'s."""
+"""The figures that a study measures; the 8th is in `duorl.paper.dense`."""
 
 
 def on_cpu(table: RouteTable) -> RouteTable:
-    """The same table, off the accelerator."""
+    """The same table on the CPU."""
     tensors: dict[str, Any] = {name: value.cpu() for name, value in vars(table).items() if isinstance(value, Tensor)}
     return replace(table, **tensors)
 
 
 def lateness(chosen: Tensor) -> Tensor:
-    """Mean layer of the big ones, counted from the middle; positive is late: chosen (W, T, L) to (W,)."""
+    """Mean layer of the big decisions minus the middle layer; positive is late: chosen (W, T, L) to (W,)."""
     layer = torch.arange(chosen.shape[2]) - (chosen.shape[2] - 1) / 2
     return (chosen * layer).sum((1, 2)) / chosen.sum((1, 2)).clamp(min=1)
 
@@ -64,13 +64,13 @@ def quarters(chosen: Tensor) -> Tensor:
 
 
 def early_exits(routes: Tensor) -> Tensor:
-    """Which routes stop early: once a layer is skipped, all later ones are. Routes (..., L) to (...) bool."""
+    """Which routes are early exits: after the first skip, all layers skip. Routes (..., L) to (...) bool."""
     skipped = (routes == SKIP).long()
     return (skipped.diff(dim=-1) >= 0).all(-1)
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
-    """Spearman's correlation within each window, equal values sharing the mean of their ranks: (W, T) to (W,)."""
+    """Spearman's correlation in each window; equal values have the mean of their ranks: (W, T) to (W,)."""
     from scipy.stats import rankdata
 
     ranks = [torch.from_numpy(rankdata(values.cpu().numpy(), axis=1)) for values in (x, y)]
@@ -79,7 +79,7 @@ def rank_correlation(x: Tensor, y: Tensor) -> Tensor:
 
 
 def top_overlap(x: Tensor, y: Tensor) -> Tensor:
-    """Share of each window's tenth with the largest x that is also in its tenth with the largest y, (W, T) to (W,)."""
+    """Of the tenth of tokens with the largest x, the share that is in the tenth with the largest y, (W, T) to (W,)."""
     count = max(1, x.shape[1] // 10)
     tops = [torch.zeros_like(values).scatter(1, values.topk(count).indices, 1.0) for values in (x, y)]
     return (tops[0] * tops[1]).sum(1) / count

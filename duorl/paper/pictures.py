@@ -28,7 +28,7 @@ def draw(figures: Mapping[str, Numbers], folder: Path) -> None:
 
     Args:
         figures: numbers by the figure's name: `2a` ... `8c`.
-        folder: exists.
+        folder: an existing folder.
     """
     for name, numbers in figures.items():
         write_json(folder / f"figure-{name}.json", numbers)
@@ -98,12 +98,13 @@ def _curves(numbers: Numbers) -> Figure:
 
 
 def around(point: Numbers, value: str, difference: str) -> list[float]:
-    """The interval of a paired difference, moved to the value that it belongs to."""
-    return [point[value] + bound - point[difference] for bound in point[f"{difference}_interval"]]
+    """The interval of a paired difference, shifted to its value; without an interval, the value alone."""
+    interval = point[f"{difference}_interval"] or [point[difference]] * 2
+    return [point[value] + bound - point[difference] for bound in interval]
 
 
 def line(axis: Axes, xs: Sequence[float], points: Sequence[Numbers], key: str, style: str, label: str) -> None:
-    """Means with their interval as a band."""
+    """Draw means, with their intervals as a band."""
     drawn = axis.plot(xs, [point[key] for point in points], style, label=label, markersize=4)
     low, high = zip(*(point[f"{key}_interval"] for point in points), strict=True)
     axis.fill_between(xs, low, high, alpha=0.12, lw=0, color=drawn[0].get_color())
@@ -140,7 +141,7 @@ def _difficulty(numbers: Numbers) -> Figure:
 
 
 def shown(token: str) -> str:
-    """A token as a label: white space made visible, and no mathematics for matplotlib to typeset."""
+    """A token as a label, with visible white space and without formulas for matplotlib."""
     return token.replace("\n", "\\n").replace(" ", "\u00b7").replace("$", "\\$")
 
 
@@ -159,7 +160,7 @@ _COLUMNS_OF_TEXT, _LINES_OF_TEXT = 116, 30
 
 
 def _write(axis: Axes, tokens: Sequence[Numbers], key: str) -> None:
-    """Text in monospace, each token on its own colour, broken like the original."""
+    """Write text in monospace, each token on its colour, with the line breaks of the original."""
     axis.set(xlim=(0, _COLUMNS_OF_TEXT), ylim=(_LINES_OF_TEXT, 0))
     axis.axis("off")
     colors, column, at = plt.get_cmap("OrRd"), 0, 0.5

@@ -1,4 +1,4 @@
-"""How much of the study is measured and trained."""
+"""The size of the study: numbers of windows, patterns and trainings."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from duorl.checks import require_positive
 
 @dataclass(frozen=True)
 class StudySize:
-    """How much is measured and trained.
+    """The size of the study.
 
     Args:
-        windows: windows of each text's evaluation split that are searched exhaustively.
-        pattern_windows: windows of the router split on which fixed patterns are chosen.
-        random_patterns: random patterns in Fig. 4a (the paper: 100).
-        big: numbers of big layers that the soft router is trained for, besides the paper's three; all unless given.
-        prices: nats per all-big pass at which this project's routers are trained.
-        resamples: bootstrap resamples of windows for the 95 % intervals.
+        windows: number of windows of each text's evaluation split that are searched exhaustively.
+        pattern_windows: number of windows of the router split on which fixed patterns are ranked.
+        final_windows: number of windows of the router split on which the best patterns are measured again.
+        random_patterns: number of random patterns in Fig. 4a (the paper: 100).
+        big: numbers of big layers for which the soft router is trained, beside the paper's three; by default all.
+        prices: prices for the training of DuoRL's agents, nats per all-big pass.
     """
 
     windows: int = 32
     pattern_windows: int = 32
+    final_windows: int = 128
     random_patterns: int = 100
     big: tuple[int, ...] | None = None
     prices: tuple[float, ...] = (0.1, 0.3, 0.6)
-    resamples: int = 2000
 
     @classmethod
     def quick(cls) -> StudySize:
-        """Minutes in place of a quarter of an hour, and wide intervals."""
-        return cls(windows=8, pattern_windows=8, big=(1,), prices=(0.3,), resamples=500)
+        """A size for a run of minutes, with wide intervals."""
+        return cls(windows=8, pattern_windows=8, final_windows=32, big=(1,), prices=(0.3,))
 
     def __post_init__(self) -> None:
         if self.windows < 2:
@@ -39,5 +39,5 @@ class StudySize:
             raise ValueError(f"prices must be at least one, each at least 0, not {list(self.prices)}")
         if self.big is not None and any(count < 1 for count in self.big):
             raise ValueError(f"big must be numbers of layers from 1 on, not {list(self.big)}")
-        counts = ("windows", "pattern_windows", "random_patterns", "resamples")
+        counts = ("windows", "pattern_windows", "final_windows", "random_patterns")
         require_positive(**{name: getattr(self, name) for name in counts})

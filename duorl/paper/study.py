@@ -1,8 +1,9 @@
-"""What every figure of the paper shows, measured: numbers in, no pictures.
+"""Measures the numbers of every figure of the paper, without pictures.
 
-The paper's 12 layers are L here, and its budgets of 4, 6 and 8 big layers a third, a half and two thirds of L. Oracle
-and learned routers are compared in the `reference` context, on the same tokens, unless a number says `routed`; the
-paper does not name its context. Patterns and routers come from the router split, all numbers from the evaluation split.
+The paper's model has 12 layers, and its budgets are 4, 6 and 8 big layers. Here there are L layers, and the budgets are
+a third, a half and two thirds of L. Oracle and learned routers are compared in the `reference` context, on the same
+tokens, unless a number says `routed`. The paper does not name its context. Patterns and routers are from the router
+split, all numbers from the evaluation split.
 """
 
 from __future__ import annotations
@@ -12,16 +13,20 @@ from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from duorl.corpus import Windows
 from duorl.costs import ACTIONS, BIG
+from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.difficulty import token_difficulty, token_names
 from duorl.evaluation.measure import Measurement, measure
-from duorl.evaluation.statistics import bootstrap_interval
+from duorl.evaluation.options import EvaluationOptions
+from duorl.evaluation.statistics import Statistic, estimate
 from duorl.models import DuoForCausalLM
-from duorl.oracle import RouteTable, exhaustive, fixed_patterns
+from duorl.oracle import RouteTable, exhaustive
 from duorl.oracle.search import MOST_ROUTES
 from duorl.paper.measures import early_exits, lateness, on_cpu, quarters, rank_correlation, top_overlap
 from duorl.paper.size import StudySize
@@ -30,18 +35,18 @@ from duorl.routers import PatternRouter, Router
 
 Numbers = dict[str, Any]
 Learner = Callable[[float], Router]
-"""Trains a router of this project at a price; the study itself knows no reinforcement learning."""
+"""Trains one of DuoRL's routers at a price; the study has no reinforcement learning itself."""
 SoftLearner = Callable[[float, Sequence[str]], Router]
-"""Trains the paper's router to a budget, a mean compute, with some actions."""
+"""Trains the paper's router for a mean compute, with some actions."""
 
 
 _BATCH = 16
 _SHOWN_TOKENS = 48
-_SMALL_PRICE = 0.01  # between routes of the same loss the cheaper one is shown
+_SMALL_PRICE = 0.01  # so that of routes with the same loss the cheaper one is shown
 
 
 class _Measured(NamedTuple):
-    """One point of a curve: mean number of big layers, mean compute, and the windows' mean losses, (W,)."""
+    """One point of a curve: mean number of big layers, mean compute, and mean loss of each window, (W,)."""
 
     big: float
     compute: float
@@ -54,13 +59,13 @@ class Study:
     Args:
         model: a frozen duo model whose routes can be enumerated.
         tokenizer: its tokenizer.
-        training: (W, T+1) of the router split, all texts together: patterns are chosen and routers trained on it.
-        texts: evaluation windows (W, T+1) by the text's name.
-        learners: this project's routers by name.
-        soft: trains the paper's learned router to a budget.
+        training: (W, T+1) of the router split, all texts together, for the choice of patterns and the training.
+        texts: evaluation windows by the text's name.
+        learners: trainings of DuoRL's routers, by name.
+        soft: trains the paper's soft router for a budget.
         size: see `StudySize`.
-        seed: of everything random.
-        progress: told what comes next.
+        seed: seed of all random generators.
+        progress: called with the next step.
     """
 
     def __init__(
@@ -68,7 +73,7 @@ class Study:
         model: DuoForCausalLM,
         tokenizer: PreTrainedTokenizerBase,
         training: Tensor,
-        texts: Mapping[str, Tensor],
+        texts: Mapping[str, Windows],
         *,
         learners: Mapping[str, Learner],
         soft: SoftLearner,
@@ -77,13 +82,14 @@ class Study:
         progress: Callable[[str], None] = lambda note: None,
     ):
         self.model, self.tokenizer, self.training = model, tokenizer, training
-        self.texts = {name: windows[: size.windows] for name, windows in texts.items()}
+        self.texts = {name: windows.tokens[: size.windows] for name, windows in texts.items()}
+        self.files = {name: windows.files[: size.windows] for name, windows in texts.items()}
         self.learners, self.soft, self.size, self.seed = learners, soft, size, seed
         self.progress = progress
         self.depth = model.num_layers
 
     def run(self) -> dict[str, Numbers]:
-        """The numbers of all figures but the 8th (`duorl.paper.dense`), by the figure's name: `2a`, ..., `7`."""
+        """The numbers of all figures except the 8th (`duorl.paper.dense`), by the figure's name: `2a`, ..., `7`."""
         figures: dict[str, Numbers] = {}
         for letter, big in zip("abc", self.budgets, strict=True):
             self.progress(f"heat maps, {big} of {self.depth} big")
@@ -109,14 +115,15 @@ class Study:
 
     @cached_property
     def tables(self) -> dict[str, RouteTable]:
-        """All routes of all tokens over small and big, in the reference context."""
+        """The search of all routes with small and big, in the reference context."""
         return {name: on_cpu(exhaustive(self.model, windows)) for name, windows in self.texts.items()}
 
     @cached_property
     def patterns(self) -> dict[int, list[int]]:
-        """The best fixed pattern for each number of big layers, chosen on the router split."""
-        found = fixed_patterns(self.model, self.training[: self.size.pattern_windows])
-        return {pattern.budget[1]: pattern.route for pattern in found}
+        """The best fixed pattern for each number of big layers, chosen on the router split in two rounds."""
+        rounds = EvaluationOptions(fixed_windows=self.size.pattern_windows, final_windows=self.size.final_windows)
+        more: dict[str, Any] = {"method": "enumeration", "actions": ("small", "big"), "price": 0.0, "options": rounds}
+        return Baseline(self.model, self.training, **more).per_big()
 
     # Figures 2 and 3
 
@@ -129,16 +136,16 @@ class Study:
         return {name: self._in_reference(router, name).routes for name in self.texts}
 
     def _heat_maps(self, router: str, big: int, routes: Mapping[str, Tensor]) -> Numbers:
-        """Share of big per layer and position, where in depth the big ones stand, and where in the sequence."""
+        """Share of big per layer and position, and the mean places of big in depth and in the sequence."""
         texts = {}
         for name, found in routes.items():
             chosen = (found == BIG).float()  # (W, T, L)
             texts[name] = {
                 "share_of_big": chosen.mean(0).T.tolist(),
-                "per_layer": self._with_interval(chosen.mean(1)),
-                "mean_share": self._with_interval(chosen.mean((1, 2))),
-                "lateness": self._with_interval(lateness(chosen)),
-                "early_tokens": self._with_interval(quarters(chosen)),
+                "per_layer": self._with_interval(name, chosen.mean(1)),
+                "mean_share": self._with_interval(name, chosen.mean((1, 2))),
+                "lateness": self._with_interval(name, lateness(chosen)),
+                "early_tokens": self._with_interval(name, quarters(chosen)),
             }
         return {"router": router, "context": "reference", "big": big, "layers": self.depth, "texts": texts}
 
@@ -153,14 +160,16 @@ class Study:
         oracle = self._heat_maps("oracle, big or skip", big, routes)
         for name, found in routes.items():
             exits = early_exits(found).float().mean(1)
-            oracle["texts"][name]["early_exits"] = self._with_interval(exits)
+            skipped = (found != BIG).float().mean(1)
+            oracle["texts"][name]["early_exits"] = self._with_interval(name, exits)
+            oracle["texts"][name]["most_skipped"] = self._with_interval(name, skipped, statistic=np.max)
         learned = self._router_routes(self._soft(big, actions=actions))
         return {"2d": oracle, "3d": self._heat_maps("soft router, big or skip", big, learned)}
 
     # Figure 4
 
     def random_patterns(self) -> Numbers:
-        """Random patterns with half of the layers big, each for all tokens, against the oracle (Fig. 4a)."""
+        """Random patterns (each for all tokens) with half of the layers big, and the oracle (Fig. 4a)."""
         big, generator = self.budgets[1], torch.Generator().manual_seed(self.seed)
         texts = {}
         for name, table in self.tables.items():
@@ -168,41 +177,40 @@ class Study:
             drawn = allowed.nonzero()[:, 0].cpu()
             drawn = drawn[torch.randint(len(drawn), (self.size.random_patterns,), generator=generator)]
             patterns = table.losses[..., drawn.unique()].mean(1)  # (W, patterns)
-            lucky = patterns[:, patterns.mean(0).argmin()]
             fixed = table.losses[..., table.index_of(torch.tensor(self.patterns[big]))].mean(1)
             oracle = table.loss(table.best(allowed=allowed)).mean(1)
             soft = self._in_reference(self._soft(big), name)
             texts[name] = {
                 "patterns": patterns.mean(0).tolist(),
-                "best_random": self._with_interval(lucky),
-                "best_fixed": self._with_interval(fixed),
-                "oracle": self._with_interval(oracle),
-                "soft": self._with_interval(soft.loss.mean(1)),
+                "best_random": self._with_interval(name, patterns, statistic=np.min),
+                "best_fixed": self._with_interval(name, fixed),
+                "oracle": self._with_interval(name, oracle),
+                "soft": self._with_interval(name, soft.loss.mean(1)),
                 "soft_compute": soft.compute.mean().item(),
-                "best_random_minus_oracle": self._with_interval(lucky - oracle),
-                "fixed_minus_oracle": self._with_interval(fixed - oracle),
-                "soft_minus_fixed": self._with_interval(self._against_fixed(name, soft)),
+                "best_random_minus_oracle": self._with_interval(name, patterns - oracle[:, None], statistic=np.min),
+                "fixed_minus_oracle": self._with_interval(name, fixed - oracle),
+                "soft_minus_fixed": self._against_fixed(name, soft),
             }
         return {"context": "reference", "big": big, "layers": self.depth, "texts": texts}
 
-    def _against_fixed(self, name: str, measured: Measurement) -> Tensor:
-        """(W,), loss minus that of the fixed patterns at the same compute, interpolated between their budgets."""
+    def _against_fixed(self, name: str, measured: Measurement) -> Numbers:
+        """Loss minus that of the fixed patterns at the same compute (interpolated between budgets)."""
         table = self.tables[name]
         index = table.index_of(torch.tensor([self.patterns[big] for big in sorted(self.patterns)]))
-        losses, compute = table.losses[..., index].mean(1), table.compute[index]  # (W, L + 1), (L + 1,)
-        spent = measured.compute.mean()
-        above = int((compute < spent).sum().clamp(1, len(compute) - 1))
-        share = ((spent - compute[above - 1]) / (compute[above] - compute[above - 1])).clamp(0, 1)
-        return measured.loss.mean(1) - losses[:, above - 1].lerp(losses[:, above], share)
+        losses, compute = table.losses[..., index].mean(1), table.compute[index].numpy()  # (W, L + 1), (L + 1,)
+        columns = torch.cat([measured.loss.mean(1)[:, None], measured.compute.mean(1)[:, None], losses], 1)
+        return self._with_interval(
+            name, columns, statistic=lambda means: means[0] - np.interp(means[1], compute, means[2:])
+        )
 
     def curves(self) -> Numbers:
-        """Loss against the number of big layers: oracle, fixed patterns, soft router, and ours (Fig. 4b)."""
+        """Loss against the number of big layers: oracle, fixed patterns, soft router, DuoRL's agents (Fig. 4b)."""
         routers = {"soft": [self._soft(big) for big in self._soft_budgets]}
         for learner in self.learners:
             routers[learner] = [self._learned(learner, price) for price in self.size.prices]
         texts: dict[str, Numbers] = {}
         for name, windows in self.texts.items():
-            texts[name] = {"tokens": windows[:, 1:].numel()}
+            texts[name] = {"tokens": windows[:, 1:].numel(), "files": self.files[name].tolist()}
             for context, all_big, curves in (
                 ("reference", self._all_big(name), self._oracle_and_fixed(name)),
                 ("routed", self._all_big(name), self._routed_oracle_and_fixed(name)),
@@ -210,7 +218,7 @@ class Study:
                 run = self._in_reference if context == "reference" else self._routed
                 curves |= {kind: [self._measured(run(one, name)) for one in found] for kind, found in routers.items()}
                 texts[name][context] = {
-                    kind: [self._point(point, all_big) for point in points] for kind, points in curves.items()
+                    kind: [self._point(name, point, all_big) for point in points] for kind, points in curves.items()
                 }
         return {"layers": self.depth, "prices": list(self.size.prices), "texts": texts}
 
@@ -220,7 +228,7 @@ class Study:
         return sorted({*self.budgets, *more})
 
     def _all_big(self, name: str) -> Tensor:
-        """(W,), the same in both contexts: there is nothing else to read."""
+        """Losses of all-big, (W,); they are the same in both contexts."""
         table = self.tables[name]
         return table.losses[..., table.index_of(torch.full((self.depth,), BIG))].mean(1)
 
@@ -233,7 +241,7 @@ class Study:
         return {"oracle": oracle, "fixed": fixed}
 
     def _routed_oracle_and_fixed(self, name: str) -> dict[str, list[_Measured]]:
-        """The oracle that commits its routes, for the paper's budgets and for one big layer; all fixed patterns."""
+        """The oracle in the routed context, for the paper's budgets and for one big layer; all fixed patterns."""
         oracle = []
         for big in sorted({1, *self.budgets}):
             allowed = self.tables[name].with_big(big)
@@ -252,13 +260,15 @@ class Study:
         big = (measured.routes == BIG).float().mean().item() * self.depth
         return _Measured(big, measured.compute.mean().item(), measured.loss.mean(1))
 
-    def _point(self, found: _Measured, all_big: Tensor) -> Numbers:
-        """A point of a curve; intervals are of the paired difference to all-big, for windows differ far more."""
+    def _point(self, name: str, found: _Measured, all_big: Tensor) -> Numbers:
+        """A point of a curve; the interval is that of the paired difference to all-big, which varies less."""
         point = {"big": found.big, "compute": found.compute, "loss": found.loss.mean().item()}
-        return point | self._with_interval(found.loss - all_big, "minus_all_big") | {"windows": found.loss.tolist()}
+        return (
+            point | self._with_interval(name, found.loss - all_big, "minus_all_big") | {"windows": found.loss.tolist()}
+        )
 
     def schedules(self) -> Numbers:
-        """A budget that falls or rises along the sequence against a constant one of the same mean (Fig. 4c)."""
+        """A budget that falls or rises along the sequence, and a constant one with the same mean (Fig. 4c)."""
         middle, spread = self.budgets[0], max(1, round(self.depth / 6))
         texts: dict[str, Numbers] = {}
         for name, table in self.tables.items():
@@ -270,8 +280,8 @@ class Study:
                 kind: {
                     "big": budgets[kind].tolist(),
                     "mean_big": budgets[kind].float().mean().item(),
-                    **self._with_interval(loss, "loss"),
-                    **self._with_interval(loss - losses["constant"], "minus_constant"),
+                    **self._with_interval(name, loss, "loss"),
+                    **self._with_interval(name, loss - losses["constant"], "minus_constant"),
                 }
                 for kind, loss in losses.items()
             }
@@ -294,13 +304,13 @@ class Study:
             )
             texts[name] = {
                 "tokens": [row._asdict() for row in rows if row.window == 0],
-                "rank_correlation": self._with_interval(rank_correlation(small, hard)),
-                "overlap_of_top_tenths": self._with_interval(top_overlap(small, hard)),
+                "rank_correlation": self._with_interval(name, rank_correlation(small, hard)),
+                "overlap_of_top_tenths": self._with_interval(name, top_overlap(small, hard)),
             }
         return {"context": "reference", "texts": texts}
 
     def coloured_text(self) -> Numbers:
-        """Two windows of each text, to be coloured by loss and by difficulty (Fig. 6)."""
+        """Two windows of each text, for colours by loss and by difficulty (Fig. 6)."""
         texts = {}
         for name, windows in self.texts.items():
             table = self.tables[name]
@@ -310,10 +320,10 @@ class Study:
         return {"context": "reference", "texts": texts}
 
     def single_routes(self) -> Numbers:
-        """Routes of one sequence of each text: the oracle over three actions, the soft router, ours (Fig. 7).
+        """Routes of one sequence of each text: oracle with three actions, soft router, DuoRL's agents (Fig. 7).
 
-        The routers' are those of the routed context, in which they are deployed; the oracle's of the reference context.
-        Where three actions are too many to enumerate the oracle has two.
+        Routes of routers are from the routed context (deployment), those of the oracle from the reference context. If
+        three actions give too many routes, the oracle has two.
         """
         texts = {}
         actions = ACTIONS if len(ACTIONS) ** self.depth <= MOST_ROUTES else ("small", "big")
@@ -366,10 +376,13 @@ class Study:
     def _routed(self, router: Router, name: str) -> Measurement:
         return measure(self.model, router, self.texts[name], batch=_BATCH)
 
-    def _with_interval(self, values: Tensor, name: str = "mean") -> Numbers:
-        """Mean over windows of (W,) or (W, n), with its 95 % bootstrap interval."""
-        if values.ndim == 1:
-            low_high = bootstrap_interval(values, resamples=self.size.resamples)
-            return {name: values.mean().item(), f"{name}_interval": low_high}
-        columns = [self._with_interval(column, name) for column in values.T]
+    def _with_interval(
+        self, text: str, values: Tensor, name: str = "mean", statistic: Statistic | None = None
+    ) -> Numbers:
+        """Mean of (W,), or of each column of (W, n), or a statistic of all columns' means, with its interval."""
+        if values.ndim == 1 or statistic is not None:
+            values = values if statistic is None else values.T[None]
+            found = estimate(values, self.files[text], statistic=statistic)
+            return {name: found.value, f"{name}_interval": found.interval}
+        columns = [self._with_interval(text, column, name) for column in values.T]
         return {key: [column[key] for column in columns] for key in columns[0]}

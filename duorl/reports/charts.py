@@ -1,4 +1,4 @@
-"""What the report's pages are made of: plotly charts, coloured text, and the page around them."""
+"""Parts of the report's pages: plotly charts, coloured text, and the page itself."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ _ACTION_SCALE = [
 
 
 def chart(figure: Figure) -> str:
-    """A plotly figure as a piece of a page that holds plotly's script."""
+    """A plotly figure as HTML, for a page with plotly's script."""
     return figure.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False})
 
 
 def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], x: str) -> Figure:
-    """Layer x position matrices with values in [0, 1], one shown at a time."""
+    """Matrices (layer x position) with values in [0, 1]; a menu chooses one."""
     figure = Figure()
     for place, matrix in enumerate(maps.values()):
         figure.add_heatmap(z=matrix, zmin=0, zmax=1, colorscale="Viridis", visible=place == 0)
@@ -50,7 +50,7 @@ def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], x: str) -> Figure:
 
 
 def route_maps(routes: Mapping[str, Sequence[Sequence[int]]], tokens: Sequence[str]) -> Figure:
-    """Action codes by layer and token, (L, T), one router shown at a time; the token is in the hover text."""
+    """Action codes by layer and token, (L, T); a menu chooses the router. The hover text has the token."""
     figure = Figure()
     for place, matrix in enumerate(routes.values()):
         hover = [[f"{escape(repr(t))}: {ACTIONS[a]}" for t, a in zip(tokens, row, strict=True)] for row in matrix]
@@ -69,7 +69,7 @@ def route_maps(routes: Mapping[str, Sequence[Sequence[int]]], tokens: Sequence[s
 
 
 def choice(figure: Figure, names: Sequence[str], traces_each: int) -> None:
-    """A menu that shows one name's traces at a time."""
+    """Add a menu that shows the traces of one name."""
     buttons = [
         {
             "label": name,
@@ -82,13 +82,13 @@ def choice(figure: Figure, names: Sequence[str], traces_each: int) -> None:
 
 
 def axes(figure: Figure, x: str, y: str) -> Figure:
-    """The pages' common look, and the names of the axes."""
+    """Set the common style of charts and the names of the axes."""
     figure.update_layout(template="plotly_white", margin={"l": 60, "r": 20, "t": 50, "b": 50}, height=420)
     return figure.update_xaxes(title=x).update_yaxes(title=y)
 
 
 def coloured_text(rows: Sequence[Numbers], key: str) -> str:
-    """Tokens on a colour from white to dark red for `key` in nats, 6 and more; the numbers are in the tooltips."""
+    """Tokens with a colour for `key`, from white (0 nats) to dark red (6 nats or more); tooltips have the numbers."""
     scale, spans = colormaps["OrRd"], []
     for row in rows:
         red, green, blue = (round(255 * part) for part in scale(min(max(row[key], 0) / 6, 1))[:3])
@@ -103,12 +103,12 @@ def both_colourings(rows: Sequence[Numbers]) -> str:
     """The same text twice: by the loss under all-small, and by difficulty (Duo-LLM, Fig. 6)."""
     return (
         f"<h3>(a) coloured by the loss under all-small</h3>{coloured_text(rows, 'all_small')}"
-        f"<h3>(b) coloured by difficulty, what compute can still remove</h3>{coloured_text(rows, 'difficulty')}"
+        f"<h3>(b) coloured by difficulty (reference loss - oracle loss)</h3>{coloured_text(rows, 'difficulty')}"
     )
 
 
 def document(title: str, settings: Numbers, parts: Sequence[str], *, charts: bool = True) -> str:
-    """A whole page: how to repeat the run, its parts, its configuration; with plotly's script where it has charts."""
+    """A whole page: command, parts, configuration; with plotly's script if it has charts."""
     script = f"<script>{get_plotlyjs()}</script>" if charts else ""
     config = escape(
         yaml.safe_dump({key: value for key, value in settings.items() if key != "command"}, sort_keys=False)
@@ -116,13 +116,13 @@ def document(title: str, settings: Numbers, parts: Sequence[str], *, charts: boo
     return (
         f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
         f"<link rel='icon' href='data:,'><style>{_STYLE}</style>{script}</head><body><h1>{escape(title)}</h1>"
-        f"<p>Repeat it with</p><pre id='command'>{escape(settings['command'])}</pre>{''.join(parts)}"
+        f"<p>Command of this run:</p><pre id='command'>{escape(settings['command'])}</pre>{''.join(parts)}"
         f"<h2>Configuration</h2><pre>{config}</pre></body></html>"
     )
 
 
 def column(points: Sequence[Numbers], key: str) -> list[float]:
-    """One number of every point."""
+    """One value of every point."""
     return [point[key] for point in points]
 
 

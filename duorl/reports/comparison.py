@@ -24,7 +24,7 @@ from duorl.reports.charts import (
     heat_maps,
     route_maps,
 )
-from duorl.reports.figures import BOUNDS, bound_of
+from duorl.reports.figures import BOUNDS, HOLM, bound_of
 
 _ACTION_COLORS = dict(zip(ACTIONS, ("#cccccc", "#1f77b4", "#ff7f0e"), strict=True))
 
@@ -93,21 +93,26 @@ def _comparison_table(comparison: Comparison) -> str:
     rows = []
     for row in comparison.rows:
         cells = "".join(
-            "<td></td>" if row[key] is None else _cell(row[key], row[f"{key}_interval"], key) for key in _COLUMNS
+            _cell(row[key], row[f"{key}_interval"], key, holds=row.get(f"{key}_holds", False)) for key in _COLUMNS
         )
         rows.append(f"<tr><td>{escape(row['router'])}{'*' if row['sees_label'] else ''}</td>{cells}</tr>")
     head = "".join(f"<th>{title}</th>" for title in ("router", *_COLUMNS.values()))
     note = (
-        "Routed context; regret and agreement in the reference context. Below each number its 95 % bootstrap interval "
-        f"over windows. * sees the label: a bound, not a rival. {BOUNDS[bound_of(comparison)]}"
+        "Routed context; regret and agreement in the reference context. Below each number its 95 % interval. "
+        f"{HOLM} * sees the label: a bound, not a rival. {BOUNDS[bound_of(comparison)]}"
     )
     body = f"<table id='routers'><tr>{head}</tr>{''.join(rows)}</table>"
     return f"<div class='wide'>{body}</div><p class='note'>{note}</p>"
 
 
-def _cell(value: float, interval: Sequence[float], key: str, digits: int = 3) -> str:
-    spread = f"<span class='interval'>{' to '.join(_short(end, digits) for end in interval)}</span>"
-    return f"<td data-key='{key}' data-value='{value!r}'>{_short(value, digits)}<br>{spread}</td>"
+def _cell(
+    value: float | None, interval: Sequence[float] | None, key: str, digits: int = 3, *, holds: bool = False
+) -> str:
+    if value is None:
+        return "<td></td>"
+    ends = " to ".join(_short(end, digits) for end in interval or ())
+    shown = f"{_short(value, digits)}{'^' if holds else ''}<br><span class='interval'>{ends}</span>"
+    return f"<td data-key='{key}' data-value='{value!r}'>{shown}</td>"
 
 
 def _short(value: float, digits: int = 3) -> str:
@@ -115,15 +120,17 @@ def _short(value: float, digits: int = 3) -> str:
 
 
 def _budgets(text: str, found: Numbers) -> list[str]:
-    """Routers at equal compute: their frontiers, and their losses at the targets with the difference to each rival."""
+    """Routers at equal compute: frontiers, losses at the targets, and differences to each rival."""
     figure = Figure()
     for router in found["routers"]:
         steps = router["frontier"]
-        below = [step["loss"] - step["interval"][0] for step in steps]
-        above = [step["interval"][1] - step["loss"] for step in steps]
+        ends = [step["interval"] or [step["loss"]] * 2 for step in steps]
+        below = [step["loss"] - low for step, (low, _) in zip(steps, ends, strict=True)]
+        above = [high - step["loss"] for step, (_, high) in zip(steps, ends, strict=True)]
         bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 0.5}
         figure.add_scatter(x=column(steps, "compute"), y=column(steps, "loss"), error_y=bars, name=router["router"])
-    note = "Means over seeds; bars and intervals: 95 %, over seeds and windows. Differences are paired by window."
+    note = "Means over seeds; bars and intervals: 95 %, over seeds and files. Differences are paired by window. "
+    note += HOLM.replace("the table", "a column")
     return [
         f"<h2>At equal compute: {escape(text)}</h2>",
         chart(axes(figure, "compute (FFN FLOPs / all-big)", "loss (nats per token)")),
@@ -139,10 +146,11 @@ def _budget_table(rows: Sequence[Numbers]) -> str:
     lines = []
     for row in rows:
         cells = [f"<td>{escape(row['router'])}</td><td>{row['target']:g}</td>"]
-        cells += ["<td></td>" if row["loss"] is None else _cell(row["loss"], row["loss_interval"], "loss", 4)]
+        cells.append(_cell(row["loss"], row["loss_interval"], "loss", 4))
         for name in names:
-            against = row["minus"].get(name)
-            cells += [_cell(against["difference"], against["interval"], name, 4) if against else "<td></td>"]
+            against = row["minus"].get(name) or {"difference": None, "interval": None}
+            holds = against.get("holds", False)
+            cells.append(_cell(against["difference"], against["interval"], name, 4, holds=holds))
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<div class='wide'><table class='budgets'><tr>{head}</tr>{''.join(lines)}</table></div>"
 

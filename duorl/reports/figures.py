@@ -6,6 +6,8 @@ import matplotlib
 
 matplotlib.use("Agg")
 
+from collections.abc import Sequence
+
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
@@ -15,10 +17,11 @@ from torch import Tensor
 
 from duorl.costs import ACTIONS, BIG
 from duorl.evaluation import Comparison
+from duorl.paper.pictures import around
 
 
 def frontier(comparison: Comparison) -> Figure:
-    """Loss against compute: every router with its 95 % interval, the fixed frontier, the oracle's where it is known."""
+    """Loss against compute: every router with its 95 % interval, the fixed frontier, and the oracle's if known."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, label, style, color in (
         ("fixed", "best fixed pattern per budget (routed)", "o-", "0.55"),
@@ -28,11 +31,11 @@ def frontier(comparison: Comparison) -> Figure:
             xs, ys = [point["compute"] for point in points], [point["loss"] for point in points]
             axes.plot(xs, ys, style, color=color, label=label, markersize=4, zorder=1)
     limit = max(point["loss"] for point in comparison.frontiers["fixed"]) + 0.15
-    off = [row["router"] for row in comparison.rows if row["loss"] > limit]  # all-skip would flatten the rest
+    off = [row["router"] for row in comparison.rows if row["loss"] > limit]  # all-skip would make the rest too small
     rivals = [row for row in comparison.rows if row["loss"] <= limit and not row["sees_label"]]
     for row in rivals:
-        low, high = row["loss_minus_fixed_interval"]
-        spread = [[max(0.0, row["loss_minus_fixed"] - low)], [max(0.0, high - row["loss_minus_fixed"])]]
+        low, high = around(row, "loss", "loss_minus_fixed")
+        spread = [[max(0.0, row["loss"] - low)], [max(0.0, high - row["loss"])]]
         axes.errorbar(row["compute"], row["loss"], yerr=spread, fmt="D", label=row["router"], capsize=3)
     axes.set_xlabel("compute (FFN FLOPs / all-big)")
     axes.set_ylabel("loss (nats per token)")
@@ -48,16 +51,16 @@ BOUNDS = {
     "lower bound": "No oracle: the bound is coordinate descent, a lower bound of the oracle's return.",
     None: "No oracle, and no bound in its place.",
 }
-"""What pictures and pages say where there is no oracle."""
+"""Sentence in pictures and pages if there is no oracle."""
 
 
 def bound_of(comparison: Comparison) -> str | None:
-    """What regrets are measured against: `exact`, a `lower bound`, or nothing. Older files knew only the first."""
+    """The bound of regrets: `exact`, `lower bound` or None; in older files it is always exact."""
     return comparison.rows[0].get("bound", "exact") if comparison.rows else None
 
 
 def _searched(comparison: Comparison) -> int:
-    """Tokens that were searched."""
+    """Number of searched tokens."""
     return min((row["reference"]["tokens"] for row in comparison.rows if row["reference"]), default=0)
 
 
@@ -73,20 +76,31 @@ def heat_map(routes: Tensor, title: str) -> Figure:
     return figure
 
 
+_HOLDS = "^"
+HOLM = f"{_HOLDS} it is not 0, with 95 % confidence for all differences of the table together (Holm)."
+"""What tables say of the differences that hold; not of older files, which do not know."""
+_PAIRED = "In brackets the 95 % interval of the paired difference to best fixed."
+
+
+def _paired(value: float, interval: Sequence[float] | None, holds: bool, digits: int) -> str:
+    number = f"{value:+.{digits}f}{_HOLDS if holds else ''}"
+    return f"{number} ({interval[0]:+.{digits}f}, {interval[1]:+.{digits}f})" if interval else number
+
+
 _COLUMNS = ["router", "loss", "compute", "actions %", "return", "minus best fixed", "regret", "agree"]
 _SEES = " * sees the label: a bound, not a rival, on the searched tokens only."
 _TERMINAL, _LEAST_NAME = 80, 12  # columns: of the terminal, and of a router's name
 
 
 def table(comparison: Comparison) -> Table:
-    """The comparison for a terminal of 80 columns or more; the caption says in which context each column was measured.
+    """The comparison as a table for a terminal of at least 80 columns; the caption names the context of each column.
 
-    Names are cut where there is no room for them, numbers never.
+    Names are shortened if there is no room for them; numbers are not.
     """
     shown = Table(title=_title(comparison), caption=_caption(comparison), box=SIMPLE_HEAD, padding=0, pad_edge=False)
     titles, rows = _titles(comparison), [_cells(row) for row in comparison.rows]
     widths = _widths(titles, rows)
-    if sum(widths[1:]) + len(widths) - 1 + _LEAST_NAME > _TERMINAL:  # an interval then goes below its number
+    if sum(widths[1:]) + len(widths) - 1 + _LEAST_NAME > _TERMINAL:  # then the interval is below its number
         rows = [[cell.replace(" (", "\n(") for cell in row] for row in rows]
         widths = _widths(titles, rows)
     shown.add_column(titles[0], min_width=_LEAST_NAME)
@@ -98,7 +112,7 @@ def table(comparison: Comparison) -> Table:
 
 
 def _widths(titles: list[str], rows: list[list[str]]) -> list[int]:
-    """Of the columns: their longest line; titles are broken between words."""
+    """Width of each column: its longest line, with titles broken between words."""
     columns = zip(*([title.replace(" ", "\n") for title in titles], *rows), strict=True)
     return [max(len(line) for cell in column for line in cell.split("\n")) for column in columns]
 
@@ -116,10 +130,10 @@ def _caption(comparison: Comparison) -> str:
         "least so large. ",
         None: ". No bound was searched, so there is no regret and no agreement. ",
     }[bound_of(comparison)]
+    sees = _SEES if any(row["sees_label"] for row in comparison.rows) else ""
     return (
         f"Actions: skip/small/big. Routed context, {routed:,} held-out tokens{against}"
-        "In brackets the 95 % interval over windows of the paired difference to best fixed."
-        + (_SEES if any(row["sees_label"] for row in comparison.rows) else "")
+        f"{_PAIRED}{_holm(comparison.rows, 'return_minus_fixed_holds')}{sees}"
     )
 
 
@@ -129,15 +143,16 @@ def _titles(comparison: Comparison) -> list[str]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same table for a page of Markdown."""
+    """The same table in Markdown."""
     titles = _titles(comparison)
     lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *map(_cells, comparison.rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return "\n".join([table, *_note(_holm(comparison.rows, "return_minus_fixed_holds"))])
 
 
 def _cells(row: dict) -> list[str]:
-    low, high = row["return_minus_fixed_interval"]
-    difference = f"{row['return_minus_fixed']:+.3f} ({low:+.3f}, {high:+.3f})"
+    holds = row.get("return_minus_fixed_holds", False)
+    difference = _paired(row["return_minus_fixed"], row["return_minus_fixed_interval"], holds, 3)
     return [
         row["router"] + ("*" if row["sees_label"] else ""),
         f"{row['loss']:.3f}",
@@ -151,7 +166,7 @@ def _cells(row: dict) -> list[str]:
 
 
 def budget_table(rows: list[dict[str, float]], title: str) -> Table:
-    """An oracle's losses per number of big layers, beside the best fixed route's (`RouteTable.by_budget`)."""
+    """Losses of the oracle and of the best fixed route, per number of big layers (`RouteTable.by_budget`)."""
     shown = Table(title=title)
     for name in ("big layers", "oracle's loss", "compute", "best fixed route's loss", "its compute"):
         shown.add_column(name, justify="right")
@@ -162,11 +177,11 @@ def budget_table(rows: list[dict[str, float]], title: str) -> Table:
 
 
 def budget_frontiers(found: dict, text: str) -> Figure:
-    """Routers over all budgets: the frontiers with their bands, and how far they lie below the best fixed pattern.
+    """Frontiers of routers with bands, and their paired differences to the best fixed pattern.
 
     Args:
         found: one text of `budgets.json`.
-        text: its name.
+        text: name of the text.
     """
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
     for index, router in enumerate(found["routers"]):
@@ -174,7 +189,8 @@ def budget_frontiers(found: dict, text: str) -> Figure:
         steps = router["frontier"]
         xs, ys = [step["compute"] for step in steps], [step["loss"] for step in steps]
         left.plot(xs, ys, ".-", color=color, label=router["router"], linewidth=1)
-        left.fill_between(xs, *zip(*(step["interval"] for step in steps), strict=True), color=color, alpha=0.08)
+        bands = (step["interval"] or [step["loss"]] * 2 for step in steps)
+        left.fill_between(xs, *zip(*bands, strict=True), color=color, alpha=0.08)
         points = _below_fixed(found["rows"], router["router"])
         if points:
             targets, differences, bars = zip(*points, strict=True)
@@ -184,7 +200,7 @@ def budget_frontiers(found: dict, text: str) -> Figure:
     left.axhline(found["all_big"], color="0.8", linestyle="--", label="all-big")
     right.axhline(0, color="0.55")
     for axes, title in (
-        (left, f"{text}: held-out loss, mean over seeds; bands: 95 %, seeds and windows"),
+        (left, f"{text}: held-out loss, mean over seeds; bands: 95 %, seeds and files"),
         (right, "loss minus the best fixed pattern's at equal compute, paired"),
     ):
         axes.set_xlabel("compute (FFN FLOPs / all-big)")
@@ -203,7 +219,7 @@ def _below_fixed(rows: list[dict], router: str) -> list[tuple[float, float, tupl
     points = []
     for row in rows:
         if row["router"] == router and (against := row["minus"].get(_FIXED)):
-            low, high = against["interval"]
+            low, high = against["interval"] or [against["difference"]] * 2
             points.append(
                 (row["target"], against["difference"], (against["difference"] - low, high - against["difference"]))
             )
@@ -212,7 +228,17 @@ def _below_fixed(rows: list[dict], router: str) -> list[tuple[float, float, tupl
 
 def budgets_markdown(numbers: dict) -> str:
     """The tables of `budgets.json`: per text, every router's loss at every target, and its difference to best fixed."""
-    return "\n".join(_budget_table(text, found) for text, found in numbers["texts"].items())
+    tables = [_budget_table(text, found) for text, found in numbers["texts"].items()]
+    against = [row["minus"].get(_FIXED, {}) for found in numbers["texts"].values() for row in found["rows"]]
+    return "\n".join([*tables, *_note(_holm(against, "holds"))])
+
+
+def _holm(rows: list[dict], key: str) -> str:
+    return f" {HOLM}" if any(key in row for row in rows) else ""
+
+
+def _note(holm: str) -> list[str]:
+    return [f"{_PAIRED}{holm}\n"] if holm else []
 
 
 def _budget_table(text: str, found: dict) -> str:
@@ -235,5 +261,4 @@ def _budget_cell(row: dict) -> str:
     against = row["minus"].get(_FIXED)
     if against is None:
         return f"{row['loss']:.4f}"
-    low, high = against["interval"]
-    return f"{row['loss']:.4f}, {against['difference']:+.4f} ({low:+.4f}, {high:+.4f})"
+    return f"{row['loss']:.4f}, {_paired(against['difference'], against['interval'], against.get('holds', False), 4)}"

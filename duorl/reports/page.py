@@ -1,4 +1,4 @@
-"""The HTML report of a comparison or of a paper run: one self-contained page that needs no network.
+"""The HTML report of a comparison or of a paper run: one page that needs no other file and no network.
 
 from duorl.reports import page
 page.write(Path("runs/compare"))     # reads the run's JSON files, writes report.html beside them
@@ -19,7 +19,7 @@ def page(folder: Path) -> str:
     """The page of the run in a folder.
 
     Raises:
-        FileNotFoundError: there is no run, or a part of it is missing.
+        FileNotFoundError: there is no run, or one of its files is missing.
         ValueError: a file is not JSON.
     """
     if not any((folder / name).is_file() for name in ("comparison.json", "settings.json")):
@@ -35,5 +35,5 @@ def write(folder: Path) -> Path:
 
 
 def text_page(title: str, settings: Numbers, rows: Sequence[Numbers]) -> str:
-    """A page of coloured text alone, without charts."""
+    """A page with coloured text, without charts."""
     return document(title, settings, [both_colourings(rows)], charts=False)

@@ -57,7 +57,7 @@ def study_page(folder: Path) -> str:
 def _claims_table(figures: Mapping[str, Numbers]) -> str:
     rows = "".join(
         f"<tr><td>{c.figure}</td><td class='text'>{escape(c.paper)}</td><td class='text'>{escape(c.text)}</td>"
-        f"<td class='text'>{escape(c.measured)}</td><td class='{c.verdict}'>{c.verdict}</td></tr>"
+        f"<td class='text'>{escape(c.measured)}</td><td class='{c.verdict.name}'>{c.said}</td></tr>"
         for c in claims(figures)
     )
     head = "".join(f"<th>{title}</th>" for title in ("figure", "the paper", "text", "measured here", "verdict"))

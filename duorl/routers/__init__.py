@@ -1,4 +1,4 @@
-"""Routers: what decides, layer by layer, which network a token passes."""
+"""Routers decide, layer by layer, which network a token uses."""
 
 import lazy_loader
 

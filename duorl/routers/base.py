@@ -1,4 +1,4 @@
-"""Router: what decides, and how it is saved.
+"""Router: it decides which network a token uses. It can be saved and loaded.
 
 class Mine(duorl.routers.Router):                                   # in mine.py
     def forward(self, hidden, layer, compute):                      # (..., d), int, (...) -> (...) action codes
@@ -30,17 +30,18 @@ if TYPE_CHECKING:
 
 
 class Router(nn.Module):
-    """Maps what a layer's FFN would read to actions. All that evaluation, generation and reports know.
+    """Maps the input of a layer's FFN to actions. Evaluation, generation and reports use only this interface.
 
-    A class of your own defines `forward`, or `decide` where it looks at more than hidden state, layer and compute. It
-    hands its constructor's arguments to this one, as keywords. It keeps nothing of a pass on itself, so that one router
-    serves many passes at once: what a pass has done so far is in its view. `duorl.testing.check_router` tries it.
+    Your own class defines `forward`, or `decide` if it needs more than hidden state, layer and compute. It passes its
+    constructor's arguments to this constructor, as keywords. It stores nothing about a pass on itself, because one
+    router may serve several passes at the same time; the view has the actions so far. `duorl.testing.check_router`
+    checks it.
 
     Args:
-        config: the constructor's arguments, JSON values; a saved router is rebuilt from them.
+        config: the constructor's arguments, JSON values; a saved router is made again from them.
 
     Attributes:
-        trained_for: what identifies the model that it was trained for, see `duorl.routers.fit`; None for none.
+        trained_for: identifies the model of its training, see `duorl.routers.fit`; None if it is unknown.
     """
 
     trained_for: dict[str, Any] | None = None
@@ -52,14 +53,14 @@ class Router(nn.Module):
 
     @property
     def takes_price(self) -> bool:
-        """It was trained for a range of prices and has not been told one: see `at`."""
+        """Whether it was trained for a range of prices and no price is chosen yet; see `at`."""
         return self.config.get("prices") is not None and self.config.get("price") is None
 
     def at(self, *, price: float) -> Router:
-        """This router at a price, in nats per all-big pass, where it was trained for a range of them.
+        """This router at one price, in nats per all-big pass; it must be trained for a range of prices.
 
         Raises:
-            ValueError: it was trained for one price alone, or not for this one.
+            ValueError: it was trained for one price only, or the price is outside of its range.
         """
         if self.config.get("prices") is None:
             raise ValueError("this router was trained for one price: train with env.prices for a range of them")
@@ -98,17 +99,17 @@ class Router(nn.Module):
         """Decide one layer of a pass: (...) int64, 0 skip, 1 small, 2 big.
 
         Args:
-            view: the pass; its hidden state has shape (..., d).
+            view: view of the pass; its hidden state has shape (..., d).
         """
         return self(view.hidden, view.layer, view.compute)
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
-        """Decide one layer from what every pass knows.
+        """Decide one layer from hidden state, layer and compute.
 
         Args:
-            hidden: (..., d), what the layer's FFN would read.
-            layer: its index.
-            compute: (...), spent so far, in [0, 1].
+            hidden: (..., d), input of the layer's FFN.
+            layer: index of the layer.
+            compute: (...), compute so far, in [0, 1].
 
         Returns:
             Shape (...), int64: 0 skip, 1 small, 2 big.
@@ -116,9 +117,9 @@ class Router(nn.Module):
         raise NotImplementedError(f"{type(self).__name__} must define forward(self, hidden, layer, compute)")
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write `router.json`, whose presence means a whole router, and, where there are weights, `router.safetensors`.
+        """Write `router.safetensors`, if there are weights, and `router.json`, which marks a complete router.
 
-        A kill leaves the router that the folder held before, the new one, or none: never parts of both.
+        After a kill, the folder has the old router, the new one, or none, but never parts of both.
 
         Raises:
             ValueError: a weight is not finite.
@@ -140,10 +141,10 @@ class Router(nn.Module):
 
 
 class LogitRouter(Router):
-    """A router with a number for every action; deployed, it takes the one with the highest.
+    """A router with a number (logit) for every action. In deployment it takes the action with the highest one.
 
     Attributes:
-        codes: (A,) int64, the actions that it chooses from, ascending.
+        codes: (A,) int64, codes of the actions that it chooses from, ascending.
     """
 
     codes: Tensor
@@ -153,7 +154,7 @@ class LogitRouter(Router):
         return self.config.get("layers"), self.config.get("hidden_size")
 
     def logits(self, view: View) -> Tensor:
-        """One number per action, in the order of their codes: (..., A)."""
+        """One logit per action, in the order of their codes: (..., A)."""
         raise NotImplementedError(f"{type(self).__name__} must define logits(self, view)")
 
     def decide(self, view: View) -> Tensor:
@@ -161,11 +162,11 @@ class LogitRouter(Router):
         return self.codes[self.logits(view).argmax(-1)]
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
-        """(...), the same where there is nothing more to see; see `Router.forward`."""
+        """(...), `decide` with a view that has only these three values; see `Router.forward`."""
         return self.decide(View(hidden, layer, compute))
 
     def priced(self, view: View) -> View:
-        """The view at the price of `at`, where it has none of its own."""
+        """The view with the price of `at`, if it has no price."""
         price = self.config.get("price")
         if view.price is not None or price is None:
             return view
@@ -173,7 +174,7 @@ class LogitRouter(Router):
 
 
 def described(router: Router) -> dict[str, Any]:
-    """What a router is rebuilt from, its weights apart: JSON values. Our classes by name, others by import path."""
+    """JSON values to make a router again, without weights. Built-in classes by name, others by import path."""
     kind = type(router)
     name = kind.__name__ if kind.__module__.startswith("duorl.routers.") else import_path(kind)
     return {"router": name, "config": router.config}
@@ -199,7 +200,7 @@ def kind_of(description: Any) -> tuple[type[Router], dict[str, Any]]:
 
 
 def rebuilt(description: Any) -> Router:
-    """The router of a description, with fresh weights.
+    """The router of a description, with new weights.
 
     Raises:
         ValueError: its class cannot be found, is no router, or refuses its configuration.

@@ -1,4 +1,4 @@
-"""BudgetRouter: a router held to exactly k big layers per token."""
+"""BudgetRouter: a router with exactly k big layers per token."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from duorl.routers.base import LogitRouter
 
 
 class BudgetRouter(LogitRouter):
-    """Takes the router's likeliest action among those from which exactly k big layers can still be met.
+    """Takes the most probable action of a router among those that still allow exactly k big layers.
 
     Args:
-        router: with a logit for big and for something else; or, of one that is rebuilt from a file, its class's name
-            and `config`.
-        big_layers: k.
+        router: a router with a logit for big and for another action; or, when it is loaded from a file, its class's
+            name and `config`.
+        big_layers: number of big layers, k.
 
     Raises:
-        ValueError: k is not in 0 to L, or the router cannot take big, or nothing else, or has no number of layers.
+        ValueError: k is not in 0 to L, or the router has no logits, no option `layers`, or not big and another action.
     """
 
     def __init__(self, router: LogitRouter | dict[str, Any], big_layers: int):
@@ -34,7 +34,7 @@ class BudgetRouter(LogitRouter):
         if not 0 <= big_layers <= self.layers:
             raise ValueError(f"big_layers must be in 0 to {self.layers}, not {big_layers}")
         if BIG not in inner.codes or len(inner.codes) < 2:
-            raise ValueError("a budget of big layers needs a router that can take big, and something else")
+            raise ValueError("a budget of big layers needs a router that can take big and another action")
         self.router, self.big_layers = inner, big_layers
 
     @property
@@ -52,26 +52,26 @@ class BudgetRouter(LogitRouter):
 
     @property
     def takes_price(self) -> bool:
-        """The router does."""
+        """See `Router.takes_price`."""
         return self.router.takes_price
 
     def at(self, *, price: float) -> BudgetRouter:
-        """The same budget on the router at a price; see `Router.at`."""
+        """The same budget for the router at a price; see `Router.at`."""
         return BudgetRouter(cast(LogitRouter, self.router.at(price=price)), self.big_layers)
 
     @property
     def codes(self) -> Tensor:  # type: ignore[override]
-        """(A,) int64, the router's."""
+        """(A,) int64, the codes of the router."""
         return self.router.codes
 
     def logits(self, view: View) -> Tensor:
-        """The router's, -inf where the budget rules an action out: (..., A).
+        """The logits of the router, -inf for actions that the budget forbids: (..., A).
 
         Raises:
-            ValueError: the view does not know what the layers before took.
+            ValueError: the view does not have the actions of the layers before.
         """
         if len(view.taken) != view.layer:
-            raise ValueError("a budget counts the big layers so far: decide on a pass's view, walk.view")
+            raise ValueError("a budget needs the earlier actions: call decide with the view of a pass (walk.view)")
         big = torch.zeros_like(view.compute, dtype=torch.int64)
         for actions in view.taken:
             big = big + (actions == BIG)

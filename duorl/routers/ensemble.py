@@ -1,9 +1,10 @@
-"""The ensemble: several head routers of the same inputs, acting on their mean.
+"""The ensemble: several head routers with the same inputs; the mean of their logits decides.
 
-After MEMTL (2023): shared inputs, heads trained on bootstraps, their spread as uncertainty. MEMTL's released evaluation
-chooses a head per sample with the labels; that is an upper bound and not a router, and is not offered.
+After MEMTL (2023): shared inputs, heads trained on bootstrap samples, and their spread as uncertainty. The evaluation
+in MEMTL's code chooses a head per sample with the help of the labels. That is an upper bound, not a router, so it is
+not here.
 
-    router.spread(walk.view)                                # (B, T), how far the members differ
+    router.spread(walk.view)                                # (B, T), difference between members
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from duorl.routers.heads import HeadRouter
 
 
 class EnsembleRouter(LogitRouter):
-    """K head routers of the same inputs; deployed, it takes the action with the highest mean logit.
+    """K head routers with the same inputs. In deployment it takes the action with the highest mean logit.
 
     Args:
         layers: L.
         hidden_size: d.
         actions: names of the actions it chooses from, A of them.
         width: hidden units of a head; 0 for a linear map.
-        seed: of the first member's initial weights; the others' follow.
+        seed: seed of the first member's initial weights; the other members use the next numbers.
         prices: lowest and highest price it is trained for, as for `HeadRouter`.
         price: the price it is deployed at; see `at`.
-        members: K.
+        members: number of members, K.
         inputs: names of the heads' further inputs, see `duorl.inputs`.
     """
 
@@ -68,7 +69,7 @@ class EnsembleRouter(LogitRouter):
 
     @property
     def members(self) -> list[HeadRouter]:
-        """The K routers."""
+        """The K members."""
         return list(cast(Iterable[HeadRouter], self._members))
 
     def every_logits(self, view: View) -> Tensor:
@@ -80,7 +81,7 @@ class EnsembleRouter(LogitRouter):
         """Uncertainty: the standard deviation over members of the logit of big minus that of small.
 
         Returns:
-            Shape (...), in the logits' unit: nats where the members were taught values.
+            Shape (...), in the unit of the logits: nats if the members learned values.
 
         Raises:
             ValueError: small and big are not both among the actions.

@@ -1,7 +1,7 @@
-"""Whether a router fits a model: the model's sizes, and the model that the router was trained for.
+"""Checks that a router fits a model: its sizes, and the model for which it was trained.
 
-A trained router takes states of one model; on another one, of the same sizes even, its decisions mean nothing. So a
-training leaves in its router what identifies the model, and whatever lets a router decide asks here first.
+A trained router reads hidden states of one model. On another model, even with the same sizes, its decisions have no
+meaning. So training stores a record of the model in the router, and the record is checked before the router is used.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from duorl.models import DuoForCausalLM
     from duorl.routers.base import Router
 
-_TOLERANCE = 0.01  # of a weight: loading in another precision moves it by less
-_LEAST = 1e-6  # float16 has no finer numbers
+_TOLERANCE = 0.01  # relative change of a weight; another precision changes it less
+_LEAST = 1e-6  # smaller numbers are not exact in float16
 
 
 def identity(model: DuoForCausalLM) -> dict[str, Any]:
-    """What tells a model from others, JSON values.
+    """The record of a model, JSON values.
 
     Returns:
-        `name`, for messages; `family`, `layers`, `hidden_size`; `compute`, what an all-small pass costs; and `weights`,
-        one of each layer's big network and one of its small one, 2 L numbers.
+        `name`, for messages; `family`, `layers`, `hidden_size`; `compute` of an all-small pass; and `weights`, one
+        weight of each layer's big network and one of its small network, 2 L numbers.
     """
     networks = [network for ffn in model.stack.ffns for network in (ffn.big, ffn.small)]
     matrices = [next(p for p in network.parameters() if p.ndim >= 2) for network in networks]
@@ -43,7 +43,7 @@ def require_fit(router: Router, model: DuoForCausalLM) -> None:
     """Refuse a router that cannot decide for a model.
 
     Raises:
-        ValueError: it is made for other sizes, or was trained for another model; says for which.
+        ValueError: the router has other sizes, or was trained for another model; the message names it.
     """
     name = type(router).__name__
     layers, hidden_size = router.sizes()
@@ -70,10 +70,10 @@ def _called(known: dict[str, Any]) -> str:
 
 
 def checked_record(record: Any) -> dict[str, Any] | None:
-    """The record of a model in a saved router.
+    """Check the record of a model in a saved router.
 
     Raises:
-        ValueError: it is none that `identity` makes.
+        ValueError: the record does not have the form of `identity`.
     """
     if record is None:
         return None

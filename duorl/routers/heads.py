@@ -1,7 +1,7 @@
-"""HeadRouter: one small network per layer on the hidden state, the policy that every learner here trains.
+"""HeadRouter: one small network per layer that reads the hidden state. Most learners train it.
 
-A router may be trained for a range of prices at once; it then takes the price as an input, and
-`router.at(price=0.3)` is the router at one of them.
+A router can be trained for a range of prices. Then the price is one of its inputs, and `router.at(price=0.3)` is the
+router at one price.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from duorl.costs import action_ids
 from duorl.inputs import Inputs, View
 from duorl.routers.base import LogitRouter
 
-_LEANING = 2.0  # nats by which a route's actions start out likelier
+_LEANING = 2.0  # nats that are added to the logits of a route's actions
+_RATED_WIDTH = 192  # hidden size at which the learners' default rates were found
 
 
 class LayerHeads(nn.Module):
-    """One head per layer: a linear map, or a perceptron with one hidden layer, on the normalised state and the compute.
+    """One head per layer, linear or with one hidden layer. It reads the normalized hidden state and the compute.
 
     Args:
         layers: number of layers, L.
         hidden_size: d.
         outputs: numbers per head, O.
         width: hidden units; 0 for a linear map.
-        generator: of the initial weights.
+        generator: draws the initial weights.
         features: number of further inputs, C.
     """
 
@@ -50,6 +51,8 @@ class LayerHeads(nn.Module):
         for depth, (fan_in, fan_out) in enumerate(pairwise(sizes), start=2):
             scale = 0.01 if depth == len(sizes) else 2**0.5  # start near the uniform policy
             weight = torch.randn(layers, fan_in, fan_out, generator=generator) * scale * fan_in**-0.5
+            if depth == 2:
+                weight[:, :hidden_size] /= state_scale(hidden_size)
             self.weights.append(nn.Parameter(weight))
             self.biases.append(nn.Parameter(torch.zeros(layers, fan_out)))
 
@@ -58,9 +61,9 @@ class LayerHeads(nn.Module):
 
         Args:
             hidden: (..., d).
-            layer: one index for all, or (N,) where hidden is (N, d).
-            compute: (...), spent so far.
-            features: (..., C), the further inputs, where there are any.
+            layer: one index for all, or (N,) if hidden is (N, d).
+            compute: (...), compute so far.
+            features: (..., C), the further inputs, if there are any.
 
         Returns:
             Shape (..., O).
@@ -74,20 +77,32 @@ class LayerHeads(nn.Module):
         return x
 
 
+def state_scale(hidden_size: int) -> float:
+    """What a head's normalised hidden state is multiplied by, so that one learning rate serves wide models too.
+
+    A step of Adam moves every weight by about the learning rate, so that it moves a logit by up to hidden_size times
+    the rate: a policy on wide states would be decided by the noise of a few updates. The scale bounds the step by
+    what it is at the width for which the default rates were found. It is 1/d up to a constant, as in Yang et al. 2022
+    (Tensor Programs V, arXiv 2203.03466, table 8), there a factor of the rate. Narrower states are left as they are.
+    """
+    return min(1.0, _RATED_WIDTH / hidden_size)
+
+
 def apply_heads(
     heads: Sequence[LayerHeads], hidden: Tensor, layer: int | Tensor, compute: Tensor, features: Tensor | None = None
 ) -> list[Tensor]:
-    """Several heads on the same inputs, an actor's and a critic's, which are normalised and grouped by layer once.
+    """Apply several heads, of actor and critic, to the same inputs; these are normalized and grouped by layer once.
 
     Args:
-        heads: of equally many layers.
+        heads: heads with equal numbers of layers.
         hidden, layer, compute, features: see `LayerHeads.forward`.
 
     Returns:
         One (..., O) for each of the heads.
     """
-    parts = [layer_norm(hidden, hidden.shape[-1:]), compute[..., None]]
-    x = torch.cat(parts if features is None else [*parts, features], dim=-1).to(heads[0].weights[0].dtype)
+    width, dtype = hidden.shape[-1], heads[0].weights[0].dtype  # the precision of the model may be lower
+    parts = [layer_norm(hidden.to(dtype), (width,)) * state_scale(width), compute[..., None]]
+    x = torch.cat(parts if features is None else [*parts, features], dim=-1).to(dtype)
     if isinstance(layer, int):
         return [each.head(x, layer) for each in heads]
     order = layer.argsort()
@@ -100,15 +115,15 @@ def apply_heads(
 
 
 class HeadRouter(LogitRouter):
-    """A policy with one head per layer; deployed, it takes the likeliest action.
+    """A policy with one head per layer. In deployment it takes the most probable action.
 
     Args:
         layers: L.
         hidden_size: d.
         actions: names of the actions it chooses from, A of them.
         width: hidden units of a head; 0 for the paper's linear map (Duo-LLM, stage 3).
-        seed: of the initial weights.
-        prices: lowest and highest price it is trained for, which makes the price an input; None for a router of one.
+        seed: seed of the initial weights.
+        prices: lowest and highest price in training; the price is then an input. None: one price, no input.
         price: the price it is deployed at, in nats per all-big pass; see `at`.
         inputs: names of the heads' further inputs, see `duorl.inputs`.
 
@@ -144,10 +159,10 @@ class HeadRouter(LogitRouter):
         self.heads = LayerHeads(layers, hidden_size, len(actions), width, generator, features)
 
     def leaning(self, route: Sequence[int]) -> HeadRouter:
-        """This router, its biases moved so that it starts out near a route of L action codes, and still explores.
+        """Change the biases so that the policy starts near a route of L action codes, but still explores.
 
         Raises:
-            ValueError: the route has another length, or takes an action that is not among the router's.
+            ValueError: the route has another length, or an action that the router does not have.
         """
         known = self.codes.tolist()
         if len(route) != self.config["layers"] or not set(route) <= set(known):
@@ -157,6 +172,6 @@ class HeadRouter(LogitRouter):
         return self
 
     def logits(self, view: View) -> Tensor:
-        """The heads' outputs, (..., A); softmax of them is the policy. See `LogitRouter.logits`."""
+        """The outputs of the heads, (..., A); their softmax is the policy. See `LogitRouter.logits`."""
         view = self.priced(view)
         return self.heads(view.hidden, view.layer, view.compute, self.inputs(view))

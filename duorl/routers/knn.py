@@ -1,7 +1,7 @@
-"""The nearest-neighbour router: states are looked up among those that an oracle decided.
+"""The nearest-neighbour router: it finds the nearest stored hidden states, and their actions vote.
 
-The counterpart of Reference Trustable Decoding (2024): a datastore from hidden states to answers, read with the
-weights exp(-distance / temperature). Here the answers are the oracle's actions, one store per layer.
+It follows Reference Trustable Decoding (2024), which stores hidden states with answers and weights the nearest ones by
+exp(-distance / temperature). Here the answers are the oracle's actions, with one store per layer.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from duorl.routers.base import LogitRouter
 
 
 class KNNRouter(LogitRouter):
-    """Takes the action that the nearest stored states of the layer vote for.
+    """Takes the action for which the nearest stored states of the layer vote.
 
     Args:
         layers: L.
         hidden_size: d.
-        size: states per layer, N.
+        size: number of stored states per layer, N.
         actions: names of the actions it chooses from, A of them.
-        neighbours: states that vote.
-        temperature: of their weights.
-        prices: lowest and highest of the prices it stores actions for; None for one.
-        rungs: number of these prices, P.
+        neighbours: number of nearest states that vote.
+        temperature: a vote has the weight exp(-distance / temperature).
+        prices: lowest and highest price with stored actions; None for one price.
+        rungs: number of prices with stored actions, P.
         price: the price it is deployed at; see `at`.
 
     Attributes:
@@ -39,7 +39,7 @@ class KNNRouter(LogitRouter):
         choices: (P, L, N) uint8, the oracle's actions as indices into `codes`.
 
     Raises:
-        ValueError: the range of prices is empty or not above 0, or fewer states are stored than shall vote.
+        ValueError: the range of prices is empty or not above 0, or `neighbours` is larger than `size`.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class KNNRouter(LogitRouter):
             price=price,
         )
         if neighbours > size:
-            raise ValueError(f"{neighbours} neighbours among {size} states: store more windows or ask fewer")
+            raise ValueError(f"neighbours {neighbours} is more than the {size} states: store more windows or lower it")
         self.prices = None if prices is None else check_prices(prices)
         self.states: Tensor
         self.choices: Tensor
@@ -81,20 +81,20 @@ class KNNRouter(LogitRouter):
             raise ValueError(f"choices are 0 to {len(self.codes) - 1}, not {self.choices.max()}")
 
     def votes(self, hidden: Tensor, layer: int) -> Tensor:
-        """What part of the neighbours' weight votes for each action.
+        """Share of the votes for each action.
 
         Args:
             hidden: (..., d).
-            layer: its index.
+            layer: index of the layer.
 
         Returns:
             Shape (..., A), sums to 1.
         """
         queries = unit(hidden).flatten(0, -2).cpu().numpy()
         distance, index = (torch.from_numpy(found) for found in self._search(layer).kneighbors(queries))
-        weights = (-distance / self.config["temperature"]).softmax(-1)  # far from all, exp alone would be 0 for all
+        weights = (-distance / self.config["temperature"]).softmax(-1)  # exp alone is 0 if all are far away
         chosen = one_hot(self.choices[self._rung, layer].cpu()[index].long(), len(self.codes))  # (n, neighbours, A)
-        return (weights[:, None] @ chosen.double()).view(*hidden.shape[:-1], -1).to(hidden)
+        return (weights[:, None] @ chosen.double()).view(*hidden.shape[:-1], -1).to(self.states)
 
     @property
     def _rung(self) -> int:
@@ -113,10 +113,10 @@ class KNNRouter(LogitRouter):
         return self._searches[layer]
 
     def logits(self, view: View) -> Tensor:
-        """The neighbours' votes, (..., A); see `LogitRouter.logits`."""
+        """The shares of the votes, (..., A); see `LogitRouter.logits`."""
         return self.votes(view.hidden, view.layer)
 
 
 def unit(hidden: Tensor) -> Tensor:
-    """States (..., d) normalised as the heads see them, and scaled to length 1."""
-    return layer_norm(hidden, hidden.shape[-1:]) * hidden.shape[-1] ** -0.5
+    """Hidden states (..., d), normalized as for the heads, and scaled to length 1."""
+    return layer_norm(hidden.float(), hidden.shape[-1:]) * hidden.shape[-1] ** -0.5

@@ -1,4 +1,4 @@
-"""Routers that learn nothing: one action, chance, one fixed pattern, and the oracle, which sees the label."""
+"""Routers that learn nothing: one action, random actions, one fixed pattern, and the oracle, which sees the label."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ class ConstantRouter(Router):
         self.code = int(action_ids([action]))
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
-        """(...), all the same; see `Router.forward`."""
+        """(...), the same action for all; see `Router.forward`."""
         return torch.full(hidden.shape[:-1], self.code, device=hidden.device)
 
 
 class RandomRouter(Router):
-    """Each decision drawn uniformly.
+    """Draws each decision uniformly.
 
     Args:
         actions: names of the actions to draw from.
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     def __init__(self, actions: Sequence[str] = ("small", "big"), seed: int = 0):
@@ -73,10 +73,10 @@ class PatternRouter(Router):
 
 
 class ReplayRouter(Router):
-    """Given routes of given windows: what a search found, deployed. It knows no other text.
+    """Repeats given routes on given windows, for example those that a search found.
 
     Args:
-        shape: B, T, L.
+        shape: (B, T, L), shape of the routes.
 
     Attributes:
         windows: (B, T+1), the tokens.
@@ -103,30 +103,30 @@ class ReplayRouter(Router):
 
     @classmethod
     def of(cls, windows: Tensor, routes: Tensor) -> ReplayRouter:
-        """Replays routes (B, T, L) of windows (B, T+1)."""
+        """A router that repeats routes (B, T, L) on windows (B, T+1)."""
         router = cls(routes.shape)
         router.windows, router.routes = windows, routes.to(windows.device)
         return router
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
-        """All windows in one pass.
+        """Check that the pass is over its own windows, all in one batch.
 
         Raises:
-            ValueError: these are not its windows.
+            ValueError: the windows are others.
         """
         self.to(model.device)
         if not torch.equal(self.windows, tokens):
             raise ValueError("routes are replayed on the windows that they were found for, all in one batch")
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
-        """(B, T), the actions that were found; see `Router.forward`."""
+        """(B, T), the actions of the given routes; see `Router.forward`."""
         return self.routes[..., layer]
 
 
 class OracleRouter(Router):
-    """Each token's best route of an exhaustive search in the reference context. A bound: it sees the label.
+    """Takes each token's best route, found by an exhaustive search in the reference context. It sees the label.
 
-    Deployed in the routed context its routes are no longer exactly optimal.
+    In the routed context, these routes are not exactly optimal.
 
     Args:
         price: nats per all-big pass.
@@ -139,7 +139,7 @@ class OracleRouter(Router):
         self._tokens: Tensor | None = None
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
-        """Search the windows' routes, once for the same windows."""
+        """Search the routes of the windows; for the same windows only once."""
         from duorl.oracle import exhaustive
 
         if self._tokens is None or not torch.equal(self._tokens, tokens):
@@ -148,5 +148,5 @@ class OracleRouter(Router):
             self._tokens = tokens
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
-        """(B, T), the searched actions; see `Router.forward`."""
+        """(B, T), the actions of the best routes; see `Router.forward`."""
         return self.routes[..., layer]

@@ -1,4 +1,4 @@
-"""Loading a saved router: what its files say is checked before it is believed."""
+"""Load a saved router; its files are checked first."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from duorl.routers.fit import checked_record
 
 
 def load(folder: str | Path) -> Router:
-    """A saved router.
+    """Load a saved router.
 
     Raises:
         FileNotFoundError: the folder holds no router, or its weights are missing.
-        ValueError: a file is broken, its class cannot be had, or its weights are not those of its configuration, or not
-            finite; names the file.
+        ValueError: a file is broken, the class cannot be imported, or the weights do not fit the configuration or are
+            not finite; the message names the file.
     """
     folder = Path(folder)
     path, weights = folder / "router.json", folder / "router.safetensors"
@@ -66,9 +66,9 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 
 
 def _require_plausible(description: dict[str, Any], state: dict[str, Tensor]) -> None:
-    """Find sizes that the weights do not have before memory is asked for by them.
+    """Refuse sizes that the weights do not have, before memory is allocated for them.
 
-    Every size in the configuration of a router of ours divides the number of its weights.
+    Every size in the configuration of a built-in router divides the number of its weights.
     """
     kind, config = kind_of(description)
     if not kind.__module__.startswith("duorl.routers."):
@@ -82,7 +82,7 @@ def _require_plausible(description: dict[str, Any], state: dict[str, Tensor]) ->
             try:
                 expected = rebuilt(description).state_dict()
             except ValueError as error:
-                if isinstance(error.__cause__, RuntimeError):  # it looks at numbers, which there are none of here
+                if isinstance(error.__cause__, RuntimeError):  # it reads values, which do not exist here
                     return
                 raise
         _require_same(Path("router.safetensors"), state, expected)
@@ -97,7 +97,7 @@ def _sizes(config: dict[str, Any]) -> Iterator[tuple[str, int]]:
 
 
 def _require_same(path: Path, found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Refuse weights of other names, sizes or kinds than a router has, or that are no numbers."""
+    """Refuse weights with other names, shapes or dtypes than the router's, or that are not finite."""
     for name, tensor in expected.items():
         if name not in found:
             raise ValueError(f"{path} lacks {name}")

@@ -1,4 +1,4 @@
-"""Runs: a folder, a resolved configuration and a list of jobs. Where jobs run, how they stop, and how they go on."""
+"""Runs: a folder, a complete configuration and a list of jobs. Jobs run, stop and continue."""
 
 import lazy_loader
 

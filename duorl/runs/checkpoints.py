@@ -3,7 +3,7 @@
     save(path, {"weights": tensor, "step": 7, "random": generator.bit_generator.state})
     state = load(path)
 
-Tensors lie in the file as such; around them stands the structure, as JSON in the file's metadata.
+The file has the tensors. The structure around them is JSON in the file's metadata.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ _KEY = "state"
 
 
 def save(path: str | Path, state: Any) -> None:
-    """Write a state, whole or not at all.
+    """Write a state, completely or not at all.
 
     Args:
-        path: of the file.
+        path: path of the file.
         state: dictionaries (keys: strings, numbers, tuples), lists, tuples, numbers, booleans, None and strings, with
-            torch tensors and NumPy arrays in them. What is a subclass of these comes back as the class itself.
+            torch tensors and NumPy arrays in them. An object of a subclass is loaded as an object of the base class.
 
     Raises:
-        TypeError: something else is in it; says where.
-        OSError: it cannot be written.
+        TypeError: the state has an object of another type; the message says where.
+        OSError: the file cannot be written.
     """
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_encoded(state, "state", tensors), allow_nan=False)
@@ -42,11 +42,11 @@ def save(path: str | Path, state: Any) -> None:
 
 
 def load(path: str | Path) -> Any:
-    """The state that was saved; its tensors are on the processor.
+    """Load a saved state; its tensors are on the CPU.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is broken, or no checkpoint; names it.
+        ValueError: the file is broken or not a checkpoint; the message names it.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -55,11 +55,11 @@ def load(path: str | Path) -> Any:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             return _decoded(json.loads(file.metadata()[_KEY]), tensors)
     except Exception as error:  # what a broken structure leads to is of many kinds
-        raise ValueError(f"{path} is broken or no checkpoint: delete it to start anew ({error})") from error
+        raise ValueError(f"{path} is broken or not a checkpoint: delete it to start anew ({error})") from error
 
 
 def _encoded(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """JSON for a value: itself, a list, or a dictionary with one key, its kind. Tensors are set aside by name."""
+    """JSON for a value: the value, a list, or a dictionary with its type as the only key. Tensors go to `tensors`."""
     if value is None or type(value) in (bool, int, str):
         return value
     if isinstance(value, torch.Tensor):
@@ -80,7 +80,7 @@ def _encoded(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:
 
 
 def _encoded_array(array: np.ndarray, where: str, tensors: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """Its bytes as a tensor, for torch lacks some of NumPy's types."""
+    """The bytes of an array as a tensor, because torch lacks some types of NumPy."""
     if array.dtype.hasobject:
         raise TypeError(f"{where} is an array of objects, which a checkpoint cannot hold")
     content = torch.from_numpy(np.frombuffer(array.tobytes(), np.uint8).copy())

@@ -1,11 +1,11 @@
-"""A run's folder: who may write in it, and what the run there was made with.
+"""The folder of a run: its lock and its configuration.
 
     with claim("runs/mine", "train", config, resume=False, overwrite=False) as folder:
         ...
 
-A folder of ours holds `.duorl`. The process that works in it holds a lock on that file, which the kernel takes back
-when the process ends, however it ends. A folder that holds nothing but `.duorl` was left on the way to its
-`config.yaml`, and is begun anew.
+The folder of a run has a file `.duorl`. The process that works in the folder has a lock on this file. The kernel
+removes the lock when the process ends, also after a kill. If a folder has only `.duorl`, the process ended before it
+wrote `config.yaml`, and the folder can be used again.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ import yaml
 from duorl.files import PART, write_text
 
 MARK, CONFIG = ".duorl", "config.yaml"
-_FREE = {"resume", "overwrite", "out", "config", "save_every", "processes"}  # do not change what a run computes
+_FREE = {"resume", "overwrite", "out", "config", "save_every", "processes"}  # do not change the results
 
 
 def check(out: str | None, *, resume: bool = False, overwrite: bool = False) -> None:
-    """Refuse an output folder that a run cannot have; writes nothing.
+    """Refuse an output folder that a run cannot use; nothing is written.
 
     Args:
         out: the folder; None for a free one.
-        resume: go on with the run in it.
+        resume: continue the run in it.
         overwrite: replace the run in it.
 
     Raises:
-        FileExistsError: it holds something, and neither `overwrite` nor `resume` is set or what it holds is no run; or
-            another process works in it.
+        FileExistsError: the folder has files and neither `overwrite` nor `resume` is set, or the files are not a run,
+            or another process works in it.
         FileNotFoundError: there is nothing to resume.
-        PermissionError: it cannot be written.
+        PermissionError: the folder cannot be written.
     """
     folder = Path(out) if out is not None else None
     if resume and overwrite:
-        raise ValueError("--resume goes on with what --overwrite would delete: give one of them")
+        raise ValueError("--resume continues the run that --overwrite would delete: give one of them")
     if resume and (folder is None or not folder.is_dir()):
         raise FileNotFoundError(f"nothing to resume: --out {folder} holds no run")
     _check_writable(folder or Path("runs"))
@@ -52,7 +52,7 @@ def check(out: str | None, *, resume: bool = False, overwrite: bool = False) -> 
     if not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: give another --out")
     if (folder / MARK).is_file():
-        os.close(_lock(folder))  # first: whoever works there must not be told to overwrite it
+        os.close(_lock(folder))  # first, so that the message never advises to overwrite the folder of a running process
     _check_content(folder, resume, overwrite)
 
 
@@ -65,9 +65,9 @@ def _check_content(folder: Path, resume: bool, overwrite: bool) -> None:
     if MARK not in names:
         raise FileExistsError(f"{folder} holds files but no run (no {MARK}): give another --out")
     if resume and CONFIG not in names:
-        raise FileNotFoundError(f"nothing to resume: {folder} has no {CONFIG}; give --overwrite to begin anew there")
+        raise FileNotFoundError(f"nothing to resume: {folder} has no {CONFIG}; give --overwrite to start again there")
     if Path.cwd().is_relative_to(folder.resolve()):
-        raise FileExistsError(f"{folder} is where you stand: give another --out")
+        raise FileExistsError(f"{folder} is the current folder: give another --out")
 
 
 def _check_writable(folder: Path) -> None:
@@ -77,10 +77,10 @@ def _check_writable(folder: Path) -> None:
 
 
 def check_same_options(out: str, config: str) -> None:
-    """Refuse to resume a run with options other than its own: routers of different kinds would stand in one table.
+    """Refuse to resume a run with other options, because different routers would be in one table.
 
     Raises:
-        ValueError: names the first option that differs.
+        ValueError: an option differs; the message names the first one.
     """
     path = Path(out) / CONFIG
     if not path.is_file():
@@ -96,13 +96,13 @@ def check_same_options(out: str, config: str) -> None:
 
 @contextmanager
 def claim(out: str | None, name: str, config: str, *, resume: bool = False, overwrite: bool = False) -> Iterator[Path]:
-    """The run's folder, made or emptied as asked, with its configuration in it, for this process alone.
+    """Make or empty the folder of a run, lock it for this process, and write the configuration.
 
     Args:
         out: the folder; None for the first free `runs/NAME-N`.
-        name: of a folder that is made up.
-        config: the resolved options as YAML.
-        resume: go on with the run in it, which keeps its configuration.
+        name: NAME in `runs/NAME-N`.
+        config: the complete options as YAML.
+        resume: continue the run in it; it keeps its configuration.
         overwrite: replace the run in it.
 
     Raises:
@@ -111,10 +111,10 @@ def claim(out: str | None, name: str, config: str, *, resume: bool = False, over
     folder = _free(name) if out is None else Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     if out is not None and not (folder / MARK).is_file():
-        _check_content(folder, resume, overwrite)  # before the lock leaves its mark there
+        _check_content(folder, resume, overwrite)  # before the lock creates its file there
     lock = _lock(folder)
     try:
-        _check_content(folder, resume, overwrite)  # another process may have been here before the lock was ours
+        _check_content(folder, resume, overwrite)  # another process may have worked here before this one got the lock
         if not (resume and (folder / CONFIG).is_file()):
             _empty(folder)
             write_text(folder / CONFIG, config)
@@ -124,7 +124,7 @@ def claim(out: str | None, name: str, config: str, *, resume: bool = False, over
 
 
 def abandon(folder: Path) -> None:
-    """Empty the folder of a run that came to nothing, so that another may begin there."""
+    """Empty the folder of a failed run, so that another run can use it."""
     _empty(folder)
 
 
@@ -150,7 +150,7 @@ def _lock(folder: Path) -> int:
 
 
 def _empty(folder: Path) -> None:
-    (folder / CONFIG).unlink(missing_ok=True)  # first: what is half deleted cannot be resumed
+    (folder / CONFIG).unlink(missing_ok=True)  # first, so that a half-deleted run cannot be resumed
     for path in folder.iterdir():
         if path.name == MARK:
             continue
@@ -161,7 +161,7 @@ def _empty(folder: Path) -> None:
 
 
 def flatten(tree: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The leaves of nested dictionaries by dotted name; lists are leaves."""
+    """The values of nested dictionaries by dotted name; a list is one value."""
     if not isinstance(tree, Mapping) or not tree:
         yield prefix.removesuffix("."), tree
         return

@@ -1,12 +1,12 @@
-"""SIGINT and SIGTERM: a run saves what it has, then ends.
+"""SIGINT and SIGTERM: a run saves its state, then ends.
 
-    with listening():                # from here both raise Interrupted, at once ...
-        with deferred():             # ... but not here: they are noted,
+    with listening():                # in this block, both signals raise Interrupted immediately ...
+        with deferred():             # ... but in this block they are only stored,
             for step in training:
                 ...
-                check()              # and raised where all is saved
+                check()              # and raised here, after saving
 
-A second signal raises at once, wherever it comes.
+A second signal always raises immediately.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(BaseException):
-    """The process was told to end. Not an `Exception`: whoever catches those does not mean this.
+    """The process got a signal to end. It is not an `Exception`, so `except Exception` does not catch it.
 
     Args:
         signum: SIGINT or SIGTERM.
@@ -33,12 +33,12 @@ class Interrupted(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """What a shell expects of a process that ends by this signal: 130 or 143."""
+        """The usual exit code after this signal: 130 or 143."""
         return 128 + self.signum
 
 
 class _State:
-    """Signals come to the process, so that what is known of them is the process's, too."""
+    """The state of signal handling; it belongs to the process, because signals do."""
 
     noted: int | None = None
     depth = 0
@@ -46,10 +46,10 @@ class _State:
 
 @contextmanager
 def listening(*, ignore: int | None = None) -> Iterator[None]:
-    """Both signals raise `Interrupted` inside. Outside of the main thread, which alone gets signals, nothing changes.
+    """In this block, both signals raise `Interrupted`. It has an effect in the main thread only.
 
     Args:
-        ignore: a signal to leave as it is.
+        ignore: a signal that is not handled here.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -66,7 +66,7 @@ def listening(*, ignore: int | None = None) -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """A first signal is only noted inside; `check` raises it, or the end of the block."""
+    """In this block, a first signal is only stored; `check` or the end of the block raises it."""
     _State.depth += 1
     try:
         yield
@@ -77,15 +77,15 @@ def deferred() -> Iterator[None]:
 
 
 def pending() -> bool:
-    """A signal has come: save, then `check`."""
+    """Whether a signal is stored; then save and call `check`."""
     return _State.noted is not None
 
 
 def check() -> None:
-    """A safe point: raise the signal that has been noted.
+    """Raise the stored signal, if there is one; call this at a safe point.
 
     Raises:
-        Interrupted: there is one.
+        Interrupted: a signal is stored.
     """
     if _State.noted is not None:
         raise Interrupted(_State.noted)

@@ -1,10 +1,10 @@
-"""Jobs: the pieces of a run, each with a place for what it leaves, and where they are executed.
+"""Jobs: the parts of a run. Each job has a folder for its results. An executor runs them.
 
     jobs = [Job("PPO", folder / "routers/PPO", train, {"name": "PPO"}), ...]
     run(jobs, InProcess(), folder, tell=print)
 
-A finished job is one whose place holds `result.json`, which is written last; it is not run again. A place where jobs
-run is a class with one method, `execute`, and a line in `executor`: here, in this process or in processes beside it.
+A job is finished if its folder has `result.json`, which is written last. A finished job does not run again. An executor
+is a class with one method, `execute`, and a line in `executor`. Jobs run in this process or in other processes.
 """
 
 from __future__ import annotations
@@ -23,27 +23,26 @@ from duorl.files import is_no_room, write_json, write_text
 from duorl.runs import interrupts
 
 RESULT, CHECKPOINT = "result.json", "checkpoint.safetensors"
-_LOOK = 0.2  # seconds between two looks at signals
+_LOOK = 0.2  # seconds between two checks for signals
 
 Tell = Callable[..., None]
-"""Called with what there is to say of a running job, JSON values: completed=, total=, note=, line=."""
+"""Called with messages of a running job, JSON values: completed=, total=, note=, line=."""
 
 Function = Callable[..., dict[str, Any]]
-"""Takes its arguments by name and a `Tell` as `tell`; on the top level of a module, where it is to run elsewhere.
-
-Signals are deferred while it runs: it calls `interrupts.check()` where it is safe to stop.
+"""The function of a job. It takes its arguments by name, and a `Tell` as `tell`. To run in another process, it must be
+on the top level of a module. While it runs, signals are deferred: it calls `interrupts.check()` where it can stop.
 """
 
 
 @dataclass(frozen=True)
 class Job:
-    """One piece of a run.
+    """One part of a run.
 
     Args:
         name: unique in its run.
-        place: the folder of what it leaves.
-        function: does it; what it returns is kept as the job's result.
-        arguments: of the function, JSON values.
+        place: the folder of its results.
+        function: does the work; its return value is kept as the job's result.
+        arguments: arguments of the function, JSON values.
         after: names of jobs that must be finished first.
     """
 
@@ -55,21 +54,21 @@ class Job:
 
     @property
     def finished(self) -> bool:
-        """It need not run again."""
+        """Whether the job is finished."""
         return (self.place / RESULT).is_file()
 
     @property
     def result(self) -> dict[str, Any]:
-        """What a finished job's function returned."""
+        """The return value of a finished job's function."""
         return json.loads((self.place / RESULT).read_text())
 
 
 class JobError(Exception):
-    """A job went wrong.
+    """A job failed.
 
     Args:
         line: the error in one line.
-        details: the traceback, where there is one.
+        details: the traceback, if there is one.
     """
 
     def __init__(self, line: str, details: str = ""):
@@ -78,10 +77,10 @@ class JobError(Exception):
 
 
 class Executor(ABC):
-    """Where jobs are executed.
+    """Runs jobs.
 
     Attributes:
-        slots: how many at a time; 1: in the calling thread, and signals reach the job itself.
+        slots: number of jobs at the same time. With 1, jobs run in the calling thread and get signals themselves.
     """
 
     slots: int = 1
@@ -91,20 +90,20 @@ class Executor(ABC):
         """Run a function to its end and return what it returns. Called from several threads at once.
 
         Raises:
-            JobError: the function raised an exception, or what it ran in has died.
+            JobError: the function raised an exception, or its process died.
             Interrupted: it was stopped.
         """
 
     def close(self) -> None:  # noqa: B027
-        """No more jobs will come."""
+        """Release resources: there are no more jobs."""
 
     @abstractmethod
     def stop(self, *, at_once: bool = False) -> None:
-        """Have what runs save and end; or end at once."""
+        """Make running jobs save and end, or end immediately."""
 
 
 class InProcess(Executor):
-    """One job after the other, here."""
+    """Runs one job after the other in this process."""
 
     def execute(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
         """Call the function."""
@@ -114,40 +113,40 @@ class InProcess(Executor):
             raise described(error) from error
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Nothing: a job in this process hears the signals itself."""
+        """Do nothing: a job in this process gets the signals itself."""
 
 
 def described(error: Exception) -> JobError:
-    """An exception as a job's error: its class and words in one line, and its traceback."""
+    """The error of a job from an exception: class and message in one line, and the traceback."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     if is_no_room(error):
-        line = f"the disk is full ({line}): go on with --resume once there is room"
+        line = f"the disk is full ({line}): make room, then continue with --resume"
     return JobError(line, "".join(traceback.format_exception(error)))
 
 
 def executor(processes: int, threads: int) -> Executor:
-    """One for so many jobs at a time, among which the threads are divided."""
+    """An executor for this number of jobs at the same time; they share the threads."""
     from duorl.runs.processes import SideBySide
 
     return InProcess() if processes == 1 else SideBySide(processes, max(1, threads // processes))
 
 
 def run(jobs: Sequence[Job], place: Executor, folder: Path, tell: Callable[[Job, dict[str, Any]], None]) -> list[Job]:
-    """Run the jobs that are not finished, each after those it needs.
+    """Run the jobs that are not finished, each after the jobs that it needs.
 
-    A failed job leaves its traceback in `errors/NAME.txt`; those that need it are left out, all others run.
+    The traceback of a failed job goes to `errors/NAME.txt`. Jobs that need it do not run; all others do.
 
     Args:
-        jobs: the run's; a job comes behind those it needs.
-        place: where they are executed.
-        folder: the run's.
-        tell: told of a job what it says of itself, `error=` when it fails, `done=True` when it is finished.
+        jobs: jobs of the run; a job comes after those that it needs.
+        place: the executor.
+        folder: folder of the run.
+        tell: called with the messages of a job, with `error=` if it fails, and with `done=True` if it is finished.
 
     Returns:
-        The jobs that are still not finished: those that failed, and those that need them.
+        The jobs that are not finished: those that failed, and those that need them.
 
     Raises:
-        Interrupted: the process was told to end; what ran has saved its state.
+        Interrupted: the process got a signal to end; running jobs have saved their state.
     """
     if place.slots == 1:
         for job in jobs:
@@ -201,14 +200,14 @@ def _one(job: Job, place: Executor, folder: Path, tell: Callable[[Job, dict[str,
     errors = folder / "errors" / f"{job.name.replace('/', '_')}.txt"
     errors.unlink(missing_ok=True)
     try:
-        with interrupts.deferred():  # a job says itself where it is safe to stop; side by side this changes nothing
+        with interrupts.deferred():  # a job itself decides where it stops; for other processes this has no effect
             result = place.execute(job.function, job.arguments, lambda **said: tell(job, said))
             write_json(job.place / RESULT, result)
-            (job.place / CHECKPOINT).unlink(missing_ok=True)  # what it was for is whole
+            (job.place / CHECKPOINT).unlink(missing_ok=True)  # the result is complete
     except interrupts.Interrupted:
         if place.slots == 1:
             raise
-        return  # the run's own thread knows of it
+        return  # the main thread handles it
     except JobError as error:
         _keep(errors, error.details)
         tell(job, {"error": error.line, "traceback": str(errors)})
@@ -222,5 +221,5 @@ def _one(job: Job, place: Executor, folder: Path, tell: Callable[[Job, dict[str,
 def _keep(path: Path, text: str) -> None:
     try:
         write_text(path, text)
-    except OSError:  # the disk is full: the line has been said, and the other jobs matter more
+    except OSError:  # the disk is full: the message is printed already; continue with the other jobs
         return

@@ -1,4 +1,4 @@
-"""Journal: TensorBoard events, the same tags for every learner over the same axis, layer decisions."""
+"""Journal: writes TensorBoard events, with the same tags and the same x axis (layer decisions) for every learner."""
 
 from __future__ import annotations
 
@@ -11,42 +11,42 @@ if TYPE_CHECKING:
 
 
 class Journal:
-    """Writes one learner's events.
+    """Writes the events of one learner.
 
-    A training that goes on writes a further file, which tells readers to forget what an earlier one holds beyond the
-    checkpoint; the curve is then that of a training that was never stopped.
+    A training that continues writes another file. It tells readers to ignore the points of the earlier file after the
+    checkpoint. So the curve is that of a training that was never stopped.
 
     Args:
-        folder: where; TensorBoard shows each folder as a run.
-        decisions: layer decisions of the checkpoint from which the training goes on; 0 for a new one.
+        folder: folder of the events; TensorBoard shows each folder as a run.
+        decisions: layer decisions at the checkpoint from which the training continues; 0 for a new training.
     """
 
     def __init__(self, folder: Path, decisions: int = 0):
-        from torch.utils.tensorboard import SummaryWriter  # here, for it loads slowly
+        from torch.utils.tensorboard import SummaryWriter  # imported here, because it loads slowly
 
         self._writer = SummaryWriter(str(folder), purge_step=decisions + 1 if decisions else None)
 
     def scalars(self, decisions: int, metrics: Mapping[str, float]) -> None:
-        """Metrics by tag, after so many layer decisions."""
+        """Write metrics by tag, after a number of layer decisions."""
         for tag, value in metrics.items():
             self._writer.add_scalar(tag, value, decisions)
 
     def picture(self, decisions: int, tag: str, figure: Figure) -> None:
-        """An image; the figure is closed."""
+        """Write an image; the figure is closed."""
         self._writer.add_figure(tag, figure, decisions, close=True)
 
     def hparams(self, decisions: int, options: Mapping[str, str | float | bool], results: Mapping[str, float]) -> None:
-        """Hyper-parameters, for TensorBoard's table of runs, beside the results' last values."""
+        """Write hyper-parameters and final results, for TensorBoard's table of runs."""
         from torch.utils.tensorboard.summary import hparams
 
-        # The writer's own add_hparams would open a second file, and its points could not be taken back.
+        # The writer's add_hparams opens a second file, whose points cannot be removed on resume.
         for summary in hparams(dict(options), dict(results)):
             self._writer._get_file_writer().add_summary(summary, decisions)
 
     def flush(self) -> None:
-        """Hand all that was told to the system: it then outlives this process."""
+        """Write everything to the operating system, so that a kill does not lose it."""
         self._writer.flush()
 
     def close(self) -> None:
-        """Flush, and end."""
+        """Flush and close the files."""
         self._writer.close()

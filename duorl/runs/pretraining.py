@@ -1,4 +1,4 @@
-"""Stage 1 as a job: it saves every few minutes and when it is told to end, and goes on from what it saved."""
+"""Stage 1 as a job: it saves every few minutes and after a signal, and continues from the saved state."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ _SAVE_EVERY = 120.0
 
 
 def pretrain(options: dict[str, Any], tell: Tell) -> dict[str, Any]:
-    """Train, from the last checkpoint where there is one, and save the model; the function of a job.
+    """Train, from the last checkpoint if there is one, and save the model: the function of a job.
 
     Args:
-        options: of `PretrainOptions`.
-        tell: told of every step.
+        options: values of `PretrainOptions`.
+        tell: called after every step.
 
     Raises:
-        Interrupted: the process was told to end, and a checkpoint is saved.
+        Interrupted: the process got a signal to end, and a checkpoint is saved.
     """
     return run(Pretraining(PretrainOptions(**options), resume=True), tell, card=False)
 
 
 def run(prepared: Pretraining, tell: Tell, *, card: bool = True) -> dict[str, Any]:
-    """The same for a training whose input has been read already.
+    """Train and save a model whose input is already read.
 
     Args:
         prepared: the training.
-        tell: told of every step.
-        card: a model card is written, too.
+        tell: called after every step.
+        card: also write a model card.
     """
     work = prepared.run if card else prepared.train
     work([Saving(tell, _SAVE_EVERY)])
@@ -42,10 +42,10 @@ def run(prepared: Pretraining, tell: Tell, *, card: bool = True) -> dict[str, An
 
 
 class Saving(TrainerCallback):
-    """Has transformers' Trainer save in time, and stop once it has.
+    """Makes the Trainer of transformers save at regular intervals, and stop after a signal.
 
     Args:
-        tell: told of every step.
+        tell: called after every step.
         every: seconds between checkpoints.
     """
 
@@ -54,12 +54,12 @@ class Saving(TrainerCallback):
         self._saved = time.monotonic()
 
     def on_step_end(self, args, state, control, **kwargs) -> None:
-        """Ask for a checkpoint when it is time."""
+        """Ask for a checkpoint at regular intervals and after a signal."""
         self._tell(completed=state.global_step, total=state.max_steps)
         if interrupts.pending() or time.monotonic() - self._saved >= self._every:
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs) -> None:
-        """The checkpoint is whole."""
+        """Stop, if a signal came: the checkpoint is complete."""
         self._saved = time.monotonic()
         interrupts.check()

@@ -1,4 +1,4 @@
-"""Jobs in processes side by side: the machine's cores are divided among them, for more threads slow all of them."""
+"""Runs jobs in several processes. They share the machine's cores, because more threads than cores are slow."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from duorl.runs import interrupts
 from duorl.runs.jobs import Executor, Function, JobError, Tell, described
 
 _SPAWN = multiprocessing.get_context("spawn")
-_EVERY = 0.1  # seconds between two words of a job on its progress
+_EVERY = 0.1  # seconds between two messages of a job about its progress
 
 
 class SideBySide(Executor):
-    """Processes that take one job after another; one that dies takes down its job alone.
+    """Runs jobs in processes, each one job after the other. If a process dies, only its job fails.
 
     Args:
-        slots: processes at a time.
-        threads: of torch in each.
+        slots: number of processes.
+        threads: threads of torch in each process.
     """
 
     def __init__(self, slots: int, threads: int):
@@ -35,7 +35,7 @@ class SideBySide(Executor):
         self._stopping = False
 
     def execute(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
-        """Run it in a process that has nothing to do, or a new one; see `Executor.execute`."""
+        """Run it in a free process or in a new one; see `Executor.execute`."""
         worker = self._take()
         try:
             result = worker.do(function, arguments, tell)
@@ -51,7 +51,7 @@ class SideBySide(Executor):
         return result
 
     def stop(self, *, at_once: bool = False) -> None:
-        """SIGTERM, once, or SIGKILL, to all processes."""
+        """Send SIGTERM (once) or SIGKILL to all processes."""
         with self._lock:
             for worker in self._all:
                 if at_once:
@@ -61,7 +61,7 @@ class SideBySide(Executor):
             self._stopping = True
 
     def close(self) -> None:
-        """End the processes that have nothing to do."""
+        """End the free processes."""
         with self._lock:
             while self._idle:
                 self._idle.pop().end()
@@ -86,12 +86,12 @@ class SideBySide(Executor):
 
 
 class _Worker:
-    """A process, and the line to it."""
+    """A process and the connection to it."""
 
     def __init__(self, threads: int):
         self.connection, theirs = _SPAWN.Pipe()
         self.process: SpawnProcess = _SPAWN.Process(target=_serve, args=(theirs, threads))
-        # Both signals are held back until it can deal with them.
+        # Both signals are blocked until the process can handle them.
         before = signal.pthread_sigmask(signal.SIG_BLOCK, interrupts.SIGNALS)
         try:
             self.process.start()
@@ -100,7 +100,7 @@ class _Worker:
         theirs.close()
 
     def do(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
-        """Have it run a function; errors as for `Executor.execute`."""
+        """Run a function in the process; errors as for `Executor.execute`."""
         try:
             self.connection.send((function, arguments))
             while True:
@@ -117,7 +117,7 @@ class _Worker:
             raise JobError(f"its process died ({_death(self.process.exitcode)})") from None
 
     def end(self) -> None:
-        """Have it end: nothing more will come."""
+        """End the process."""
         self.connection.close()
         self.process.join()
 
@@ -126,13 +126,13 @@ def _death(code: int | None) -> str:
     if code is None or code >= 0:
         return f"exit code {code}"
     name = signal.Signals(-code).name
-    return f"{name}, out of memory perhaps" if name == "SIGKILL" else name
+    return f"{name}, perhaps out of memory" if name == "SIGKILL" else name
 
 
 def _serve(connection: Connection, threads: int) -> None:
-    """What runs in the process: one job after another."""
+    """The loop of the process: one job after the other."""
     _follow_parent()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C comes to all processes; the command passes it on as SIGTERM
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the main process sends SIGTERM for it
     try:
         with interrupts.listening(ignore=signal.SIGINT):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)
@@ -174,7 +174,7 @@ def _answer(connection: Connection, function: Function, arguments: dict[str, Any
 
 
 def _follow_parent() -> None:
-    """End when the parent does, even when it is killed."""
+    """End when the parent ends, also after a kill."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -1,4 +1,4 @@
-"""One learner's training: journaled, validated, saved every few minutes, and gone on with to the same bit."""
+"""The training of one learner: it writes curves, validates, saves every few minutes, and can be resumed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = ("rollout/return", "train/loss", "train/price")
 
 
 class Trainable(Protocol):
-    """What can be trained: a `Learner`, or a `TargetCompute` around one."""
+    """A `Learner`, or a `TargetCompute` with a learner."""
 
     @property
     def decisions(self) -> int: ...  # noqa: D102
@@ -40,15 +40,15 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Training:
-    """Where a training keeps what, and how often.
+    """Folders and intervals of a training.
 
     Args:
         total: layer decisions to learn from.
-        place: folder of the router; the checkpoint lies in it until the job is finished.
+        place: folder of the router; the checkpoint is in it until the job is finished.
         events: folder of the TensorBoard events.
-        save_every: seconds between checkpoints; one is saved at the end, and on SIGINT and SIGTERM, too.
-        validate: metrics by tag of a router, on text that nobody trains on.
-        validations: how often they are journaled during the training.
+        save_every: seconds between checkpoints; one is also saved at the end, and after SIGINT and SIGTERM.
+        validate: measures metrics of a router by tag, on text that no training uses.
+        validations: number of these measurements during the training.
     """
 
     total: int
@@ -60,26 +60,26 @@ class Training:
 
     @property
     def checkpoint(self) -> Path:
-        """The file from which a training goes on."""
+        """The file from which a training continues."""
         return self.place / CHECKPOINT
 
     def run(self, learner: Trainable, finish: Callable[[Router, Journal], Router], tell: Tell) -> Router:
-        """Train to the end, from the checkpoint where there is one.
+        """Train to the end, from the checkpoint if there is one.
 
         Args:
-            learner: fresh.
-            finish: what is still to be done with the trained router, and journaled of it.
-            tell: told of every update.
+            learner: a new learner.
+            finish: called with the trained router and the journal; returns the final router.
+            tell: called after every update.
 
         Raises:
-            Interrupted: the process was told to end, and the state is saved.
-            ValueError: the checkpoint is broken, or of another training.
+            Interrupted: the process got a signal to end, and the state is saved.
+            ValueError: the checkpoint is broken, or belongs to another training.
         """
         going_on = self.checkpoint.is_file()
         if going_on:
             self._restore(learner)
         else:
-            shutil.rmtree(self.events, ignore_errors=True)  # a stopped training's curve would lie under the new one
+            shutil.rmtree(self.events, ignore_errors=True)  # removes the curve of a stopped training
         journal = Journal(self.events, learner.decisions)
         try:
             monitor = self._monitor(learner, journal, tell)
@@ -92,9 +92,9 @@ class Training:
         state = checkpoints.load(self.checkpoint)
         try:
             learner.restore(state["learner"])
-        except Exception as error:  # what is missing, or of another shape, is found where a learner's own code needs it
+        except Exception as error:  # missing parts and wrong shapes are found only in the learner's code
             said = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.checkpoint} is of another training: delete it to start anew ({said})") from error
+            raise ValueError(f"{self.checkpoint} is from another training: delete it to start anew ({said})") from error
 
     def _monitor(self, learner: Trainable, journal: Journal, tell: Tell) -> Monitor:
         every = max(1, learner.span(self.total) // max(1, self.validations))
