@@ -222,16 +222,16 @@ class Exits(duorl.rewards.Reward):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--reward", "bad_rewards.Late"], "Late returned a reward that is not finite, in layer 5"),
+        (["--reward", "unfit.Late"], "Late returned a reward that is not finite, in layer 5"),
         (
-            ["--reward", "bad_rewards.Later", "--env.token_discount", "0.5"],
+            ["--reward", "unfit.Later", "--env.token_discount", "0.5"],
             r"Later.contextual must return .* not \(2,\)",
         ),
-        (["--reward", "bad_rewards.Huge"], r"Huge returned a reward that is beyond 1e\+15"),
-        (["--reward", "bad_rewards.Broken"], "Broken fails in layer 0: AttributeError"),
-        (["--reward", "bad_rewards.Dear"], "Dear: price must be at least 0 .* not nan"),
-        (["--reward", "bad_rewards.Raises"], "bad_rewards.Raises: KeyError: 'x'"),
-        (["--reward", "bad_rewards.Exits"], "SystemExit: 3"),
+        (["--reward", "unfit.Huge"], r"Huge returned a reward that is beyond 1e\+15"),
+        (["--reward", "unfit.Broken"], "Broken fails in layer 0: AttributeError"),
+        (["--reward", "unfit.Dear"], "Dear: price must be at least 0 .* not nan"),
+        (["--reward", "unfit.Raises"], "unfit.Raises: KeyError: 'x'"),
+        (["--reward", "unfit.Exits"], "SystemExit: 3"),
         (["--reward", "ends.Reward"], "cannot import ends: SystemExit: 4"),
         (["--reward", "wrong.Reward"], r"cannot import wrong: SyntaxError: .*wrong.py, line 1"),
         (["--agent", "wrong.Agent"], "cannot import wrong: SyntaxError"),
@@ -251,9 +251,9 @@ class Exits(duorl.rewards.Reward):
 def test_bad_parts_and_options_are_one_line(arguments, message, small_corpus, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for module in ("bad_rewards", "ends", "wrong"):
+    for module in ("unfit", "ends", "wrong"):
         monkeypatch.delitem(sys.modules, module, raising=False)
-    Path("bad_rewards.py").write_text(REWARDS)
+    Path("unfit.py").write_text(REWARDS)
     Path("ends.py").write_text("import sys\nsys.exit(4)\n")
     Path("wrong.py").write_text("def f(:\n")
     Path("twice.yaml").write_text("seed: 1\nseed: 2\n")
