@@ -282,22 +282,21 @@ def checked_contextual(reward: Reward, step: Step) -> Tensor:
 def _checked(name: str, function: Callable[[Step], Tensor], step: Step) -> Tensor:
     try:
         earned = function(step)
-    except Exception as error:  # a user's code may raise anything
+    except (Exception, SystemExit) as error:  # a user's code may raise anything
         said = f"{type(error).__name__}: {error}"
         raise ValueError(f"{name} fails in layer {step.layer}: {said}") from error
     shape = tuple(step.compute.shape)
     if not isinstance(earned, Tensor) or earned.shape != shape:
         found = tuple(earned.shape) if isinstance(earned, Tensor) else type(earned).__name__
-        said = f"{name} must return one reward per token, shape (N,), not {found}"
-        raise ValueError(f"{said}, in layer {step.layer}")
+        raise ValueError(f"{name} must return one reward per token, shape (N,), not {found}, in layer {step.layer}")
     if earned.is_complex() or earned.device != step.compute.device:
-        found = f"{earned.dtype} on {earned.device}, in layer {step.layer}"
-        raise ValueError(f"{name} must return real numbers on {step.compute.device}, not {found}")
+        kind = f"{earned.dtype} on {earned.device}, in layer {step.layer}"
+        raise ValueError(f"{name} must return real numbers on {step.compute.device}, not {kind}")
     if not earned.is_floating_point():
         earned = earned.to(step.compute.dtype)
     if not (earned.abs() < _MOST).all():  # NaN is not, either
-        kind = "not finite" if not earned.isfinite().all() else f"beyond {_MOST:g}, which learners cannot square"
-        raise ValueError(f"{name} returned a reward that is {kind}, in layer {step.layer}")
+        problem = "not finite" if not earned.isfinite().all() else f"beyond {_MOST:g}, which learners cannot square"
+        raise ValueError(f"{name} returned a reward that is {problem}, in layer {step.layer}")
     return earned
 
 

@@ -234,7 +234,7 @@ def test_spoiled_corpora(here):
         finally:
             Path(name).unlink()
 
-    run(corpora(here), 60, trial, least=40)
+    run(corpora(here), 80, trial, least=50)
 
 
 # Models
@@ -305,7 +305,7 @@ def test_spoiled_models(here):
         spoil("model", *example)
         return refused(*evaluation(model="copy"))
 
-    run(models(), 60, trial, least=40)
+    run(models(), 80, trial, least=50)
 
 
 # Routers
@@ -343,7 +343,7 @@ def test_spoiled_routers(here):
         spoil(*example)
         return refused(*evaluation("copy"))
 
-    run(routers(), 60, trial, least=40)
+    run(routers(), 80, trial, least=50)
 
 
 # Configurations
@@ -375,7 +375,7 @@ def test_spoiled_configurations(here):
         finally:
             Path("config.yaml").unlink()
 
-    run(strategy, 60, trial, least=40)
+    run(strategy, 80, trial, least=50)
 
 
 # Rewards
@@ -440,4 +440,4 @@ def test_spoiled_rewards(here):
             Path(f"{name}.py").unlink()
             sys.modules.pop(name, None)
 
-    run(rewards(), 60, trial, least=40)
+    run(rewards(), 80, trial, least=50)

@@ -18,6 +18,7 @@ from test_cli import refused
 import duorl
 from duorl.cli import main
 from duorl.models import model_folder
+from duorl.routers import HeadRouter
 from duorl.runs import checkpoints, folders
 
 EVALUATION = "{windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2}"
@@ -290,3 +291,21 @@ def test_every_text_has_a_split_to_be_measured_on(small_corpus, tmp_path, monkey
     words = ["compare", "--agents", "{PPO: PPO}", "--rivals", "[]", "--env.prices", "[0.1, 1]", "--targets", "[0.5]"]
     line = refused([*words, "--corpus", f"[{small_corpus}, short.txt]", "--env.window", "32", "--out", "run"], capsys)
     assert "evaluation split of short.txt is shorter than a window" in line and not Path("run").exists()
+
+
+@pytest.mark.slow
+def test_a_run_whose_router_is_broken_or_whose_model_is_another_says_so(train, model, capsys):
+    """Nothing is trained anew: it is the user's to say which of both is meant."""
+    words = [*train, "--model", str(model), "--out", "run"]
+    main(words)
+    change_weights(lambda tensors: tensors.update({name: tensor * 1.5 for name, tensor in tensors.items()}))(model)
+    assert "HeadRouter was trained for the model" in failed([*words, "--resume"], capsys)[1]
+    path = Path("run/router/router.safetensors")
+    path.write_bytes(path.read_bytes()[:50])
+    assert "router.safetensors is broken" in failed([*words, "--resume"], capsys)[1]
+
+
+def test_a_router_that_may_take_what_the_bound_may_not_is_refused(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    HeadRouter(8, 192, actions=("skip", "small", "big")).save_pretrained("mine")
+    assert "mine may take skip, which is not among --actions" in refused(["evaluate", "--router", "mine"], capsys)

@@ -49,7 +49,7 @@ def run_command(name: str, words: list[str]) -> None:
                 if "overwrite" in COMMANDS[name].flags:
                     folder = stack.enter_context(_claimed(called, options, config))
             except Exception as error:  # of the input; running is outside, where an error is a bug and keeps its trace
-                fail(f"{type(error).__name__}: {error}".removeprefix("ValueError: "))
+                fail(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
             _work(name, work, folder)
         except interrupts.Interrupted as stop:
             _say_stopped(name, folder)
@@ -93,6 +93,7 @@ def _claimed(called: str, options: Namespace, config: str):
 def _work(name: str, work: Callable[[Path | None], None], folder: Path | None) -> None:
     """Do the work. If it fails and cannot be resumed, its folder can be used again."""
     from duorl.cli.trainings import JobsFailed
+    from duorl.routers.fit import UnusableRouter
 
     resumable = "resume" in COMMANDS[name].flags
     try:
@@ -102,6 +103,8 @@ def _work(name: str, work: Callable[[Path | None], None], folder: Path | None) -
             folders.abandon(folder)
         if isinstance(error, JobsFailed):
             _fail_and_hint(str(error), folder)
+        if isinstance(error, UnusableRouter):
+            fail(f"{folder}: {error}", code=1)
         if is_no_room(error):
             _fail_and_hint(f"the disk is full: {error}", folder if resumable else None)
         if isinstance(error, PermissionError):

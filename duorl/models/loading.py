@@ -71,8 +71,8 @@ def load(
     _require_plausible(folder, settings)
     try:
         with _without_report():
-            info = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
-            loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **info, **changed)
+            changed |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
+            loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed)
     except SafetensorError as problem:
         raise ValueError(f"cannot read the weights in {folder}: {problem}") from problem
     except Exception as problem:  # whatever a broken config.json or a shard that is missing leads to in transformers

@@ -20,6 +20,10 @@ _TOLERANCE = 0.01  # relative change of a weight; another precision changes it l
 _LEAST = 1e-6  # smaller numbers are not exact in float16
 
 
+class UnusableRouter(ValueError):
+    """A router that cannot be loaded, or cannot decide for a model. A run that meets one in its folder says so."""
+
+
 def identity(model: DuoForCausalLM) -> dict[str, Any]:
     """The record of a model, JSON values.
 
@@ -43,17 +47,19 @@ def require_fit(router: Router, model: DuoForCausalLM) -> None:
     """Refuse a router that cannot decide for a model.
 
     Raises:
-        ValueError: the router has other sizes, or was trained for another model; the message names it.
+        UnusableRouter: the router has other sizes, or was trained for another model; the message names it.
     """
     name = type(router).__name__
     layers, hidden_size = router.sizes()
     for what, needed, found in (("layers", layers, model.num_layers), ("hidden size", hidden_size, model.hidden_size)):
         if needed is not None and needed != found:
-            raise ValueError(f"{name} is made for a model of {what} {needed}, this one has {found}: give its own model")
+            said = f"{name} is made for a model of {what} {needed}, this one has {found}"
+            raise UnusableRouter(f"{said}: give its own model")
     known = router.trained_for
     if known is not None and not _same(known, identity(model)):
         here = identity(model)["name"] or "this one"
-        raise ValueError(f"{name} was trained for the model {_called(known)}, not for {here}: give it, or train anew")
+        said = f"{name} was trained for the model {_called(known)}, not for {here}"
+        raise UnusableRouter(f"{said}: give that model, or train anew")
 
 
 def _same(known: dict[str, Any], found: dict[str, Any]) -> bool:

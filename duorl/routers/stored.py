@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from duorl.routers.base import Router, kind_of, rebuilt
-from duorl.routers.fit import checked_record
+from duorl.routers.fit import UnusableRouter, checked_record
 
 
 def load(folder: str | Path) -> Router:
@@ -24,7 +24,13 @@ def load(folder: str | Path) -> Router:
         ValueError: a file is broken, the class cannot be imported, or the weights do not fit the configuration or are
             not finite; the message names the file.
     """
-    folder = Path(folder)
+    try:
+        return _loaded(Path(folder))
+    except ValueError as error:
+        raise UnusableRouter(str(error)) from error
+
+
+def _loaded(folder: Path) -> Router:
     path, weights = folder / "router.json", folder / "router.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"no router in {folder}: router.json is missing")
