@@ -12,7 +12,7 @@ from torch import Tensor
 
 from duorl.envs.gym_env import observation_space, observe, observe_tensors
 from duorl.envs.lockstep import Lockstep, Outcome
-from duorl.envs.told import checked_actions
+from duorl.envs.places import checked_actions
 
 
 class RoutingVecEnv(VecEnv):

@@ -1,4 +1,4 @@
-"""What the environments are told: which actions to take, and with which tokens to begin."""
+"""Places in a text where episodes begin, and the routes from there: drawn, chosen by the user, checked, and printed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def checked_actions(dynamics: RoutingDynamics, actions: Any) -> Tensor:
 
 
 def chosen_place(drawn: dict[str, int], options: Mapping[str, Any] | None) -> dict[str, int]:
-    """The place that was drawn, or what the options of `reset` name of it.
+    """The place of an episode: the drawn one, changed by the options of `reset`.
 
     Raises:
         ValueError: an option is unknown, or no whole number.
@@ -75,5 +75,5 @@ def places_to_tensors(windows: Tensor, places: Sequence[dict[str, int]]) -> tupl
 
 
 def objects(values: Iterable[Any]) -> np.ndarray:
-    """An array (N,) of objects, also of such as NumPy would look into."""
+    """An array (N,) of objects; NumPy does not unpack them."""
     return np.array([*values, None], dtype=object)[:-1]
