@@ -104,12 +104,15 @@ def _require_plausible(folder: Path, settings: dict[str, Any]) -> None:
 def _without_report() -> Iterator[None]:
     """transformers tells in a table which weights it lacks; here it is an error, in one line."""
     logger = logging.getLogger("transformers.modeling_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.addFilter(_is_error)  # a higher level of this logger would make transformers report on sharding
     try:
         yield
     finally:
-        logger.setLevel(level)
+        logger.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _check_weights(folder: Path, model: DuoForCausalLM, found: Mapping[str, Any]) -> None:
