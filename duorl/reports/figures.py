@@ -177,7 +177,9 @@ def budget_table(rows: list[dict[str, float]], title: str) -> Table:
 
 
 def budget_frontiers(found: dict, text: str) -> Figure:
-    """Frontiers of routers with bands, and their paired differences to the best fixed pattern.
+    """Frontiers of routers, and their paired differences to the best fixed pattern, with intervals.
+
+    The frontiers have no bands: files differ far more than routers do, so that all bands would cover each other.
 
     Args:
         found: one text of `budgets.json`.
@@ -189,8 +191,6 @@ def budget_frontiers(found: dict, text: str) -> Figure:
         steps = router["frontier"]
         xs, ys = [step["compute"] for step in steps], [step["loss"] for step in steps]
         left.plot(xs, ys, ".-", color=color, label=router["router"], linewidth=1)
-        bands = (step["interval"] or [step["loss"]] * 2 for step in steps)
-        left.fill_between(xs, *zip(*bands, strict=True), color=color, alpha=0.08)
         points = _below_fixed(found["rows"], router["router"])
         if points:
             targets, differences, bars = zip(*points, strict=True)
@@ -200,8 +200,8 @@ def budget_frontiers(found: dict, text: str) -> Figure:
     left.axhline(found["all_big"], color="0.8", linestyle="--", label="all-big")
     right.axhline(0, color="0.55")
     for axes, title in (
-        (left, f"{text}: held-out loss, mean over seeds; bands: 95 %, seeds and files"),
-        (right, "loss minus the best fixed pattern's at equal compute, paired"),
+        (left, f"{text}: held-out loss, mean over seeds"),
+        (right, "minus the best fixed pattern at equal compute, 95 % intervals"),
     ):
         axes.set_xlabel("compute (FFN FLOPs / all-big)")
         axes.set_title(title, fontsize=9)
