@@ -27,6 +27,10 @@ _FLAGS = {
 }
 
 
+_TYPE = re.compile(r"Expected an? <class '(\w+)'>\.? Got value:")
+_KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false"}
+
+
 class _HelpFormatter(DefaultHelpFormatter, RawDescriptionHelpFormatter):
     """Does not wrap the lines in the section about rewards."""
 
@@ -37,6 +41,7 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Print one line and exit."""
         line = " ".join(_condensed(str(message)).split()).replace('Parser key "', 'option "')
+        line = _TYPE.sub(lambda found: f"must be {_KINDS.get(found[1], found[1])}, not", line)
         unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", line)
         if unknown:
             names = sorted({name.lstrip("-") for name in self._option_string_actions})
