@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 
 import pytest
 import torch
@@ -31,6 +32,12 @@ from duorl.routers.heads import LayerHeads
 @pytest.fixture
 def windows():
     return torch.randint(61, (8, 8), generator=torch.Generator().manual_seed(2))
+
+
+def test_a_used_router_reaches_other_processes(duo, windows):
+    router = HeadRouter(3, 32, seed=1)
+    routes = measure(duo, router, windows).routes
+    assert torch.equal(measure(duo, pickle.loads(pickle.dumps(router)), windows).routes, routes)
 
 
 def test_simple_routers_take_their_actions(duo, windows):

@@ -51,6 +51,10 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies and other processes, which have other models."""
+        return {**self.__dict__, "_fits": None}
+
     @property
     def takes_price(self) -> bool:
         """Whether it was trained for a range of prices and no price is chosen yet; see `at`."""
@@ -86,10 +90,10 @@ class Router(nn.Module):
             self._fits = ref(model)  # a model is looked at once, and not for every token that it generates
 
     def check(self) -> None:
-        """Called when it has been loaded.
+        """Called after loading; routers with buffers check their values here.
 
         Raises:
-            ValueError: its buffers hold what they cannot hold.
+            ValueError: a buffer has impossible values.
         """
 
     def begin(self, model: DuoForCausalLM, tokens: Tensor) -> None:
