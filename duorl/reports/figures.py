@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 from collections.abc import Sequence
 
-from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -22,7 +17,8 @@ from duorl.paper.pictures import around
 
 def frontier(comparison: Comparison) -> Figure:
     """Loss against compute: every router with its 95 % interval, the fixed frontier, and the oracle's if known."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
     for name, label, style, color in (
         ("fixed", "best fixed pattern per budget (routed)", "o-", "0.55"),
         ("oracle", f"oracle per budget (reference, {_searched(comparison):,} of the tokens)", "s--", "0.75"),
@@ -67,7 +63,8 @@ def _searched(comparison: Comparison) -> int:
 def heat_map(routes: Tensor, title: str) -> Figure:
     """Share of big per layer and position (Duo-LLM, Fig. 2 and 3): routes (W, T, L)."""
     share = (routes == BIG).float().mean(0).T.cpu()  # (L, T)
-    figure, axes = plt.subplots(figsize=(8, 2.5), layout="constrained")
+    figure = Figure(figsize=(8, 2.5), layout="constrained")
+    axes = figure.subplots()
     image = axes.imshow(share, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set_xlabel("position in the window")
     axes.set_ylabel("layer")
@@ -185,7 +182,8 @@ def budget_frontiers(found: dict, text: str) -> Figure:
         found: one text of `budgets.json`.
         text: name of the text.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    left, right = figure.subplots(1, 2)
     for index, router in enumerate(found["routers"]):
         color = "0.55" if router["router"] == _FIXED else f"C{index - 1}"
         steps = router["frontier"]
