@@ -401,7 +401,7 @@ def test_other_commands_refuse_bad_input_too(arguments, message, tiny, capsys):
         (["--agent.init", "nowhere"], "no router in nowhere"),
         (["--reward", "bare.Bare", "--env.prices", "[0.1, 1.0]"], "is not among env.prices"),
         (["--reward", "bare.Bare", "--target_compute", "0.5"], "no prices"),
-        (["--seed", "x"], "option \"seed\": must be a whole number, not x"),
+        (["--seed", "x"], 'option "seed": must be a whole number, not x'),
         (["--corpus", '["gone.txt"]'], "no text at 'gone.txt'"),
         (["--corpus", '["zero.txt"]'], "zero.txt is empty"),
         (["--corpus", '["short.txt"]'], "128 \+ 1"),
