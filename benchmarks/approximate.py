@@ -81,8 +81,7 @@ def main() -> None:
     keep_freed_memory()
     model, tokenizer = duorl.load("duo-tiny"), duorl.load_tokenizer("duo-tiny")
     read = lambda split: read_windows("stdlib-code", tokenizer, split=split, length=_LENGTH)  # noqa: E731
-    router, (tokens, files) = read("router").tokens[:_PATTERN_WINDOWS], read("evaluation")
-    held_out = Windows(tokens[:_WINDOWS], files[:_WINDOWS])
+    router, held_out = read("router").tokens[:_PATTERN_WINDOWS], read("evaluation").first(_WINDOWS)
     start = next(p.route for p in fixed_patterns(model, router) if p.budget[1] == model.num_layers // 2)
     approximate_oracles(model, held_out, start)
     patterns(model, router, held_out.tokens)

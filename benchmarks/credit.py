@@ -86,7 +86,7 @@ def text() -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
     learned = cut([file for file in files if file.path not in held_out], tokenizer, 128)
     others = cut([file for file in files if file.path in held_out], tokenizer, 128)
     assert learned is not None and others is not None
-    return model, learned.tokens, Windows(others.tokens[:HELD_OUT], others.files[:HELD_OUT])
+    return model, learned.tokens, others.first(HELD_OUT)
 
 
 def learner(name: str, seed: int, starts: Path) -> agents.Agent:

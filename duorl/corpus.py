@@ -60,6 +60,10 @@ class Windows(NamedTuple):
     tokens: Tensor
     files: Tensor
 
+    def first(self, count: int) -> Windows:
+        """The first windows, at most `count`."""
+        return Windows(self.tokens[:count], self.files[:count])
+
 
 def split_of(path: str) -> Split:
     """The split of a document: 70 % model, 15 % router, 15 % evaluation, by a hash of its path."""

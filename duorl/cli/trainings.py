@@ -113,8 +113,8 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
 def held_out_texts(bench: Workbench) -> dict[str, Windows]:
     """The first windows of the evaluation split of each text, by the name of the text."""
     count = bench.options.evaluation.windows
-    texts = {name: bench.read([name], split="evaluation") for name in source_names(bench.options.corpus)}
-    return {name: Windows(text.tokens[:count], text.files[:count]) for name, text in texts.items()}
+    names = source_names(bench.options.corpus)
+    return {name: bench.read([name], split="evaluation").first(count) for name in names}
 
 
 def ladder_path(router: Path, text: str) -> Path:

@@ -123,7 +123,7 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
 def evaluation_windows(text: str, tokenizer: PreTrainedTokenizerBase, options: DenseOptions) -> Windows:
     """Windows of the measurement; errors as for `load_windows`."""
     found = read_windows(text.split(", "), tokenizer, split="evaluation", length=options.recipe.window)
-    return Windows(found.tokens[: options.windows], found.files[: options.windows])
+    return found.first(options.windows)
 
 
 def find(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str, Any]]:
