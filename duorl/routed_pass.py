@@ -229,8 +229,13 @@ class RoutedPass:
 
     def _divergence(self, own: Tensor, teacher: Tensor) -> Tensor:
         """From normalised streams (K, N, d) and (1, N, d), (K, N)."""
-        log_own, log_teacher = (self.stack.head(states).float().log_softmax(-1) for states in (own, teacher))
+        log_own, log_teacher = (self._log_probabilities(states) for states in (own, teacher))
         return kl_div(log_own, log_teacher.expand_as(log_own), reduction="none", log_target=True).sum(-1)
+
+    def _log_probabilities(self, normalized: Tensor) -> Tensor:
+        """From a normalised stream (K, N, d), (K, N, V). The head gets rows without gaps, which is far faster."""
+        rows = normalized.flatten(0, 1)[None]
+        return self.stack.head(rows).float().log_softmax(-1).view(*normalized.shape[:2], -1)
 
     def _normalized(self, stream: Tensor) -> Tensor:
         """What the head reads, (N, d), of a stream (K * B, P, d)."""

@@ -12,7 +12,7 @@ ORDER = [
     {"inputs"},
     {"models"},
     {"routed_pass"},
-    {"rewards"},
+    {"rewards", "smalls"},
     {"oracle"},
     {"routers"},
     {"envs"},  # knows no learner
