@@ -79,6 +79,8 @@ def _told(repository: str, revision: str | None) -> Iterator[None]:
         said = f"the hub has no {name}, or you may not see it"
         raise OSError(f"{said}: check the name, or log in with `hf auth login`") from problem
     except errors.RevisionNotFoundError as problem:
-        raise OSError(f"{repository} has no revision {revision!r} on the hub: name a branch, tag or commit") from problem
+        raise OSError(
+            f"{repository} has no revision {revision!r} on the hub: name a branch, tag or commit"
+        ) from problem
     except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as problem:
         raise OSError(f"{name} on the hub: {' '.join(str(problem).split())}") from problem

@@ -147,4 +147,3 @@ def test_a_broken_or_unknown_gguf_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="GGUF files need the package gguf: pip install gguf"):
         find_base(tmp_path / "short.gguf").load()
-
