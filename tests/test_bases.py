@@ -5,30 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_original
-from huggingface_hub import constants
+from conftest import COMMIT, make_original
 from transformers import AutoModelForCausalLM
 
 import duorl
 from duorl.models.bases import find_base, find_recorded
-
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture
-def hub_cache(tmp_path, monkeypatch):
-    """An empty cache of the hub, and no network; gives a function that puts a folder into it."""
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-    def kept(name):
-        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
-        (repository / "refs").mkdir(parents=True)
-        (repository / "refs" / "main").write_text(COMMIT)
-        (repository / "snapshots" / COMMIT).mkdir(parents=True)
-        return repository / "snapshots" / COMMIT
-
-    return kept
 
 
 def saved(folder, *, tokenizer=True):
@@ -108,7 +89,7 @@ def test_what_cannot_be_a_base_is_told_in_one_line(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
         find_base(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "duo"}')
-    with pytest.raises(ValueError, match="is a duo model already: load it with duorl.load"):
+    with pytest.raises(ValueError, match=r"is a duo model already: load it with duorl\.load"):
         find_base(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"cannot read .*config.json"):

@@ -48,11 +48,11 @@ class Base:
     revision: str | None = None
     gguf_file: str | None = None
 
-    def load(self, dtype: torch.dtype = torch.float32, **more: Any) -> PreTrainedModel:
+    def load(self, dtype: torch.dtype | None = torch.float32, **more: Any) -> PreTrainedModel:
         """The model, in evaluation mode.
 
         Args:
-            dtype: dtype of the weights. Those of a GGUF are computed in float32, then rounded.
+            dtype: dtype of the weights; None as they are stored. Those of a GGUF are computed in float32, then rounded.
             more: further arguments of `from_pretrained`.
 
         Raises:
@@ -60,14 +60,15 @@ class Base:
         """
         from transformers import AutoModelForCausalLM
 
-        loaded = torch.float32 if self.gguf_file else dtype
+        given = {"dtype": torch.float32 if self.gguf_file else dtype or "auto", "use_safetensors": True}
         with self._told("model"), _quick_gguf(self.gguf_file):
-            model = AutoModelForCausalLM.from_pretrained(
-                self.place, dtype=loaded, use_safetensors=True, **self._source(), **more
-            )
+            model: Any = AutoModelForCausalLM.from_pretrained(self.place, **given, **self._source(), **more)
         if self.gguf_file and (quantizer := getattr(model, "hf_quantizer", None)):
             quantizer.remove_quantization_config(model)  # its weights are plain numbers now
-        return model.to(dtype).eval()
+        if self.gguf_file and dtype is not None:
+            cast_weights(model, dtype)
+        model.name_or_path = model.config._name_or_path = str(self)  # no path of this machine is saved
+        return model.eval()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
@@ -142,7 +143,8 @@ def find_recorded(record: Any, where: Path) -> Base:
     try:
         return find_base(name if revision is None else f"{name}@{revision}")
     except OSError as problem:
-        raise OSError(f"the base model of {where.parent} is missing: {problem}") from problem
+        more = "" if name in PACKAGED else f"; or write into {where}, as base.name, where it is"
+        raise OSError(f"the base model of {where.parent} is missing: {problem}{more}") from problem
 
 
 def _packaged(name: str) -> Base:
@@ -214,6 +216,13 @@ def said(problem: Exception) -> str:
     """An error of a library in one line: its class, where the words alone say little."""
     words = " ".join(str(problem).split())
     return words if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {words}"
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round a model's weights. Its buffers, for example rotary frequencies, stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
 
 
 _PATCHING = threading.RLock()
