@@ -49,11 +49,11 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn"
 
 def _take_over(backbone: PreTrainedModel, model: PreTrainedModel) -> None:
     """Copy all weights, those of a layer's network to its big one, and give the small ones the same precision."""
-    ffn = family_of(model.config).ffn
+    family = family_of(model.config)
     given = dict(model.named_parameters(remove_duplicate=False))
     for name, parameter in backbone.named_parameters():
-        own = given[name.replace(f".{ffn}.big.", f".{ffn}.").replace(f".{ffn}.small.", f".{ffn}.")]
-        source = parameter if f".{ffn}.small." in name else own
+        own = given[family.original_name(name)]
+        source = parameter if f".{family.ffn}.small." in name else own
         parameter.data = source.detach().to(own.dtype, copy=True)
     buffers = {name: tensor for name, tensor in model.state_dict().items() if name not in given}
     backbone.load_state_dict(buffers, strict=False)
