@@ -180,15 +180,23 @@ def attention_of(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
     raise ValueError(f"{_unknown(config)}: a layer has no `{' or '.join(names)}` module")
 
 
+def require_no_experts(config: PreTrainedConfig) -> None:
+    """Check that a decoder's networks are no mixtures of experts.
+
+    Raises:
+        ValueError: they are.
+    """
+    if max(_number(getattr(config, name, None)) for name in _EXPERTS) > 1:
+        raise ValueError(f"{config.model_type}: its networks are mixtures of experts, which route by themselves")
+
+
 def inner_size_name(config: PreTrainedConfig) -> str:
     """Name of the field with a decoder's FFN inner size.
 
     Raises:
         ValueError: the configuration has no single number for all layers, or the networks are mixtures of experts.
     """
-    count = max(_number(getattr(config, name, None)) for name in _EXPERTS)
-    if count > 1:
-        raise ValueError(f"{config.model_type}: its networks are mixtures of experts, which route by themselves")
+    require_no_experts(config)
     name = family_of(config).inner_size
     if name is None:
         raise ValueError(f"{config.model_type}: the FFN inner size is always 4 times the hidden size")
