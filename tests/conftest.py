@@ -44,11 +44,18 @@ FAMILIES = {
     "olmo3": {**_LLAMA_LIKE, "sliding_window": 4},
     "phi3": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
+    "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "cohere": _LLAMA_LIKE,
+    "falcon": {**_LLAMA_LIKE, "ffn_hidden_size": 64},
+    "helium": {**_LLAMA_LIKE, "head_dim": 8},
+    "hyperclovax": {**_LLAMA_LIKE, "residual_multiplier": 0.5, "use_post_norm": True},
+    "nemotron": _LLAMA_LIKE,
+    "opt": {**_LLAMA_LIKE, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "stablelm": _LLAMA_LIKE,
     "starcoder2": _LLAMA_LIKE,
 }
 # Families whose attention does not go through transformers' attention interface.
 ROUTED_ONLY = {
-    "falcon": {**_LLAMA_LIKE, "ffn_hidden_size": 64},
     "gpt_neo": {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, **_GPT_NEO_ATTENTION},
     "olmo_hybrid": _LLAMA_LIKE,
     "qwen3_5_text": {**_LLAMA_LIKE, "head_dim": 8, "layer_types": ["linear_attention", *["full_attention"] * 2]},

@@ -60,7 +60,8 @@ def test_the_signature_names_what_every_family_takes(duo):
     shared = {"input_ids", "attention_mask", "position_ids", "inputs_embeds", "labels", "use_cache", "logits_to_keep"}
     for family in [*FAMILIES, *ROUTED_ONLY]:
         kind = AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model(family))]
-        assert shared <= set(inspect.signature(kind.forward).parameters), family
+        ignored = {"position_ids"} if family == "bloom" else set()  # its positions follow from the mask
+        assert shared - ignored <= set(inspect.signature(kind.forward).parameters), family
     assert shared <= set(inspect.signature(duo.forward).parameters)
 
 

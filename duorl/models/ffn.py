@@ -63,6 +63,15 @@ class DuoFFN(nn.Module):
         return outputs.index_select(0, order.argsort()).view_as(hidden)
 
 
+class AddingDuoFFN(DuoFFN):
+    """For layers that leave the sum to their network, as Bloom's do: they call it with the residual stream."""
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None, *, actions: Tensor | int | None = None) -> Tensor:
+        """Shape (..., d) to (..., d); the residual stream (..., d) is added if it is given."""
+        output = super().forward(hidden, actions=actions)
+        return output if residual is None else residual + output
+
+
 def _in_cache(ffn: nn.Module, hidden: Tensor) -> Tensor:
     """Output of a network. On a CPU, it is computed in parts that fit into the cache: up to a third faster."""
     rows = _CACHED // max(max(weight.shape) for weight in ffn.parameters())

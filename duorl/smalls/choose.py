@@ -46,7 +46,7 @@ def choose(
                 if len(typical) == layer:
                     typical.append(written.float().norm(dim=-1).median())
                 weights = token_weights(written, typical[layer])
-                scores[layer] += (inner.pop().float().square() * weights[:, None]).sum(0).double()
+                scores[layer] += (_taken(inner).float().square() * weights[:, None]).sum(0).double()
         tell(tokens[:, 1:].numel())
     kept = []
     for ffn, last, score in zip(model.stack.ffns, lasts, scores, strict=True):
@@ -106,7 +106,7 @@ def _take_neurons(ffn: DuoFFN, kept: Tensor, inner: int) -> None:
 
 @contextmanager
 def _inner_activations(lasts: list[nn.Module]):
-    """In this block, the inputs of these maps are collected, (N, inner) each."""
+    """In this block, the inputs of these maps are collected, (..., inner)."""
     found: list[Tensor] = []
     hooks = [
         last.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0].flatten(0, -2).detach()))
@@ -117,6 +117,13 @@ def _inner_activations(lasts: list[nn.Module]):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _taken(found: list[Tensor]) -> Tensor:
+    """What was collected since the last time, (N, inner): a network may run in parts."""
+    inner = torch.cat(found)
+    found.clear()
+    return inner
 
 
 def _refit(
@@ -134,7 +141,7 @@ def _refit(
         with _inner_activations(lasts) as inner:
             for layer, _, written in big_passes(model, tokens):
                 scale = token_weights(written, typical[layer]).sqrt()[:, None]
-                read = _with_ones(inner.pop()[:, kept[layer]].float(), lasts[layer]) * scale
+                read = _with_ones(_taken(inner)[:, kept[layer]].float(), lasts[layer]) * scale
                 grams[layer] = grams[layer] + (read.T @ read).double()
                 crosses[layer] = crosses[layer] + (read.T @ (written.float() * scale)).double()
         tell(tokens[:, 1:].numel())

@@ -12,6 +12,12 @@ Stage = Literal["choose", "regress", "distil"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
+def _check_updates(tokens: int, tokens_per_update: int, learning_rate: float) -> None:
+    require_positive(tokens=tokens, tokens_per_update=tokens_per_update)
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be above 0, not {learning_rate}")
+
+
 @dataclass(frozen=True)
 class ChooseOptions:
     """Stage 1: the most useful neurons of big.
@@ -41,7 +47,7 @@ class RegressOptions:
     learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        require_positive(**vars(self))
+        _check_updates(self.tokens, self.tokens_per_update, self.learning_rate)
 
 
 @dataclass(frozen=True)
@@ -61,7 +67,7 @@ class DistilOptions:
     target: Target = "teacher"
 
     def __post_init__(self) -> None:
-        require_positive(tokens=self.tokens, tokens_per_update=self.tokens_per_update, learning_rate=self.learning_rate)
+        _check_updates(self.tokens, self.tokens_per_update, self.learning_rate)
 
 
 @dataclass(frozen=True)
