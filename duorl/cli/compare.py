@@ -155,8 +155,11 @@ class Compare:
         constant = [ConstantRouter(name) for name in ACTIONS[1:]]
         small, big = Ladder.climb(self.bench.model, constant, windows.tokens).losses
         level, files = big.mean().item(), windows.files
+        rows, length = budget_rows(ladders, self.options.targets, files), windows.tokens.shape[1] - 1
+        for row in rows:  # equal computes are equal FLOPs
+            row["flops_per_token"] = self.bench.model.flops.token(torch.tensor(row["target"]), (length + 1) / 2).item()
         return {
             "all_big": level,
-            "rows": budget_rows(ladders, self.options.targets, files),
+            "rows": rows,
             "routers": summaries(ladders, level=level, worst=small, files=files),
         }

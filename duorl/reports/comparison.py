@@ -80,11 +80,12 @@ _COLUMNS = {
     "perplexity": "perplexity",
     "compute": "compute",
     "flops_per_token": "FLOPs per token",
+    "top1_agreement": "top-1 agreement with all-big",
     "return": "return",
     "return_minus_fixed": "return minus best fixed",
     "loss_minus_fixed": "loss minus best fixed",
     "regret": "regret",
-    "agreement": "agreement",
+    "agreement": "agreement with the bound",
     "tokens_per_second": "tokens / s",
 }
 
@@ -93,12 +94,14 @@ def _comparison_table(comparison: Comparison) -> str:
     rows = []
     for row in comparison.rows:
         cells = "".join(
-            _cell(row[key], row[f"{key}_interval"], key, holds=row.get(f"{key}_holds", False)) for key in _COLUMNS
+            _cell(row.get(key), row.get(f"{key}_interval"), key, holds=row.get(f"{key}_holds", False))
+            for key in _COLUMNS  # older files have fewer
         )
         rows.append(f"<tr><td>{escape(row['router'])}{'*' if row['sees_label'] else ''}</td>{cells}</tr>")
     head = "".join(f"<th>{title}</th>" for title in ("router", *_COLUMNS.values()))
     note = (
-        "Routed context; regret and agreement in the reference context. Below each number its 95 % interval. "
+        "Routed context; regret and agreement with the bound in the reference context. Top-1 agreement: share of "
+        "the tokens whose most likely next token is all-big's. Below each number its 95 % interval. "
         f"{HOLM} * sees the label: a bound, not a rival. {BOUNDS[bound_of(comparison)]}"
     )
     body = f"<table id='routers'><tr>{head}</tr>{''.join(rows)}</table>"
@@ -141,7 +144,8 @@ def _budgets(text: str, found: Numbers) -> list[str]:
 
 def _budget_table(rows: Sequence[Numbers]) -> str:
     names = list(dict.fromkeys(row["router"] for row in rows))
-    titles = ("router", "compute", "loss", *(f"minus {name}" for name in names))
+    more = {key: _COLUMNS[key] for key in ("top1_agreement", "flops_per_token", "tokens_per_second")}
+    titles = ("router", "compute", "loss", *(f"minus {name}" for name in names), *more.values())
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     lines = []
     for row in rows:
@@ -151,6 +155,8 @@ def _budget_table(rows: Sequence[Numbers]) -> str:
             against = row["minus"].get(name) or {"difference": None, "interval": None}
             holds = against.get("holds", False)
             cells.append(_cell(against["difference"], against["interval"], name, 4, holds=holds))
+        if row["loss"] is not None:
+            cells += [_cell(row.get(key), row.get(f"{key}_interval"), key) for key in more]  # older files have none
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<div class='wide'><table class='budgets'><tr>{head}</tr>{''.join(lines)}</table></div>"
 

@@ -142,7 +142,12 @@ def _titles(comparison: Comparison) -> list[str]:
 def markdown(comparison: Comparison) -> str:
     """The same table in Markdown."""
     titles = _titles(comparison)
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *map(_cells, comparison.rows)]
+    rows = [
+        [*cells[:-2], _share(row, "top1_agreement"), *cells[-2:]]
+        for row, cells in ((row, _cells(row)) for row in comparison.rows)
+    ]
+    titles = [*titles[:-2], "top-1 agreement with all-big", *titles[-2:]]
+    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     return "\n".join([table, *_note(_holm(comparison.rows, "return_minus_fixed_holds"))])
 
@@ -160,6 +165,14 @@ def _cells(row: dict) -> list[str]:
         "" if row["regret"] is None else f"{row['regret']:.3f}",
         "" if row["agreement"] is None else f"{100 * row['agreement']:.0f} %",
     ]
+
+
+def _share(row: dict, key: str) -> str:
+    """A share with its interval, in percent; nothing if it is not measured."""
+    if row.get(key) is None:
+        return ""
+    ends = [f"{100 * end:.1f}" for end in row[f"{key}_interval"] or ()]
+    return f"{100 * row[key]:.1f} %" + (f" ({', '.join(ends)})" if ends else "")
 
 
 def budget_table(rows: list[dict[str, float]], title: str) -> Table:
@@ -250,7 +263,23 @@ def _budget_table(text: str, found: dict) -> str:
         losses = [cells[name, target] for target in targets]
         end = ["never" if level is None else f"{100 * level:.0f} %", f"{router['hypervolume']:.4f}"]
         lines.append(f"| {' | '.join([name, str(router['seeds']), *losses, *end])} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *_agreement_and_speed(found["rows"], targets)])
+
+
+def _agreement_and_speed(rows: list[dict], targets: list[float]) -> list[str]:
+    """Lines of a table with top-1 agreement and speed at each target; none for files of older versions."""
+    if not any(row.get("top1_agreement") for row in rows):
+        return []
+    cells = {(row["router"], row["target"]): _share(row, "top1_agreement") for row in rows}
+    for row in rows:
+        if row["tokens_per_second"] is not None:
+            cells[row["router"], row["target"]] += f", {row['tokens_per_second']:,.0f} tokens/s"
+    flops = {row["target"]: row["flops_per_token"] for row in rows}
+    head = ["top-1 agreement with all-big", *(f"at {100 * t:g} %: {flops[t]:.3g} FLOPs per token" for t in targets)]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for name in dict.fromkeys(row["router"] for row in rows):
+        lines.append(f"| {' | '.join([name, *(cells[name, target] for target in targets)])} |")
+    return [*lines, ""]
 
 
 def _budget_cell(row: dict) -> str:
