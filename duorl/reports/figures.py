@@ -140,14 +140,11 @@ def _titles(comparison: Comparison) -> list[str]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same table in Markdown."""
-    titles = _titles(comparison)
-    rows = [
-        [*cells[:-2], _share(row, "top1_agreement"), *cells[-2:]]
-        for row, cells in ((row, _cells(row)) for row in comparison.rows)
-    ]
-    titles = [*titles[:-2], "top-1 agreement with all-big", *titles[-2:]]
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *rows]
+    """The same table in Markdown, with the top-1 agreement."""
+    rows = [(_cells(row), _share(row, "top1_agreement")) for row in comparison.rows]
+    rows.insert(0, (_titles(comparison), "top-1 agreement with all-big"))
+    lines = [[*cells[:-2], share, *cells[-2:]] for cells, share in rows]
+    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     return "\n".join([table, *_note(_holm(comparison.rows, "return_minus_fixed_holds"))])
 
