@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from duorl import routers
-from duorl.evaluation import measure
+from duorl.corpus import Windows
+from duorl.evaluation import Ladder, learned_on, measure, transfer_rows
+from duorl.evaluation.transfer import steps_for
 from duorl.routers import BudgetRouter, ConstantRouter, HeadRouter, LogitRouter, ShiftedRouter, spent
 
 
@@ -64,3 +66,32 @@ def test_what_cannot_be_calibrated_is_refused(duo, windows):
         HeadRouter(3, 32).calibrated(duo, windows, compute=1.5)
     with pytest.raises(ValueError, match="needs so many shifts, not 1"):
         ShiftedRouter(HeadRouter(3, 32), [0.5])
+
+
+def test_two_steps_are_mixed_to_spend_a_target():
+    compute = torch.tensor([0.8, 0.2, 0.4])
+    shares = steps_for(compute, 0.7)
+    assert shares @ compute == pytest.approx(0.7) and shares.tolist() == pytest.approx([0.75, 0.0, 0.25])
+    assert steps_for(compute, 0.1) is None is steps_for(compute, 0.9)
+
+
+def test_on_a_new_text_the_compute_drifts_until_it_is_calibrated():
+    """Each step spends a tenth more on the new text; its windows lose 1 and 3 nats at the first step, then half."""
+    old = Ladder(torch.ones(2, 3), torch.ones(2, 3), calibration=torch.tensor([0.2, 0.6]))
+    spent_there, losses = torch.tensor([[0.2, 0.4], [0.6, 0.8]]), torch.tensor([[1.0, 3.0], [0.5, 1.5]])
+    new = Ladder(spent_there, losses, calibration=torch.tensor([0.3, 0.7]))
+    (row,) = transfer_rows({"mine": [new]}, [{"mine": [old]}], [0.4], torch.arange(2))
+    assert (row["as_learned"]["compute"], row["as_learned"]["loss"]) == pytest.approx((0.5, 1.5))
+    assert (row["calibrated"]["compute"], row["calibrated"]["loss"]) == pytest.approx((0.4, 1.75))
+    (row,) = transfer_rows({"mine": [new]}, [{"mine": [old]}], [0.65], torch.arange(2))
+    assert row["as_learned"] is None and row["calibrated"]["compute"] == pytest.approx(0.65)
+
+
+def test_the_drift_of_a_router_is_between_two_texts(duo, windows):
+    router, files = HeadRouter(3, 32, seed=1), torch.arange(12)
+    found = learned_on(duo, router, Windows(windows[:12], files), Windows(windows[12:], files))
+    here, there = (measure(duo, router, half).compute.mean(1) for half in windows.split(12))
+    assert found["drift"] == pytest.approx((here.mean() - there.mean()).item(), abs=1e-6)
+    spread = (2.201**2 * (here.var() + there.var()) / 12) ** 0.5  # the t quantile of 11 degrees of freedom
+    low, high = found["drift_interval"]
+    assert (high - low) / 2 == pytest.approx(spread.item(), rel=1e-3)

@@ -22,7 +22,7 @@ from torch import Tensor
 from duorl.evaluation.measure import measure, stacked, top1_agreement
 from duorl.evaluation.statistics import Estimate, estimate, holm, hypervolume, named, reaches
 from duorl.models.modeling import DuoForCausalLM
-from duorl.routers import ConstantRouter, Router
+from duorl.routers import ConstantRouter, Router, spent
 
 Row = dict[str, Any]
 
@@ -36,25 +36,38 @@ class Ladder:
         losses: (P, W), nats per token, the mean of each window.
         top1_agreement: (P, W), share of tokens whose most likely next token is all-big's; None: not measured.
         seconds: (P, N), wall time per token of each batch; None: not measured.
+        calibration: (P,), mean compute at each step on router text of the same kind; None: not measured.
     """
 
     spent: Tensor
     losses: Tensor
     top1_agreement: Tensor | None = None
     seconds: Tensor | None = None
+    calibration: Tensor | None = None
 
     @classmethod
-    def climb(cls, model: DuoForCausalLM, steps: Sequence[Router], windows: Tensor) -> Ladder:
-        """Measure routers, one per step, on windows (W, T+1)."""
+    def climb(
+        cls, model: DuoForCausalLM, steps: Sequence[Router], windows: Tensor, calibrate_on: Tensor | None = None
+    ) -> Ladder:
+        """Measure routers, one per step, on windows (W, T+1), and their compute on router text, (W', T+1)."""
         all_big = measure(model, ConstantRouter("big"), windows).predicted
         measured = stacked([measure(model, router, windows) for router in steps])
         agreement = top1_agreement(measured.predicted, all_big)
-        return cls(measured.compute.mean(-1), measured.loss.mean(-1), agreement, measured.seconds)
+        found = cls(measured.compute.mean(-1), measured.loss.mean(-1), agreement, measured.seconds)
+        if calibrate_on is None:
+            return found
+        return replace(found, calibration=torch.tensor([spent(model, router, calibrate_on) for router in steps]))
 
     @property
     def compute(self) -> Tensor:
         """(P,), means over windows."""
         return self.spent.mean(1)
+
+    @property
+    def calibrated(self) -> Tensor:
+        """(P,), see `calibration`; it must be measured."""
+        assert self.calibration is not None
+        return self.calibration
 
     @property
     def loss(self) -> Tensor:

@@ -127,6 +127,18 @@ def named(name: str, found: Estimate | None, scale: Callable[[float], float] = f
     return {name: scale(found.value), f"{name}_interval": interval}
 
 
+def drift(new: Estimate, old: Estimate) -> dict[str, Any]:
+    """`drift`, an estimate on one text minus the same on another, with its interval; seeds are paired.
+
+    The files are others, so the variances over files add.
+    """
+    change = new.seeds[0] - old.seeds[0]
+    errors = Estimate((change,), np.empty(0), 1.0).errors + [one.errors[-1] for one in (new, old) if len(one.without)]
+    half = _half_width(errors, 0.05)
+    value = float(change.mean())
+    return {"drift": value, "drift_interval": (value - half, value + half) if errors else None}
+
+
 def _by_file(array: np.ndarray, files: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
     """Sums over the windows of each file, (..., W) to (..., F), and their numbers (F,)."""
     names, place = np.unique(np.arange(array.shape[-1]) if files is None else files.cpu().numpy(), return_inverse=True)

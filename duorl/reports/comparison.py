@@ -24,7 +24,7 @@ from duorl.reports.charts import (
     heat_maps,
     route_maps,
 )
-from duorl.reports.figures import BOUNDS, HOLM, bound_of
+from duorl.reports.figures import BOUNDS, HOLM, bound_of, transfer_cell, transfer_lines
 
 _ACTION_COLORS = dict(zip(ACTIONS, ("#cccccc", "#1f77b4", "#ff7f0e"), strict=True))
 
@@ -105,7 +105,8 @@ def _comparison_table(comparison: Comparison) -> str:
         f"{HOLM} * sees the label: a bound, not a rival. {BOUNDS[bound_of(comparison)]}"
     )
     body = f"<table id='routers'><tr>{head}</tr>{''.join(rows)}</table>"
-    return f"<div class='wide'>{body}</div><p class='note'>{note}</p>"
+    notes = "".join(f"<p class='note'>{escape(line)}.</p>" for line in transfer_lines(comparison))
+    return f"<div class='wide'>{body}</div><p class='note'>{note}</p>{notes}"
 
 
 def _cell(
@@ -139,7 +140,21 @@ def _budgets(text: str, found: Numbers) -> list[str]:
         chart(axes(figure, "compute (FFN FLOPs / all-big)", "loss (nats per token)")),
         _budget_table(found["rows"]),
         f"<p class='note'>{note}</p>",
+        _transfer(found.get("transfer")),
     ]
+
+
+def _transfer(found: Numbers | None) -> str:
+    """Loss and compute on a text that routers did not learn on, without and with a calibration there."""
+    if not found or found["learned"]:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(row['router'])}</td><td>{row['target']:g}</td><td>{transfer_cell(row)}</td></tr>"
+        for row in found["rows"]
+    )
+    head = "<tr><th>router</th><th>for compute</th><th>loss at compute</th></tr>"
+    note = "No router learned on this text. As learned: calibrated to the compute on the text that it learned on."
+    return f"<table class='transfer'>{head}{rows}</table><p class='note'>{note}</p>"
 
 
 def _budget_table(rows: Sequence[Numbers]) -> str:

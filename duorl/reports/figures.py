@@ -146,7 +146,32 @@ def markdown(comparison: Comparison) -> str:
     lines = [[*cells[:-2], share, *cells[-2:]] for cells, share in rows]
     lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-    return "\n".join([table, *_note(_holm(comparison.rows, "return_minus_fixed_holds"))])
+    notes = _note(_holm(comparison.rows, "return_minus_fixed_holds"))
+    return "\n".join([table, *notes, *(f"{line}.\n" for line in transfer_lines(comparison))])
+
+
+def transfer_lines(comparison: Comparison) -> list[str]:
+    """Sentences: how a router was calibrated, and what it spends on the text that it learned on."""
+    lines, settings = [], comparison.settings
+    if found := settings.get("calibration"):
+        where = f"the first {found['windows']} windows of the router split of {_listed(found['text'])}"
+        how = f"shifts of the logits {found['shifts']}" if "shifts" in found else f"price {found['price']:.4g}"
+        lines.append(
+            f"calibrated to compute {found['target_compute']:g} on {where}, without labels: {how}, "
+            f"compute there {found['compute']:.3f}"
+        )
+    for row in comparison.rows:
+        if old := row.get("learned_on"):
+            drift = _paired(old["drift"], old["drift_interval"], False, 3)
+            lines.append(
+                f"{row['router']} on {_listed(old['text'])}, which it learned on: loss {old['loss']:.3f}, compute "
+                f"{old['compute']:.3f}; here: loss {row['loss']:.3f}, compute {row['compute']:.3f}, drift {drift}"
+            )
+    return lines
+
+
+def _listed(texts: str | list[str]) -> str:
+    return texts if isinstance(texts, str) else ", ".join(texts)
 
 
 def _cells(row: dict) -> list[str]:
@@ -260,7 +285,8 @@ def _budget_table(text: str, found: dict) -> str:
         losses = [cells[name, target] for target in targets]
         end = ["never" if level is None else f"{100 * level:.0f} %", f"{router['hypervolume']:.4f}"]
         lines.append(f"| {' | '.join([name, str(router['seeds']), *losses, *end])} |")
-    return "\n".join([*lines, "", *_agreement_and_speed(found["rows"], targets)])
+    more = [*_agreement_and_speed(found["rows"], targets), *_transfer(found.get("transfer"), targets)]
+    return "\n".join([*lines, "", *more])
 
 
 def _agreement_and_speed(rows: list[dict], targets: list[float]) -> list[str]:
@@ -277,6 +303,28 @@ def _agreement_and_speed(rows: list[dict], targets: list[float]) -> list[str]:
     for name in dict.fromkeys(row["router"] for row in rows):
         lines.append(f"| {' | '.join([name, *(cells[name, target] for target in targets)])} |")
     return [*lines, ""]
+
+
+def transfer_cell(row: dict) -> str:
+    """What a router spends and loses, by the calibration on the text that it learned on, and on this one."""
+    said = []
+    for key, name in (("as_learned", "as learned"), ("calibrated", "calibrated here")):
+        found = row[key]
+        said.append(f"{name}: " + ("out of reach" if not found else f"{found['loss']:.3f} at {found['compute']:.3f}"))
+    return "; ".join(said)
+
+
+def _transfer(found: dict | None, targets: list[float]) -> list[str]:
+    """Lines of a table with loss and compute on a text that routers did not learn on; none for other texts."""
+    if not found or found["learned"]:
+        return []
+    cells = {(row["router"], row["target"]): transfer_cell(row) for row in found["rows"]}
+    lines = [["not learned on: loss at compute", *(f"for {100 * target:g} %" for target in targets)]]
+    lines.append(["---"] * len(lines[0]))
+    lines += [
+        [name, *(cells[name, t] for t in targets)] for name in dict.fromkeys(row["router"] for row in found["rows"])
+    ]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def _budget_cell(row: dict) -> str:
