@@ -1,5 +1,6 @@
 from .base import LogitRouter, Router
 from .budget import BudgetRouter
+from .card import describe
 from .ensemble import EnsembleRouter
 from .heads import HeadRouter
 from .knn import KNNRouter
@@ -18,5 +19,6 @@ __all__ = [
     "RandomRouter",
     "ReplayRouter",
     "Router",
+    "describe",
     "load",
 ]
