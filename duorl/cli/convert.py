@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from duorl.evaluation.choice import duration
 from duorl.models.bases import Base, find_base
 from duorl.models.card import write_small_card
 from duorl.models.conversion import convert
+from duorl.models.families import inner_size
 from duorl.models.loading import check_windows, load
 from duorl.models.shared import WEIGHTS, save_small, take_small
 from duorl.runs.jobs import InProcess, Job, Tell
@@ -27,6 +29,7 @@ from duorl.smalls.recipe import Stage
 
 _SAVE_EVERY = 120.0
 _CARD_WINDOWS = 64  # of the evaluation split of each text
+_CARD_COLUMNS = ("minutes", "all_small", "half_big", "all_big")
 _SAYS = {
     "choose": "takes the most useful neurons of big and fits the last map",
     "regress": "learns big's outputs, layer by layer",
@@ -73,10 +76,11 @@ def _jobs(making: Making, folder: Path) -> list[Job]:
 
 def _run(making: Making, stage: Stage, place: Path, after: Path | None, tell: Tell) -> dict[str, Any]:
     """The function of a stage's job."""
+    started = time.monotonic()
     losses = making.run(stage, place, tell, after=after, callbacks=[Saving(tell, _SAVE_EVERY)])
     words = ", ".join(f"{name.replace('_', '-')} {loss:.3f}" for name, loss in losses.items())
     tell(line=f"held-out loss {words} nats per token")
-    return losses
+    return {**losses, "minutes": round((time.monotonic() - started) / 60, 1)}
 
 
 def _say_costs(making: Making, jobs: list[Job]) -> None:
@@ -95,15 +99,32 @@ def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job
         ffn.small.to(making.saved)
     save_small(model, folder, base)
     losses = {name: _measured(model, windows) for name, windows in texts.items()}
-    stages = {job.name: job.result for job in jobs}
     if settings.whole:
-        whole = load(folder, dtype=None)
-        whole.save_pretrained(folder)
+        load(folder, dtype=None).save_pretrained(folder)
         base.tokenizer().save_pretrained(folder)
         (folder / WEIGHTS).unlink()
-    write_small_card(folder, making.facts(typed_command()), losses, stages)
+    write_small_card(folder, facts=_facts(making, base, jobs), losses=losses)
     _print(losses)
     say(f"wrote {folder}/: load it with --model {folder}")
+
+
+def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:
+    """What the card says."""
+    model, settings = making.model, making.options
+    stages = [
+        {"stage": job.name, "tokens": making.cost(job.name)[0], **{name: job.result[name] for name in _CARD_COLUMNS}}
+        for job in jobs
+    ]
+    return {
+        "name": f"Small networks for {base}",
+        "base": str(base),
+        "command": typed_command(),
+        "inner size of big and small": f"{inner_size(model.config.backbone)}, {model.config.small_size}",
+        "layers, hidden size": f"{model.num_layers}, {model.hidden_size}",
+        "text": ", ".join(source_names(settings.corpus)),
+        "tokens per window": settings.window,
+        "stages": stages,
+    }
 
 
 def _measured(model, windows: Tensor) -> dict[str, float]:

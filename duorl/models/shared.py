@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 WEIGHTS = "small.safetensors"
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.md", "*.png")
 """What is fetched of a repository on the hub."""
+CARD = ("README.md", "curve.png")
+"""The files of a model's card."""
 
 
 def fingerprint(model: DuoForCausalLM) -> str:

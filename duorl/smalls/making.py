@@ -1,8 +1,8 @@
 """The three stages that make small networks, each a job that can be stopped and continued.
 
-    making = Making(model, options, training, held_out)
-    making.run("choose", folder / "choose", tell)
-    making.run("regress", folder / "regress", tell, after=folder / "choose")
+making = Making(model, options, training, held_out)
+making.run("choose", folder / "choose", tell)
+making.run("regress", folder / "regress", tell, after=folder / "choose")
 """
 
 from __future__ import annotations
