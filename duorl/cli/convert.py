@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 from rich.table import Table
 from torch import Tensor
@@ -21,6 +22,7 @@ from duorl.models.card import write_small_card
 from duorl.models.conversion import convert
 from duorl.models.families import inner_size
 from duorl.models.loading import check_windows, load
+from duorl.models.modeling import DuoForCausalLM
 from duorl.models.shared import WEIGHTS, save_small, take_small
 from duorl.runs.jobs import InProcess, Job, Tell
 from duorl.runs.pretraining import Saving
@@ -28,6 +30,7 @@ from duorl.smalls import ConvertOptions, Making, held_out_losses
 from duorl.smalls.recipe import Stage
 
 _SAVE_EVERY = 120.0
+_SAVED = torch.bfloat16  # precision of the small networks in their file
 _CARD_WINDOWS = 64  # of the evaluation split of each text
 _CARD_COLUMNS = ("minutes", "all_small", "half_big", "all_big")
 _SAYS = {
@@ -53,7 +56,6 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     for windows in (training, held_out, *texts.values()):
         check_windows(model, windows)
     making = Making(model, settings, training, held_out)
-    making.try_out()
 
     def work(folder: Path) -> None:
         jobs = _jobs(making, folder)
@@ -94,18 +96,22 @@ def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job
     """Write the small networks, or the whole model, and the card with losses on the evaluation split."""
     model, settings = making.model, making.options
     take_small(model, jobs[-1].place / WEIGHTS)
-    model.requires_grad_(False)
-    for ffn in model.stack.ffns:
-        ffn.small.to(making.saved)
+    _round_small(model, _SAVED)
     save_small(model, folder, base)
+    _round_small(model, model.dtype)  # what is measured is what was saved
     losses = {name: _measured(model, windows) for name, windows in texts.items()}
     if settings.whole:
-        load(folder, dtype=None).save_pretrained(folder)
+        load(folder, dtype=base.load(None).dtype).save_pretrained(folder)
         base.tokenizer().save_pretrained(folder)
         (folder / WEIGHTS).unlink()
     write_small_card(folder, facts=_facts(making, base, jobs), losses=losses)
     _print(losses)
     say(f"wrote {folder}/: load it with --model {folder}")
+
+
+def _round_small(model: DuoForCausalLM, dtype: torch.dtype) -> None:
+    for ffn in model.stack.ffns:
+        ffn.small.requires_grad_(False).to(dtype)
 
 
 def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:
@@ -127,7 +133,7 @@ def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:
     }
 
 
-def _measured(model, windows: Tensor) -> dict[str, float]:
+def _measured(model: DuoForCausalLM, windows: Tensor) -> dict[str, float]:
     windows = windows[:_CARD_WINDOWS]
     return {"tokens": windows[:, 1:].numel(), **held_out_losses(model, windows)}
 

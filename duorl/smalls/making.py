@@ -21,7 +21,7 @@ from duorl.files import write_json, writing
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.shared import WEIGHTS, small_weights, take_small
 from duorl.models.trainer import Objective, RoutingTrainer, WindowSet
-from duorl.smalls.choose import choose
+from duorl.smalls.choose import choose, last_map
 from duorl.smalls.objectives import Distil, held_out_losses, regress
 from duorl.smalls.recipe import STAGES, ConvertOptions, DistilOptions, RegressOptions, Stage
 from duorl.smalls.recording import big_passes
@@ -56,7 +56,7 @@ class Making:
         held_out: (W, T+1), text for the losses after and during the stages.
 
     Raises:
-        ValueError: the text is shorter than an update.
+        ValueError: the text is shorter than an update, a network has no single last map, or its output is not finite.
     """
 
     def __init__(self, model: DuoForCausalLM, options: ConvertOptions, training: Tensor, held_out: Tensor):
@@ -65,6 +65,12 @@ class Making:
         model.requires_grad_(False).eval()
         for ffn in model.stack.ffns:
             ffn.small.float().requires_grad_(True)
+            last_map(ffn)
+        needed = max(self._batch(stage) for stage in STAGES[1:])
+        if len(training) < needed:
+            raise ValueError(f"the text gives {len(training)} windows, but an update takes {needed}: give more text")
+        for _ in big_passes(model, training[:1].to(model.device)):
+            pass
 
     def cost(self, stage: Stage) -> tuple[int, float]:
         """Tokens that a stage reads, and its approximate FLOPs."""
