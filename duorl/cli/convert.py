@@ -50,8 +50,9 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     base = find_base(settings.model)
     tokenizer = base.tokenizer()
     read = partial(load_windows, tokenizer=tokenizer, length=settings.window)
-    training, held_out = read(settings.corpus, split="model"), read(settings.corpus, split="router")
-    texts = {name: read(name, split="evaluation") for name in source_names(settings.corpus)}
+    sources = source_names(settings.corpus)
+    training, held_out = (torch.cat([read(name, split=split) for name in sources]) for split in ("model", "router"))
+    texts = {name: read(name, split="evaluation") for name in sources}
     model = convert(base.load(), small_ratio=settings.small_ratio)
     for windows in (training, held_out, *texts.values()):
         check_windows(model, windows)

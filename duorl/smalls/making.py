@@ -61,7 +61,9 @@ class Making:
 
     def __init__(self, model: DuoForCausalLM, options: ConvertOptions, training: Tensor, held_out: Tensor):
         self.model, self.options = model, options
-        self.training, self.held_out = training, held_out[: options.evaluation_windows]
+        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed))
+        self.training = training[order]  # so the windows that `choose` records are of all texts
+        self.held_out = held_out[:: max(1, len(held_out) // options.evaluation_windows)][: options.evaluation_windows]
         model.requires_grad_(False).eval()
         for ffn in model.stack.ffns:
             ffn.small.float().requires_grad_(True)
