@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAMILIES, ROUTED_ONLY, make_duo, random_routes
+from conftest import FAMILIES, LIKE_LLAMA, ROUTED_ONLY, VARIANTS, make_duo, random_routes
 from torch.nn.functional import cross_entropy
 
 from duorl import routed_pass
@@ -35,7 +35,7 @@ def walk_along(walk, routes):
     return walk
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LIKE_LLAMA, *VARIANTS])
 def test_both_contexts_equal_naive_computation(family, tokens):
     model = make_duo(family)
     routes = random_routes(model, tokens)

@@ -94,7 +94,7 @@ def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
         expected = original(input_ids=inputs).logits
         error = (duo.stack.logits(duo.stack.all_big(inputs)) - expected).abs().max() / expected.abs().max()
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
-        raise ValueError(f"{family} cannot be run layer by layer: {problem}") from problem
+        raise ValueError(f"{family} cannot be run layer by layer: {' '.join(str(problem).split())}") from problem
     finally:
         duo.train(modes[0]), original.train(modes[1])
     if not error <= max(1e-4, 8 * torch.finfo(original.dtype).eps):  # lower precisions add up in another order
