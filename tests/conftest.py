@@ -61,8 +61,8 @@ ROUTED_ONLY = {
 }
 # Families that need no entry in `duorl.models.families`, beside those in FAMILIES.
 LIKE_LLAMA = {
-    **dict.fromkeys(("apertus", "arcee", "cohere2", "ernie4_5", "internlm3", "nanochat", "olmo"), _LLAMA_LIKE),
-    **dict.fromkeys(("gemma", "glm", "seed_oss"), {**_LLAMA_LIKE, "head_dim": 8}),
+    name: {**_LLAMA_LIKE, "head_dim": 8}
+    for name in ("apertus", "arcee", "cohere2", "ernie4_5", "gemma", "glm", "internlm3", "nanochat", "olmo", "seed_oss")
 }
 # Models whose configuration builds other layers than the family's default.
 VARIANTS = {
@@ -76,6 +76,7 @@ VARIANTS = {
 _ALL = {**FAMILIES, **ROUTED_ONLY, **LIKE_LLAMA, **VARIANTS}
 
 _VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VIT = {"depth": 1, "embed_dim": 16, "num_heads": 2}
 _SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
 _ATTENTION = {**_SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 _SEQ2SEQ = {"vocab_size": 61, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}

@@ -114,7 +114,7 @@ def test_a_fork_goes_its_own_way(duo, tokens):
     assert (walk.losses() - fork.losses()).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "bloom", "opt 350M"])
 def test_derivatives_in_the_reference_context_are_the_naive_ones(family, tokens):
     """Per token: of a pass over its prefix in which all tokens but itself take big."""
     model = make_duo(family)
