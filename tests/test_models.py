@@ -3,8 +3,10 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,6 +210,21 @@ def test_a_family_with_an_attention_of_its_own_is_refused_unless_it_is_listed(mo
 
 def test_every_listed_family_is_in_the_tests_table():
     assert set(families.FAMILIES) <= {*FAMILIES, *ROUTED_ONLY}
+
+
+def test_the_page_lists_what_the_tests_convert_and_refuse():
+    page = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    listed: dict[str, set[str]] = {}
+    for row in rows:
+        listed.setdefault(row[2], set()).update(re.findall("`(\\w+)`", row[0]))
+    cached = {name for name, family in families.FAMILIES.items() if family.cache_argument}
+    assert listed["both"] == {*FAMILIES, *LIKE_LLAMA} - cached
+    assert listed["both, through the cache"] == cached
+    assert listed["routed"] == set(ROUTED_ONLY)
+    reasons = {name: row[0] for row in rows for name in re.findall("`(\\w+)`", row[1])}
+    assert reasons.keys() == REFUSED.keys()
+    assert all(reason in reasons[name] for name, (_, reason) in REFUSED.items())
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 8, 4).long(), torch.zeros(2, 7, 3).long(), torch.full((2, 8, 3), 3)])
