@@ -11,6 +11,8 @@ The names are listed in `__init__.pyi`. Each is imported when it is first used, 
 import gymnasium
 import lazy_loader
 
+from duorl import auto
+
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
 
 # By path, because the environments import torch. `gymnasium.make("duorl:duorl/Routing-v0")` imports this module.
@@ -19,3 +21,5 @@ gymnasium.register(
     entry_point="duorl.envs.gym_env:DuoRoutingEnv",
     vector_entry_point="duorl.envs.gym_env:DuoRoutingVectorEnv",
 )
+
+auto.register()

@@ -207,10 +207,14 @@ class RoutedPass:
                 loss.
         """
         stream = self.residual if stream is None else stream
-        targets = self.targets.repeat(len(stream) // len(self.targets), 1).flatten()
-        normalized = self._normalized(stream)
-        scores = _each(self._loss, zip(normalized.split(self._head_rows), targets.split(self._head_rows), strict=True))
-        return torch.cat(scores).view(stream.shape[:2])
+        return torch.cat(_each(self._loss, self._head_parts(stream))).view(stream.shape[:2])
+
+    @torch.no_grad()
+    def losses_and_predictions(self) -> tuple[Tensor, Tensor]:
+        """At the end of the pass: its losses, (K * B, P) nats, and the most likely next tokens, (K * B, P) int64."""
+        parts = [self._loss_and_prediction(*part) for part in self._head_parts(self.residual)]
+        losses, predicted = (torch.cat(column).view(self.compute.shape) for column in zip(*parts, strict=True))
+        return losses, predicted
 
     def divergences(self, teacher: RoutedPass) -> Tensor:
         """KL(teacher || prediction) in nats at the end of the pass, (K * B, P), few enough tokens at a time.
@@ -223,14 +227,33 @@ class RoutedPass:
         parts = zip(own.unflatten(0, (copies, -1)).split(rows, 1), others[None].split(rows, 1), strict=True)
         return torch.cat(_each(self._divergence, parts), dim=1).view(self.compute.shape)
 
+    def _head_parts(self, stream: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """A stream (K * B, P, d), normalised, (N, d), with its targets (N,), few enough tokens at a time."""
+        targets = self.targets.repeat(len(stream) // len(self.targets), 1).flatten()
+        return zip(self._normalized(stream).split(self._head_rows), targets.split(self._head_rows), strict=True)
+
     def _loss(self, normalized: Tensor, targets: Tensor) -> Tensor:
         """From a normalised stream (N, d), (N,)."""
-        return cross_entropy(self.stack.head(normalized[None])[0].float(), targets, reduction="none")
+        return cross_entropy(self._head(normalized), targets, reduction="none")
+
+    def _loss_and_prediction(self, normalized: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """From a normalised stream (N, d), (N,) each."""
+        logits = self._head(normalized)
+        return cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
+
+    def _head(self, normalized: Tensor) -> Tensor:
+        """Logits in float32, (N, V)."""
+        return self.stack.head(normalized[None])[0].float()
 
     def _divergence(self, own: Tensor, teacher: Tensor) -> Tensor:
         """From normalised streams (K, N, d) and (1, N, d), (K, N)."""
-        log_own, log_teacher = (self.stack.head(states).float().log_softmax(-1) for states in (own, teacher))
+        log_own, log_teacher = (self._log_probabilities(states) for states in (own, teacher))
         return kl_div(log_own, log_teacher.expand_as(log_own), reduction="none", log_target=True).sum(-1)
+
+    def _log_probabilities(self, normalized: Tensor) -> Tensor:
+        """From a normalised stream (K, N, d), (K, N, V). The head gets rows without gaps, which is far faster."""
+        rows = normalized.flatten(0, 1)[None]
+        return self.stack.head(rows).float().log_softmax(-1).view(*normalized.shape[:2], -1)
 
     def _normalized(self, stream: Tensor) -> Tensor:
         """What the head reads, (N, d), of a stream (K * B, P, d)."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 import duorl
@@ -153,3 +154,22 @@ def tokens():
 def random_routes(model, tokens, seed=0):
     shape = (len(tokens), tokens.shape[1] - 1, model.num_layers)
     return torch.randint(3, shape, generator=torch.Generator().manual_seed(seed))
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """An empty cache of the hub, and no network; gives a function that puts a folder into it."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def kept(name):
+        repository = tmp_path / "hub" / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text(COMMIT)
+        (repository / "snapshots" / COMMIT).mkdir(parents=True)
+        return repository / "snapshots" / COMMIT
+
+    return kept

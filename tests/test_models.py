@@ -376,11 +376,18 @@ def test_damaged_folders_are_refused_by_name(duo, tmp_path):
         duorl.load(tmp_path)
 
 
-_FIRST = "import duorl; duorl.load_tokenizer()"
+_FIRST = """
+import sys
+import duorl
+assert "transformers" not in sys.modules
+from transformers import AutoConfig, AutoModelForCausalLM
+assert AutoModelForCausalLM._model_mapping[type(AutoConfig.for_model("duo"))] is duorl.DuoForCausalLM
+duorl.load_tokenizer()
+"""
 
 
-def test_a_tokenizer_is_read_without_a_warning():
-    """Its folder's configuration is a duo's, which transformers knows once it is registered."""
+def test_transformers_knows_duo_models_once_duorl_is_imported():
+    """Also a tokenizer is read without a warning: its folder's configuration is a duo's."""
     found = subprocess.run([sys.executable, "-c", _FIRST], capture_output=True, text=True)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
 

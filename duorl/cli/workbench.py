@@ -25,11 +25,11 @@ from duorl.evaluation.compare import flatten
 from duorl.evaluation.measure import evaluate, measure
 from duorl.learners import Supervised
 from duorl.learners.base import Learner
-from duorl.learners.target import TargetCompute, check_target, price_for
+from duorl.learners.target import TargetCompute, check_target
 from duorl.models import DuoForCausalLM
 from duorl.reports.figures import heat_map
 from duorl.rewards import LossImprovement, Reward, as_reward, price_of, with_price
-from duorl.routers import BudgetRouter, Router
+from duorl.routers import BudgetRouter, Router, price_for, spent
 from duorl.routers.base import LogitRouter
 from duorl.runs.jobs import RESULT, Tell
 from duorl.runs.journal import Journal
@@ -199,7 +199,7 @@ class _Work:
 
     def spending(self, router: Router) -> float:
         """Mean compute on router text that no training uses."""
-        return measure(self.bench.model, router, self.bench.validation).compute.mean().item()
+        return spent(self.bench.model, router, self.bench.validation)
 
     def validate(self, router: Router) -> dict[str, float]:
         """Metrics on router text that no training uses; the evaluation split is used only at the end."""

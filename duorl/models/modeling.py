@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from functools import cached_property, wraps
 from typing import Any, Protocol
@@ -18,6 +19,7 @@ from duorl.models.calls import Call, RoutedCall, calling, let_ask
 from duorl.models.config import DuoConfig
 from duorl.models.families import attention_of, attention_width, decoder_of, family_of, find_layers, sized
 from duorl.models.ffn import AddingDuoFFN, DuoFFN
+from duorl.models.shared import join, small_folder
 from duorl.models.stack import DecoderStack
 
 
@@ -48,9 +50,9 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     supports_gradient_checkpointing = False  # the second pass of checkpointing would run without the routes
     _supports_sdpa = True
 
-    def __init__(self, config: DuoConfig):
+    def __init__(self, config: DuoConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
-        self.backbone = _steered_backbone(config)
+        self.backbone = _steered_backbone(config) if backbone is None else backbone
         family, layers = family_of(config.backbone), find_layers(self.backbone)
         kind = AddingDuoFFN if family.adds_residual else DuoFFN
         for layer, small in zip(layers, _small_ffns(config), strict=True):
@@ -58,6 +60,29 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
             let_ask(layer, "layer")
         let_ask(decoder_of(self.backbone, layers), "decoder")
         self.post_init()
+
+    @classmethod
+    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+        """As in transformers; if the folder has small networks alone, they are put together with their base model."""
+        config = kwargs.get("config")
+        if name is not None and not isinstance(config, DuoConfig):
+            config = DuoConfig.from_pretrained(
+                config or name, **{key: kwargs[key] for key in kwargs if key != "config"}
+            )
+        if config is None or config.base is None:
+            return super().from_pretrained(name, *args, **kwargs)
+        dtype = kwargs.get("dtype")
+        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+        more = {option: kwargs[option] for option in ("device_map",) if option in kwargs}
+        return join(cls, small_folder(name, kwargs.get("revision")), config, dtype=dtype, **more)
+
+    def save_pretrained(self, folder: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+        """Save the whole model, as in transformers. For the small networks alone see `duorl.models.save_small`."""
+        base, self.config.base = self.config.base, None
+        try:
+            super().save_pretrained(folder, *args, **kwargs)
+        finally:
+            self.config.base = base
 
     def _init_weights(self, module: nn.Module) -> None:
         self.backbone._init_weights(module)

@@ -1,5 +1,6 @@
 from .base import LogitRouter, Router
 from .budget import BudgetRouter
+from .calibration import ShiftedRouter, price_for, spent
 from .ensemble import EnsembleRouter
 from .heads import HeadRouter
 from .knn import KNNRouter
@@ -18,5 +19,8 @@ __all__ = [
     "RandomRouter",
     "ReplayRouter",
     "Router",
+    "ShiftedRouter",
     "load",
+    "price_for",
+    "spent",
 ]

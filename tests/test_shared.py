@@ -1,0 +1,158 @@
+"""Small networks are saved apart from their base model, and put together with it again."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from conftest import COMMIT, make_duo, make_original, random_routes
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+import duorl
+from duorl.models import find_base, save_small
+from duorl.models.shared import fingerprint
+
+
+@pytest.fixture
+def folders(tmp_path, duo):
+    """A base model, and small networks for it."""
+    make_original("llama").save_pretrained(tmp_path / "base")
+    duorl.load_tokenizer().save_pretrained(tmp_path / "base")
+    save_small(duo, tmp_path / "small", find_base(tmp_path / "base"))
+    return tmp_path / "base", tmp_path / "small"
+
+
+def test_small_networks_and_their_base_make_the_same_model(folders, duo, tokens):
+    routes = random_routes(duo, tokens)
+    expected = duo(input_ids=tokens[:, :-1], routes=routes).logits
+    assert sorted(path.name for path in folders[1].iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "small.safetensors",
+    ]
+    for model in (duorl.load(folders[1]), AutoModelForCausalLM.from_pretrained(folders[1])):
+        assert torch.equal(model(input_ids=tokens[:, :-1], routes=routes).logits, expected)
+        assert not model.training and model.config.base["fingerprint"] == fingerprint(duo)
+    assert not any(weight.requires_grad for weight in duorl.load(folders[1]).parameters())
+    assert duorl.load(folders[1], skip="block").config.skip == "block"
+    assert duorl.load_tokenizer(folders[1]).get_vocab() == duorl.load_tokenizer().get_vocab()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
+def test_every_family_is_put_together(family, tmp_path, tokens):
+    duo = make_duo(family)
+    make_original(family).save_pretrained(tmp_path / "base")
+    save_small(duo, tmp_path / "small", find_base(tmp_path / "base"))
+    model, routes = duorl.load(tmp_path / "small"), random_routes(duo, tokens)
+    given = {"input_ids": tokens[:, :-1], "routes": routes}
+    assert torch.allclose(model(**given).logits, duo(**given).logits, atol=1e-5)
+
+
+def test_a_router_fits_both_the_whole_model_and_the_small_networks(folders, tmp_path):
+    small = duorl.load(folders[1])
+    small.save_pretrained(tmp_path / "whole")
+    duorl.load_tokenizer().save_pretrained(tmp_path / "whole")
+    shutil.rmtree(folders[0])
+    whole = duorl.load(tmp_path / "whole")
+    assert whole.config.base is None and small.config.base is not None
+    assert all(torch.equal(one, other) for one, other in zip(whole.parameters(), small.parameters(), strict=True))
+    router = duorl.routers.ConstantRouter("small")
+    for trained, used in ((small, whole), (whole, small)):
+        router.trained_for = duorl.routers.fit.identity(trained)
+        router.require_fit(used)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_fingerprint_does_not_depend_on_the_precision(dtype, folders):
+    model = duorl.load(folders[1], dtype=dtype)
+    assert {weight.dtype for weight in model.parameters()} == {dtype}
+    assert {buffer.dtype for buffer in model.buffers()} <= {torch.float32}
+    if dtype == torch.float16:
+        with pytest.raises(ValueError, match="float16 may have rounded the big networks"):
+            save_small(model, folders[1])
+    else:
+        assert fingerprint(model) == model.config.base["fingerprint"]
+
+
+def test_small_networks_keep_their_precision_and_base_when_they_are_saved_again(folders):
+    model = duorl.load(folders[1])
+    for ffn in model.stack.ffns:
+        ffn.small.bfloat16()
+    save_small(model, folders[1] / "again")
+    weights = load_file(folders[1] / "again" / "small.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16}
+    assert duorl.load(folders[1] / "again").config.base == model.config.base
+    model.config.base = None
+    with pytest.raises(ValueError, match="saved with the name of their base model"):
+        save_small(model, folders[1] / "third")
+    assert not (folders[1] / "third").exists()
+
+
+def spoil_config(**changes):
+    def spoil(base, small):
+        path = small / "config.json"
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps({**config, "base": {**config["base"], **changes}}))
+
+    return spoil
+
+
+def spoil_weights(change):
+    def spoil(base, small):
+        weights = load_file(small / "small.safetensors")
+        change(weights)
+        save_file(weights, small / "small.safetensors", {"format": "pt"})
+
+    return spoil
+
+
+def finetune(base, small):
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.model.layers[2].mlp.down_proj.weight.data *= 1.01
+    model.save_pretrained(base)
+
+
+NAME = "1.down_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (finetune, "were made for other big networks than those of .*/base here: give that base model"),
+        (lambda base, small: shutil.rmtree(base), "the base model of .*/small is missing: no base model '.*/base'"),
+        (lambda base, small: (small / "small.safetensors").unlink(), "lacks small.safetensors"),
+        (lambda base, small: (small / "small.safetensors").write_bytes(b""), "cannot read the weights in .*/small"),
+        (spoil_config(name=3), r"config.json: `base` names no base model"),
+        (
+            spoil_config(name="nothing"),
+            r"small is missing: no base model 'nothing': .*as base\.name",
+        ),
+        (spoil_config(fingerprint=None), "were made for other big networks"),
+        (spoil_weights(lambda found: found.pop(NAME)), f"small.safetensors: {NAME} is missing"),
+        (spoil_weights(lambda found: found.update(more=torch.zeros(1))), "small.safetensors holds more, which"),
+        (spoil_weights(lambda found: found.update({NAME: torch.zeros(32, 17)})), r"has shape \(32, 17\) and not"),
+        (spoil_weights(lambda found: found[NAME].fill_(torch.nan)), f"{NAME} holds numbers that are not finite"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused_in_one_line(spoil, message, folders):
+    spoil(*folders)
+    with pytest.raises((ValueError, OSError), match=message) as refused:
+        duorl.load(folders[1])
+    assert "\n" not in str(refused.value)
+
+
+def test_both_are_found_on_the_hub(hub_cache, duo, tokens):
+    base, small = hub_cache("someone/llama"), hub_cache("else/small")
+    make_original("llama").save_pretrained(base)
+    duorl.load_tokenizer().save_pretrained(base)
+    save_small(duo, small, find_base("someone/llama"))
+    recorded = json.loads((small / "config.json").read_text())
+    assert (recorded["base"]["name"], recorded["base"]["revision"]) == ("someone/llama", COMMIT)
+    assert recorded["backbone"]["_name_or_path"] == "someone/llama"
+    expected = duo(input_ids=tokens).logits
+    for model in (duorl.load("else/small"), AutoModelForCausalLM.from_pretrained("else/small", revision="main")):
+        assert torch.equal(model(input_ids=tokens).logits, expected)
+    assert duorl.load_tokenizer("else/small").eos_token_id is not None
+    with pytest.raises(OSError, match="nobody/nothing is not in the hub's cache here"):
+        duorl.load("nobody/nothing")
