@@ -376,6 +376,33 @@ def test_damaged_folders_are_refused_by_name(duo, tmp_path):
         duorl.load(tmp_path)
 
 
+_PEAK = """
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+import duorl
+
+def memory(which):
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(which))
+
+sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 8}
+config = AutoConfig.for_model("llama", vocab_size=8000, **sizes)
+model = AutoModelForCausalLM.from_config(config).bfloat16()
+tiny = AutoConfig.for_model("llama", vocab_size=64, **{**sizes, "hidden_size": 64})
+duorl.convert(AutoModelForCausalLM.from_config(tiny))  # what is imported and allocated once
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+size = sum(2 * weight.numel() for weight in duorl.convert(model).parameters())
+print((memory("VmHWM") - before) / size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read as Linux tells it")
+def test_a_conversion_adds_one_copy_to_the_memory():
+    found = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True)
+    assert float(found.stdout) < 1.25, found.stderr
+
+
 _FIRST = """
 import sys
 import duorl
