@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 _NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
 
@@ -43,10 +44,22 @@ def snapshot(repository: str, patterns: Sequence[str], revision: str | None = No
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
 
 
+def is_local(name: str | Path) -> bool:
+    """Whether a name is a path rather than a name on the hub: it is there, or the folder that it would be in."""
+    return Path(name).exists() or (Path(name).parent != Path() and Path(name).parent.is_dir())
+
+
 def push(
-    folder: str | Path, repository: str, *, private: bool | None = None, token: str | None = None, message: str
+    folder: str | Path, repository: str, *, private: bool | None = None, token: str | None = None, **more: Any
 ) -> str:
     """Send a folder to the hub, and make its repository if there is none. Other files there stay.
+
+    Args:
+        folder: the folder.
+        repository: `owner/name`.
+        private: whether a new repository is private.
+        token: of the hub; by default that of `hf auth login`.
+        more: further arguments of `huggingface_hub.HfApi.upload_folder`.
 
     Returns:
         The address of the commit.
@@ -54,12 +67,12 @@ def push(
     Raises:
         OSError: the hub cannot be reached, or refuses it.
     """
-    from huggingface_hub import HfApi
+    import huggingface_hub
 
-    api = HfApi(token=token)
-    with _told(repository, None):
+    api = huggingface_hub.HfApi(token=token)
+    with _told(repository, more.get("revision")):
         name = api.create_repo(repository, private=private, exist_ok=True).repo_id
-        return str(api.upload_folder(repo_id=name, folder_path=str(folder), commit_message=message).commit_url)
+        return str(api.upload_folder(repo_id=name, folder_path=str(folder), **more).commit_url)
 
 
 @contextmanager

@@ -129,7 +129,9 @@ def test_train_writes_the_whole_run_folder(tiny, capsys):
     assert names == [*fixed, "PPO", "oracle"]
     assert Path("here/figures/frontier.png").stat().st_size > 10_000
     assert yaml.safe_load(Path("here/config.yaml").read_text())["seed"] == 3
-    assert isinstance(routers.load("here/router"), routers.HeadRouter)
+    router, row = routers.load("here/router"), saved["rows"][-2]
+    assert isinstance(router, routers.HeadRouter) and "# PPO" in Path("here/router/README.md").read_text()
+    assert router.facts["measured on held-out text"][0].items() <= row.items() and row["router"] == "PPO"
 
     events = EventAccumulator("here/tensorboard/PPO", size_guidance={"tensors": 0}).Reload()
     tags = set(events.Tags()["scalars"])

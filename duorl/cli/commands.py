@@ -66,6 +66,12 @@ COMMANDS = {
         "duorl.cli.dense",
         _RESUMABLE,
     ),
+    "convert": Command(
+        "Make a duo model from a language model: its own networks become the big ones, small ones are made.",
+        "duorl.smalls.recipe:ConvertOptions",
+        "duorl.cli.convert",
+        _RESUMABLE,
+    ),
     "pretrain": Command(
         "Stage 1: train a duo model under random routing.",
         "duorl.models.recipe:PretrainOptions",

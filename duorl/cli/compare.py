@@ -11,7 +11,7 @@ import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write
+from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write, write_cards
 from duorl.cli.console import say, say_logdir, typed_command
 from duorl.cli.trainings import (
     Place,
@@ -138,6 +138,7 @@ class Compare:
         }
         comparison = compare(comparer, routers, {"command": typed_command(), "price": bench.price, **bench.config})
         write(comparison, comparer.traces(bench.tokenizer), folder)
+        write_cards(comparison, [(place.name, place.router) for place in places])
         return comparer
 
     def _compare_budgets(self, folder: Path, comparer: Comparer) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,11 @@ from duorl.files import write_json, write_text, writing
 from duorl.models import DuoForCausalLM
 from duorl.reports import page
 from duorl.reports.figures import frontier, markdown, table
-from duorl.routers import ConstantRouter, RandomRouter, Router
+from duorl.routers import ConstantRouter, RandomRouter, Router, describe
+
+_FACTS = {"text": "corpus", "layer decisions": "total_decisions", "price": "price", "command": "command"}
+_MEASURED = ("router", "seeds", "tokens", "loss", "compute", "return")
+_BESIDE = ("best fixed", "all-small", "all-big")
 
 
 def make_comparer(
@@ -82,3 +86,18 @@ def write(comparison: Comparison, traces: dict[str, Any], folder: Path) -> None:
         frontier(comparison).savefig(beside, dpi=150)
     write_json(folder / "traces.json", traces)
     page.write(folder)
+
+
+def write_cards(comparison: Comparison, places: Iterable[tuple[str, str | Path]]) -> None:
+    """Give learned routers their cards: how each was trained, and what the comparison measured.
+
+    Args:
+        comparison: the comparison, of a run of `duorl train` or `duorl compare`.
+        places: names of learners in it, and folders of their routers.
+    """
+    settings, rows = comparison.settings, {row["router"]: row for row in comparison.rows}
+    facts = {name: settings[key] for name, key in _FACTS.items()}
+    for name, place in places:
+        shown = [rows[other] for other in (name, *_BESIDE) if other in rows]
+        measured = [{key: row[key] for key in _MEASURED} for row in shown]
+        describe(place, {"name": name, **facts, "measured on held-out text": measured})

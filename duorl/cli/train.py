@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
-from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write
+from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write, write_cards
 from duorl.cli.console import say, say_logdir, typed_command
 from duorl.cli.trainings import Place, finish_all
 from duorl.cli.workbench import Workbench
@@ -75,5 +75,6 @@ def _run(bench: Workbench, folder: Path) -> None:
     }
     comparison = compare(comparer, everything, {"command": typed_command(), "price": price, **bench.config})
     write(comparison, comparer.traces(bench.tokenizer), folder)
+    write_cards(comparison, [(job.name, job.place) for job in jobs])
     say(f"\nwrote {folder}/: report.html, comparison.json and .csv, figures/, router/, routers/, config.yaml")
     say_logdir(folder)

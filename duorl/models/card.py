@@ -1,4 +1,4 @@
-"""The model card that stage 1 writes: training, text, loss curve and results."""
+"""The cards of models: training, text, results, and the loss curve of stage 1."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot as plt
 
+from duorl import markdown
 from duorl.files import write_text, writing
 
 _TEXT = """# {name}
@@ -40,6 +41,46 @@ Loss in nats per token on the `evaluation` split, which neither this model nor a
 
 The curve follows {windows} windows of the `router` split. Its numbers are in `history.json`.
 """
+
+_SMALL = """---
+library_name: duorl
+tags: [duorl]
+{header}---
+
+# {name}
+
+Small feed-forward networks for {base}. With them, every layer has its own network, called big, and a small one behind
+one shared attention, after Duo-LLM (arXiv 2410.10846), and a router of DuoRL decides for each token which of them runs.
+The weights of {base} are not in this folder: `duorl.load` finds them.
+
+    {command}
+
+{facts}
+Loss in nats per token on held-out text, which neither these networks nor any router was trained on:
+
+{losses}"""
+
+
+def write_small_card(
+    out: Path, *, facts: dict[str, Any], losses: dict[str, dict[str, float]], header: dict[str, str] | None = None
+) -> None:
+    """Write the card of small networks, `README.md`.
+
+    Args:
+        out: their folder.
+        facts: `name`; `base`, the base model; `command`, which made them; and any more, shown by their names. Lists of
+            objects are shown as tables, for example the stages with their tokens and minutes.
+        losses: by text, then by what was measured: `{"stdlib-docs": {"tokens": 4096, "all-big": 3.19, ...}}`.
+        header: more lines for the hub, for example `license` and `base_model`.
+    """
+    rest = {name: value for name, value in facts.items() if name not in ("name", "base", "command")}
+    text = _SMALL.format(
+        **{name: facts[name] for name in ("name", "base", "command")},
+        header="".join(f"{name}: {value}\n" for name, value in (header or {}).items()),
+        facts=markdown.facts(rest),
+        losses=markdown.table([{"text": name, **found} for name, found in losses.items()]),
+    )
+    write_text(out / "README.md", text)
 
 
 def write_card(out: Path, *, facts: dict[str, Any], losses: dict[str, dict[str, float]]) -> None:

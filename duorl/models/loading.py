@@ -54,7 +54,7 @@ def model_folder(name: str | Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    known = None if Path(name).parent.is_dir() else hub.split_name(name)
+    known = None if hub.is_local(name) else hub.split_name(name)
     if known is None:
         raise FileNotFoundError(
             f"no model {name!r}: give a folder, owner/name of the hub, or one of {', '.join(EMBEDDED)}"

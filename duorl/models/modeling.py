@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from functools import cached_property, wraps
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Protocol
 
 import torch
@@ -13,13 +16,14 @@ from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import duorl.models.attention  # noqa: F401  (registers the attention function that the families name)
+from duorl import hub
 from duorl.costs import ACTIONS, Flops, linear_flops
 from duorl.inputs import View
 from duorl.models.calls import Call, RoutedCall, calling, let_ask
 from duorl.models.config import DuoConfig
 from duorl.models.families import attention_of, attention_width, decoder_of, family_of, find_layers, sized
 from duorl.models.ffn import AddingDuoFFN, DuoFFN
-from duorl.models.shared import join, small_folder
+from duorl.models.shared import CARD, join, save_small, small_folder
 from duorl.models.stack import DecoderStack
 
 
@@ -83,6 +87,30 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
             super().save_pretrained(folder, *args, **kwargs)
         finally:
             self.config.base = base
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: Any = None, **more: Any) -> str:
+        """Send the model to the Hugging Face hub, with the card of the folder that it was loaded from.
+
+        A model that was put together from small networks and their base model is sent as it came: without the base.
+
+        Args:
+            repo_id: `owner/name`; the repository is made if there is none.
+            private: whether a new repository is private.
+            token: of the hub; by default that of `hf auth login`.
+            more: further arguments of `huggingface_hub.HfApi.upload_folder`, for example `commit_message`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OSError: the hub cannot be reached, or refuses it.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder) if self.config.base is None else save_small(self, folder)
+            for name in CARD:
+                if (card := Path(self.name_or_path or "") / name).is_file():
+                    shutil.copy(card, folder)
+            return hub.push(folder, repo_id, private=private, token=token, **{"commit_message": "Upload model", **more})
 
     def _init_weights(self, module: nn.Module) -> None:
         self.backbone._init_weights(module)

@@ -1,6 +1,7 @@
 from .base import LogitRouter, Router
 from .budget import BudgetRouter
 from .calibration import ShiftedRouter, price_for, spent
+from .card import describe
 from .ensemble import EnsembleRouter
 from .heads import HeadRouter
 from .knn import KNNRouter
@@ -20,6 +21,7 @@ __all__ = [
     "ReplayRouter",
     "Router",
     "ShiftedRouter",
+    "describe",
     "load",
     "price_for",
     "spent",

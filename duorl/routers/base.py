@@ -13,6 +13,7 @@ import copy
 import json
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 from weakref import ReferenceType, ref
 
@@ -20,9 +21,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from duorl import hub
 from duorl.extensions import find, import_path
-from duorl.files import writing
+from duorl.files import write_text, writing
 from duorl.inputs import View
+from duorl.routers.card import card
 from duorl.routers.fit import require_fit
 
 if TYPE_CHECKING:
@@ -42,9 +45,11 @@ class Router(nn.Module):
 
     Attributes:
         trained_for: identifies the model of its training, see `duorl.routers.fit`; None if it is unknown.
+        facts: JSON values for its card: how it was trained, what was measured (`duorl.routers.card`); None without.
     """
 
     trained_for: dict[str, Any] | None = None
+    facts: dict[str, Any] | None = None
     _fits: ReferenceType[DuoForCausalLM] | None = None
 
     def __init__(self, **config: Any):
@@ -141,7 +146,8 @@ class Router(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `router.safetensors`, if there are weights, and `router.json`, which marks a complete router.
 
-        After a kill, the folder has the old router, the new one, or none, but never parts of both.
+        With facts, also write a card, `README.md`. After a kill, the folder has the old router, the new one, or none,
+        but never parts of both.
 
         Raises:
             ValueError: a weight is not finite.
@@ -151,8 +157,9 @@ class Router(nn.Module):
                 raise ValueError(f"{type(self).__name__} is not saved: its {name} holds numbers that are not finite")
         weights, described_in = Path(folder) / "router.safetensors", Path(folder) / "router.json"
         with writing(described_in) as beside:
-            known = {} if self.trained_for is None else {"model": self.trained_for}
-            beside.write_text(json.dumps({**described(self), **known}, indent=1))
+            known = {"model": self.trained_for, "facts": self.facts}
+            whole = {**described(self), **{key: value for key, value in known.items() if value is not None}}
+            beside.write_text(json.dumps(whole, indent=1))
             if state := {name: tensor.contiguous() for name, tensor in self.state_dict().items()}:
                 with writing(weights) as weights_beside:
                     save_file(state, weights_beside)
@@ -160,6 +167,36 @@ class Router(nn.Module):
             else:
                 described_in.unlink(missing_ok=True)
                 weights.unlink(missing_ok=True)
+        if self.facts is not None:
+            write_text(described_in.with_name("README.md"), card(whole, self.facts))
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload router",
+        **more: Any,
+    ) -> str:
+        """Send the router to the Hugging Face hub, with its card; `duorl.routers.load("owner/name")` loads it there.
+
+        Args:
+            repo_id: `owner/name`; the repository is made if there is none.
+            private: whether a new repository is private.
+            token: of the hub; by default that of `hf auth login`.
+            commit_message: message of the commit.
+            more: further arguments of `huggingface_hub.HfApi.upload_folder`, for example `revision`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            OSError: the hub cannot be reached, or refuses it.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return hub.push(folder, repo_id, private=private, token=token, commit_message=commit_message, **more)
 
 
 class LogitRouter(Router):

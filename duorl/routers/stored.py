@@ -12,22 +12,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from duorl import hub
 from duorl.routers.base import Router, kind_of, rebuilt
 from duorl.routers.fit import UnusableRouter, checked_record
+
+_FILES = ("router.json", "router.safetensors", "README.md")
 
 
 def load(folder: str | Path) -> Router:
     """Load a saved router.
 
+    Args:
+        folder: its folder, or `owner/name` or `owner/name@revision` on the hub.
+
     Raises:
-        FileNotFoundError: the folder holds no router, or its weights are missing.
+        OSError: the folder holds no router, or its weights are missing, or the hub cannot be reached.
         ValueError: a file is broken, the class cannot be imported, or the weights do not fit the configuration or are
             not finite; the message names the file.
     """
     try:
-        return _loaded(Path(folder))
+        return _loaded(_found(folder))
     except ValueError as error:
         raise UnusableRouter(str(error)) from error
+
+
+def _found(folder: str | Path) -> Path:
+    known = None if hub.is_local(folder) else hub.split_name(str(folder))
+    return Path(folder) if known is None else hub.snapshot(known[0], _FILES, known[1])
 
 
 def _loaded(folder: Path) -> Router:
@@ -40,6 +51,7 @@ def _loaded(folder: Path) -> Router:
         _require_plausible(description, state)
         router = rebuilt(description)
         router.trained_for = checked_record(description.get("model"))
+        router.facts = _facts(description)
     except ValueError as error:
         raise ValueError(f"cannot load {path}: {error}") from error
     if router.state_dict():
@@ -62,6 +74,13 @@ def _description(content: bytes) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ValueError("it is no JSON object with `router` and `config`")
     return found
+
+
+def _facts(description: dict[str, Any]) -> dict[str, Any] | None:
+    facts = description.get("facts")
+    if not isinstance(facts, dict | None):
+        raise ValueError("its `facts` are no JSON object: remove them")
+    return facts
 
 
 def _tensors(path: Path) -> dict[str, Tensor]:

@@ -1,52 +1,36 @@
-"""The three stages that make small networks, one after the other; each can be stopped and continued.
+"""The three stages that make small networks, each a job that can be stopped and continued.
 
-    making = Making(model, options, training, held_out)
-    making.run(folder)
-
-A finished stage leaves `stages/NAME.safetensors` in the folder. A stage in progress has checkpoints of the Trainer.
+making = Making(model, options, training, held_out)
+making.run("choose", folder / "choose", tell)
+making.run("regress", folder / "regress", tell, after=folder / "choose")
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
 from duorl.files import write_json, writing
-from duorl.models.families import family_of
 from duorl.models.modeling import DuoForCausalLM
+from duorl.models.shared import WEIGHTS, small_weights, take_small
 from duorl.models.trainer import Objective, RoutingTrainer, WindowSet
 from duorl.smalls.choose import choose
 from duorl.smalls.objectives import Distil, held_out_losses, regress
 from duorl.smalls.recipe import STAGES, ConvertOptions, DistilOptions, RegressOptions, Stage
+from duorl.smalls.recording import big_passes
 
-_WEIGHTS = "model.safetensors"  # in a checkpoint, where the Trainer looks for it
+_TRAINERS = "model.safetensors"  # where the Trainer looks for weights in a checkpoint
 _WARM_UP = 0.05  # of the updates
 
 Progress = Callable[..., None]
 """Called with completed=, total=, note=."""
-
-
-def small_weights(model: DuoForCausalLM) -> dict[str, Tensor]:
-    """The weights of the small networks, by their names in the model."""
-    own = f".{family_of(model.config.backbone).ffn}.small."
-    return {name: weight for name, weight in model.named_parameters() if own in name}
-
-
-def take_small_weights(model: DuoForCausalLM, path: Path) -> None:
-    """Load the weights of the small networks from a file."""
-    kept, own = load_file(path), small_weights(model)
-    if kept.keys() != own.keys():
-        raise ValueError(f"{path} holds the small networks of another model")
-    with torch.no_grad():
-        for name, weight in own.items():
-            weight.copy_(kept[name])
 
 
 class SmallTrainer(RoutingTrainer):
@@ -55,10 +39,10 @@ class SmallTrainer(RoutingTrainer):
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(small_weights(self.accelerator.unwrap_model(self.model)), folder / _WEIGHTS)
+        save_file(small_weights(self.accelerator.unwrap_model(self.model)), folder / _TRAINERS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
-        take_small_weights(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint) / _WEIGHTS)
+        take_small(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint) / _TRAINERS)
 
 
 class Making:
@@ -105,57 +89,71 @@ class Making:
     def _updates(self, stage: Stage) -> int:
         return max(1, self._options(stage).tokens // (self._batch(stage) * self.options.window))
 
-    def run(self, folder: Path, tell: Progress, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, dict]:
-        """Run the stages that are not finished in this folder.
+    def seconds(self, stage: Stage) -> float:
+        """Estimated seconds of a stage, from its FLOPs and the time of one all-big pass over a window."""
+        window, parts = self.training[:1].to(self.model.device), self.model.flops
+        for _ in range(2):  # the first is a warm-up
+            started = time.perf_counter()
+            for *_, written in big_passes(self.model, window):
+                written.sum().item()
+            seconds = time.perf_counter() - started
+        body = parts.token(torch.tensor(1.0), self.options.window).item() - parts.head
+        return self.cost(stage)[1] * seconds / (body * window[:, 1:].numel())
+
+    def run(
+        self,
+        stage: Stage,
+        place: Path,
+        tell: Progress,
+        *,
+        after: Path | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> dict[str, float]:
+        """Run one stage, from its last checkpoint if there is one.
 
         Args:
-            folder: place of the stages.
+            stage: its name.
+            place: its folder, in which it leaves `small.safetensors`.
             tell: called after every pass or update.
+            after: the folder of the stage before it.
             callbacks: callbacks of the Trainer, for checkpoints and signals.
 
         Returns:
-            By stage, the losses on the held-out windows.
+            The losses on the held-out windows.
         """
-        losses = {}
-        for stage in self.options.stages:
-            kept = folder / "stages" / f"{stage}.safetensors"
-            if kept.is_file():
-                take_small_weights(self.model, kept)
-            else:
-                self._run(stage, folder, tell, callbacks)
-                with writing(kept) as beside:
-                    save_file(small_weights(self.model), beside)
-                shutil.rmtree(folder / "stages" / stage, ignore_errors=True)
-            losses[stage] = self._measured(stage, folder)
-        return losses
-
-    def _measured(self, stage: Stage, folder: Path) -> dict[str, float]:
-        found = held_out_losses(self.model, self.held_out)
-        write_json(folder / "stages" / f"{stage}.json", found)
-        return found
-
-    def _run(self, stage: Stage, folder: Path, tell: Progress, callbacks: Sequence[TrainerCallback]) -> None:
+        if after is not None:
+            take_small(self.model, after / WEIGHTS)
         if stage == "choose":
-            windows, read = self.training[: self._windows()], 0
+            self._choose(tell)
+        else:
+            self._train(stage, place, callbacks)
+        with writing(place / WEIGHTS) as beside:
+            save_file(small_weights(self.model), beside)
+        return held_out_losses(self.model, self.held_out)
 
-            def step(tokens: int) -> None:
-                nonlocal read
-                read += tokens
-                tell(completed=read, total=2 * windows[:, 1:].numel(), note=stage)
+    def _choose(self, tell: Progress) -> None:
+        windows, read = self.training[: self._windows()], 0
 
-            return choose(self.model, windows, tell=step)
+        def step(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            tell(completed=read, total=2 * windows[:, 1:].numel())
+
+        choose(self.model, windows, tell=step)
+
+    def _train(self, stage: Stage, place: Path, callbacks: Sequence[TrainerCallback]) -> None:
         objective: Objective = regress if stage == "regress" else Distil(self.options.distil.target)
         trainer = SmallTrainer(
             model=self.model,
-            args=self._arguments(stage, folder / "stages" / stage),
+            args=self._arguments(stage, place / "checkpoints"),
             train_dataset=WindowSet(self.training),
             eval_dataset=WindowSet(self.held_out),
             objective=objective,
             measure=held_out_losses,
         )
-        trainer.run(folder / "tensorboard" / stage, callbacks, resume=True)
-        write_json(folder / "stages" / f"{stage}-history.json", trainer.state.log_history)
-        return None
+        trainer.run(place, callbacks, resume=True)
+        write_json(place / "history.json", trainer.state.log_history)
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
 
     def _arguments(self, stage: Stage, checkpoints: Path) -> TrainingArguments:
         updates = self._updates(stage)
