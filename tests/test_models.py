@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 import duorl
 from duorl.inputs import View
 from duorl.models import families, require_frozen
+from duorl.models.bases import find_base
 from duorl.routed_pass import RoutedPass
 
 
@@ -144,6 +145,14 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(name):
     with pytest.raises(ValueError, match=REFUSED[name][1]) as refused:
         duorl.convert(make_refused(name))
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["t5", "llava", "mixtral"])
+def test_a_base_model_is_refused_before_its_weights_are_read(name, tmp_path):
+    make_refused(name).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"cannot load the model of {tmp_path}: {name}.*{REFUSED[name][1]}"):
+        find_base(tmp_path).load()
 
 
 def quantized(model):

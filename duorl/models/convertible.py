@@ -33,7 +33,12 @@ def check_config(config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise ValueError(f"{family} is an encoder-decoder; only decoders alone can be converted")
     if text is not config:
-        raise ValueError(f"{family} reads more than text; convert its language model ({text.model_type}) alone")
+        alone = (
+            f"; convert its language model ({text.model_type}) alone"
+            if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+            else ""
+        )
+        raise ValueError(f"{family} reads more than text{alone}")
     if family in RECURRENT:
         raise ValueError(f"{family} has state-space or recurrent layers; only those of attention and a network convert")
     method = _quantization(config)
