@@ -46,8 +46,8 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn"
     small_size = max(1, inner_size(model.config) // small_ratio)
     with no_init_weights():
         duo = DuoForCausalLM(DuoConfig(backbone=_plain_config(model), small_size=small_size, skip=skip))
-    _take_over(duo.backbone, model)
     duo.tie_weights()
+    _take_over(duo.backbone, model)
     duo.generation_config = copy.deepcopy(model.generation_config)
     duo.train(model.training)
     nn.Module.to(duo, device=model.device)

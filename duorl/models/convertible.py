@@ -33,11 +33,8 @@ def check_config(config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise ValueError(f"{family} is an encoder-decoder; only decoders alone can be converted")
     if text is not config:
-        alone = (
-            f"; convert its language model ({text.model_type}) alone"
-            if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
-            else ""
-        )
+        known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+        alone = f"; convert its language model ({text.model_type}) alone" if known else ""
         raise ValueError(f"{family} reads more than text{alone}")
     if family in RECURRENT:
         raise ValueError(f"{family} has state-space or recurrent layers; only those of attention and a network convert")
