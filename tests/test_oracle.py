@@ -61,7 +61,7 @@ def test_exhaustive_equals_naive_enumeration(family, context, actions, states, t
     assert torch.allclose(table.compute, compute_of(model, table.routes))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma2"])
 @pytest.mark.parametrize("actions", [BOTH, ALL], ids=len)
 @pytest.mark.parametrize("states", [4096, 7])  # both windows side by side, or one after the other, depth first
 def test_routed_search_equals_naive_enumeration_token_by_token(family, actions, states, tokens, monkeypatch):

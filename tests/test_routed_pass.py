@@ -5,7 +5,7 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAMILIES, ROUTED_ONLY, make_duo, random_routes
+from conftest import FAMILIES, LIKE_LLAMA, ROUTED_ONLY, VARIANTS, make_duo, random_routes
 from torch.nn.functional import cross_entropy
 
 from duorl import routed_pass
@@ -35,7 +35,7 @@ def walk_along(walk, routes):
     return walk
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LIKE_LLAMA, *VARIANTS])
 def test_both_contexts_equal_naive_computation(family, tokens):
     model = make_duo(family)
     routes = random_routes(model, tokens)
@@ -114,7 +114,7 @@ def test_a_fork_goes_its_own_way(duo, tokens):
     assert (walk.losses() - fork.losses()).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "bloom", "opt 350M"])
 def test_derivatives_in_the_reference_context_are_the_naive_ones(family, tokens):
     """Per token: of a pass over its prefix in which all tokens but itself take big."""
     model = make_duo(family)

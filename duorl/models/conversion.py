@@ -46,8 +46,8 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn"
     small_size = max(1, inner_size(model.config) // small_ratio)
     with no_init_weights():
         duo = DuoForCausalLM(DuoConfig(backbone=_plain_config(model), small_size=small_size, skip=skip))
-    _take_over(duo.backbone, model)
     duo.tie_weights()
+    _take_over(duo.backbone, model)
     duo.generation_config = copy.deepcopy(model.generation_config)
     duo.train(model.training)
     nn.Module.to(duo, device=model.device)
@@ -94,7 +94,7 @@ def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
         expected = original(input_ids=inputs).logits
         error = (duo.stack.logits(duo.stack.all_big(inputs)) - expected).abs().max() / expected.abs().max()
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
-        raise ValueError(f"{family} cannot be run layer by layer: {problem}") from problem
+        raise ValueError(f"{family} cannot be run layer by layer: {' '.join(str(problem).split())}") from problem
     finally:
         duo.train(modes[0]), original.train(modes[1])
     if not error <= max(1e-4, 8 * torch.finfo(original.dtype).eps):  # lower precisions add up in another order

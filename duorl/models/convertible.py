@@ -33,11 +33,11 @@ def check_config(config: PreTrainedConfig) -> None:
     if config.is_encoder_decoder:
         raise ValueError(f"{family} is an encoder-decoder; only decoders alone can be converted")
     if text is not config:
-        raise ValueError(f"{family} reads more than text; convert its language model ({text.model_type}) alone")
+        known = type(text) in MODEL_FOR_CAUSAL_LM_MAPPING
+        alone = f"; convert its language model ({text.model_type}) alone" if known else ""
+        raise ValueError(f"{family} reads more than text{alone}")
     if family in RECURRENT:
-        raise ValueError(
-            f"{family} is a state-space or recurrent model; only layers of attention and a network convert"
-        )
+        raise ValueError(f"{family} has state-space or recurrent layers; only those of attention and a network convert")
     method = _quantization(config)
     if method not in (None, "gguf"):  # transformers dequantizes what it reads from a GGUF file
         raise ValueError(f"{family}: its weights are quantized ({method}) and cannot be copied; load it dequantized")

@@ -55,8 +55,8 @@ class Family:
     multiplier: str | None = None
     inner_size: str | None = "intermediate_size"
     attention_function: str = STEERED
-    cache_argument: str | None = None
-    bias_argument: str | None = None
+    cache_argument: str = ""
+    bias_argument: str = ""
     layer_returns_tuple: bool = False
 
     @property

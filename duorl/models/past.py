@@ -46,34 +46,25 @@ def through_cache(family: Family, memory: Memory, hidden: Tensor, arguments: Arg
         arguments: those of a pass without a memory.
     """
     args, given = arguments
-    own: dict[str | None, Any] = {family.cache_argument: _Past(memory)}
+    own: dict[str, Any] = {family.cache_argument: _Past(memory)}
     bias = given.get(family.bias_argument)
     if memory.mode == "record":
-        mask = given["attention_mask"] if bias is None else bias
-        memory.bias = _last_row(mask.view(len(hidden) if bias is not None else len(mask), -1, *mask.shape[-2:]))
+        # The last query sees all: its row of the mask has no position hidden, only ALiBi if the mask holds it.
+        row = given["attention_mask"][0, :, -1] if bias is None else bias[: len(bias) // len(hidden), 0]
+        memory.bias = torch.zeros_like(row, dtype=hidden.dtype) if row.dtype == torch.bool else row
     else:
-        own["attention_mask"] = _mask(memory, hidden.dtype).repeat(len(hidden) // len(memory.positions), 1, 1, 1)
+        own["attention_mask"] = _mask(memory).repeat(len(hidden) // len(memory.positions), 1, 1, 1)
         if bias is not None:
             own[family.bias_argument] = torch.zeros_like(bias[..., :1])  # it is in the mask
     return args, {**given, **own}
 
 
-def _last_row(added: Tensor) -> Tensor:
-    """What is added to the scores of each key for the last query, who sees all, (1 or H, T): nothing, or ALiBi.
-
-    Args:
-        added: (B or 1, 1 or H, T or 1, T), a mask, also of booleans, or a bias.
-    """
-    row = added[0, :, -1]
-    return torch.zeros(row.shape, device=row.device) if row.dtype == torch.bool else row
-
-
-def _mask(memory: Memory, dtype: torch.dtype) -> Tensor:
+def _mask(memory: Memory) -> Tensor:
     """What is added to the scores of the S stored positions and the P own ones: (B, 1 or H, P, S + P)."""
     assert memory.bias is not None
-    bias, positions = memory.bias[:, : memory.length].to(dtype), memory.positions
+    bias, positions = memory.bias[:, : memory.length], memory.positions
     stored = positions[:, :, None] <= torch.arange(bias.shape[1], device=bias.device)  # (B, P, S), hidden
     own = ~torch.eye(positions.shape[1], dtype=torch.bool, device=bias.device).expand(len(positions), -1, -1)
-    own_bias = memory.bias.to(dtype)[:, positions].transpose(0, 1)
+    own_bias = memory.bias[:, positions].transpose(0, 1)
     added = torch.cat([bias.expand(len(positions), -1, -1), own_bias], dim=2)  # (B, 1 or H, S + P)
-    return added[:, :, None].masked_fill(torch.cat([stored, own], dim=2)[:, None], torch.finfo(dtype).min)
+    return added[:, :, None].masked_fill(torch.cat([stored, own], dim=2)[:, None], torch.finfo(bias.dtype).min)

@@ -55,7 +55,7 @@ class DecoderStack:
     def attend(self, layer: int, hidden: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Run a layer up to its FFN: (the residual stream after attention, the FFN's input), both (B, P, d)."""
         call, memory = BypassedFFN(), active_memory()
-        if memory is not None and self.family.cache_argument is not None:
+        if memory is not None and self.family.cache_argument:
             arguments = through_cache(self.family, memory, hidden, arguments)
         with calling(call):
             output = self.layers[layer](hidden, *arguments[0], **arguments[1])
