@@ -183,7 +183,7 @@ def test_by_default_duo_tiny_is_enumerated_with_all_windows_and_three_actions_ar
     assert choice.notes == () and "all 256 patterns" in choice.text() and "seconds" not in choice.text()
     three = choose(model, training, held_out, actions=ALL, options=asked)
     assert (three.baseline, three.bound) == ("greedy", "descent") and sum(three.costs.values()) <= three.flops
-    assert "up to 140 of 6,561 patterns, about" in three.text(1e11) and "To search everything would cost" in str(three)
+    assert "up to 282 of 6,561 patterns, about" in three.text(1e11) and "To search everything would cost" in str(three)
     assert "a lower bound of the oracle" in three.text()
 
 

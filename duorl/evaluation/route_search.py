@@ -32,6 +32,7 @@ from duorl.oracle.search import MEMORY_LIMIT, states_within
 
 SearchMethod = Literal["auto", "exhaustive", "descent", "beam"]
 _RANDOM, _BEAM = 100, 8
+_START_WINDOWS = 2  # to choose the pattern with which a descent starts; it changes most of its actions
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ def plan_route_search(model: DuoForCausalLM, tokens: Tensor, options: RouteSearc
     Raises:
         ValueError: the method is unknown or impossible: too many routes, too much memory, or another context.
     """
-    method, positions = _method(model, tokens, options), tokens.shape[1] - 1
+    method, (count, positions) = _method(model, tokens, options), tokens[:, 1:].shape
     walk = partial(tree_flops, model, options.actions, positions)
     if method == "exhaustive":
         per_token = walk()
@@ -111,8 +112,9 @@ def plan_route_search(model: DuoForCausalLM, tokens: Tensor, options: RouteSearc
         per_token = walk(routes=_BEAM * len(options.actions)) + walk(routes=_RANDOM)
     else:
         per_token = descent_flops(model, options.actions, positions) + walk(routes=_RANDOM)
-        per_token += patterns_flops(model, options.actions, positions, "greedy")
-    return RouteSearchPlan(method, per_token * tokens[:, 1:].numel())
+        start = patterns_flops(model, options.actions, positions, "greedy")
+        per_token += start * min(1.0, _START_WINDOWS / count)
+    return RouteSearchPlan(method, per_token * count * positions)
 
 
 def _method(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> str:
@@ -179,7 +181,8 @@ def _exhaustive(
 def _approximate(
     method: str, model: DuoForCausalLM, tokens: Tensor, tokenizer: PreTrainedTokenizerBase, options: RouteSearchOptions
 ) -> RouteSearch:
-    more: dict[str, Any] = {"price": options.price, "actions": options.actions, "context": options.context}
+    names = ("price", "actions", "context", "memory_limit")
+    more: dict[str, Any] = {name: getattr(options, name) for name in names}
     if method == "descent":
         found = descent(model, tokens, start=_start(model, tokens, options), **more)
     else:
@@ -193,8 +196,10 @@ def _approximate(
 
 
 def _start(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> Route:
-    """The best fixed pattern, chosen on the searched text; a bound may use labels."""
-    tried = search_patterns(model, tokens, actions=options.actions, method="greedy", price=options.price)
+    """The best fixed pattern, chosen on the first searched windows; a bound may use labels."""
+    tried = search_patterns(
+        model, tokens[:_START_WINDOWS], actions=options.actions, method="greedy", price=options.price
+    )
     spent = model.flops.compute.tolist()
 
     def cost(route: Route) -> float:

@@ -196,6 +196,7 @@ def best_of_random(
     price: float = 0.0,
     context: Literal["reference", "routed"] = "reference",
     actions: Sequence[str] = ("small", "big"),
+    memory_limit: int = MEMORY_LIMIT,
 ) -> Found:
     """Take the best of `count` random routes for each token; all tokens try the same routes (Duo-LLM, Fig. 4a).
 
@@ -207,11 +208,13 @@ def best_of_random(
         price: nats per all-big pass.
         context: `reference` or `routed`, see `exhaustive`.
         actions: names of the allowed actions.
+        memory_limit: bytes for everything that the search allocates.
     """
     require_positive(count=count)
     codes = action_ids(actions)
     drawn = codes[torch.randint(len(codes), (count, model.num_layers), generator=generator)].to(model.device)
-    return _search(f"random {count}", partial(_best_of, routes=drawn, price=price), model, tokens, context)
+    strategy = partial(_best_of, routes=drawn, price=price)
+    return _search(f"random {count}", strategy, model, tokens, context, memory_limit)
 
 
 def _best_of(walk: RoutedPass, *, routes: Tensor, price: float) -> tuple[Tensor, Tensor]:

@@ -161,7 +161,7 @@ def patterns_flops(model: DuoForCausalLM, actions: Sequence[str], positions: flo
     if method != "greedy" or not dearer:
         return tree_flops(model, actions, positions, routes=pattern_count(layers, actions, method))
     changes = _SWEEPS * dearer * sum(completion_flops(model, actions, positions))  # they share the layers before
-    others = max(1, _greedy_others(layers, dearer))
+    others = max(1, _greedy_others(layers, dearer) // 2)  # about half of them were tried before
     return changes + tree_flops(model, actions, positions, routes=others)
 
 
