@@ -25,7 +25,7 @@ from duorl.evaluation.bound import BoundMethod, can_search
 from duorl.evaluation.options import EvaluationOptions
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle import count_routes, descent_flops, tree_flops
-from duorl.oracle.patterns import PatternMethod, pattern_count, patterns_flops
+from duorl.oracle.patterns import STARTS, PatternMethod, pattern_count, patterns_flops
 from duorl.oracle.search import MEMORY_LIMIT, states_within
 from duorl.routed_pass import RoutedPass
 
@@ -197,7 +197,7 @@ class _Costs:
         finals = [min(options.finalists, count) for count in (sum(groups), *groups)]
         search: dict[str, Callable[[], float]] = {
             "exhaustive": walk,
-            "descent": partial(descent_flops, self.model, self.actions, self.length),
+            "descent": partial(descent_flops, self.model, self.actions, self.length, starts=STARTS + 1),
             "none": lambda: 0.0,
         }
         reference = (self.routers + 1) * self.one_pass if bound != "none" else 0.0

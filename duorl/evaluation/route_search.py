@@ -27,12 +27,12 @@ from duorl.oracle import (
     exhaustive,
     tree_flops,
 )
-from duorl.oracle.patterns import Route, patterns_flops, search_patterns
+from duorl.oracle.patterns import STARTS, Route, patterns_flops, search_patterns, spread
 from duorl.oracle.search import MEMORY_LIMIT, states_within
 
 SearchMethod = Literal["auto", "exhaustive", "descent", "beam"]
 _RANDOM, _BEAM = 100, 8
-_START_WINDOWS = 2  # to choose the pattern with which a descent starts; it changes most of its actions
+_START_WINDOWS = 2  # to choose the patterns with which a descent starts; it changes most of their actions
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def plan_route_search(model: DuoForCausalLM, tokens: Tensor, options: RouteSearc
     elif method == "beam":
         per_token = walk(routes=_BEAM * len(options.actions)) + walk(routes=_RANDOM)
     else:
-        per_token = descent_flops(model, options.actions, positions) + walk(routes=_RANDOM)
+        per_token = descent_flops(model, options.actions, positions, starts=STARTS + 1) + walk(routes=_RANDOM)
         start = patterns_flops(model, options.actions, positions, "greedy")
         per_token += start * min(1.0, _START_WINDOWS / count)
     return RouteSearchPlan(method, per_token * count * positions)
@@ -184,7 +184,7 @@ def _approximate(
     names = ("price", "actions", "context", "memory_limit")
     more: dict[str, Any] = {name: getattr(options, name) for name in names}
     if method == "descent":
-        found = descent(model, tokens, start=_start(model, tokens, options), **more)
+        found = descent(model, tokens, start=_starts(model, tokens, options), **more)
     else:
         found = beam(model, tokens, width=_BEAM, **more)
     generator = torch.Generator().manual_seed(options.seed)
@@ -195,8 +195,8 @@ def _approximate(
     return _described(method, found, tokens, options, [], cast(tuple[float, float, float], means), difficulty)
 
 
-def _start(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> Route:
-    """The best fixed pattern, chosen on the first searched windows; a bound may use labels."""
+def _starts(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> list[Route]:
+    """Good fixed patterns, chosen on the first searched windows; a bound may use labels."""
     tried = search_patterns(
         model, tokens[:_START_WINDOWS], actions=options.actions, method="greedy", price=options.price
     )
@@ -205,7 +205,7 @@ def _start(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -
     def cost(route: Route) -> float:
         return tried[route] + options.price * sum(spent[layer][code] for layer, code in enumerate(route))
 
-    return min(tried, key=cost)
+    return [min(tried, key=cost), *spread(tried)]
 
 
 def _described(

@@ -8,7 +8,7 @@ order of L patterns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from duorl.costs import action_ids
+from duorl.costs import BIG, action_ids
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.search import all_routes, completion_flops, count_routes, route_compute, tree_flops
 from duorl.routed_pass import RoutedPass, along
@@ -25,6 +25,7 @@ Budget = tuple[int, ...]
 """Number of layers with each allowed action, in the order of codes: (6, 2) is six small and two big."""
 Route = tuple[int, ...]
 PatternMethod = Literal["enumeration", "program", "greedy"]
+STARTS = 12
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,19 @@ def search_patterns(
     return trials.found
 
 
+def spread(tried: Mapping[Route, float]) -> list[Route]:
+    """The best patterns of at most `STARTS` numbers of big layers, from which a descent can start.
+
+    Args:
+        tried: losses in nats by pattern.
+    """
+    best: dict[int, Route] = {}
+    for route in sorted(tried, key=tried.__getitem__):
+        best.setdefault(route.count(BIG), route)
+    step = -(-len(best) // STARTS)
+    return [best[count] for count in sorted(best)[::step]]
+
+
 def pattern_count(layers: int, actions: Sequence[str], method: PatternMethod) -> int:
     """Maximum number of patterns that a method tries.
 
@@ -145,7 +159,7 @@ def pattern_count(layers: int, actions: Sequence[str], method: PatternMethod) ->
 def _greedy_others(layers: int, dearer: int) -> int:
     """Number of patterns of the greedy search that come from chains and swaps, not from single changes."""
     chains = _ORDERS * (layers + (layers * dearer * (dearer + 1) // 2 if dearer > 1 else 0))
-    return chains + _ROUNDS * _SWAPS**2 * (layers - 1)
+    return chains + 2 * (1 + _LEAST) * _MOST * (layers - 1)
 
 
 def patterns_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, method: PatternMethod) -> float:
@@ -203,8 +217,8 @@ def _program(trials: _Trials, codes: list[int]) -> None:
         best = list(_best_per_budget(codes, dict(zip(routes, losses, strict=True))).values())
 
 
-_SWAPS = 2  # the layers of least need in place of which the greedy search tries those of most need
-_ROUNDS = 2  # rounds of swaps, and of single changes of the best pattern
+_MOST, _LEAST = 3, 2  # layers that the greedy search tries to change in one pattern; to swap out
+_ROUNDS = 2  # of single changes of the best pattern
 _MIDDLE = (1 / 3, 2 / 3)  # shares of dearest layers at which damages are measured again
 _ORDERS = 2 + len(_MIDDLE)
 _SWEEPS = _ORDERS + _ROUNDS  # over all layers, one changed at a time
@@ -225,11 +239,8 @@ class _Greedy:
             self._order((self.codes[-1] if count else self.codes[0],) * self.layers)
         for share in _MIDDLE:
             self._order(self._best()[round(share * self.layers)])
-        for _ in range(_ROUNDS):
-            before = self._best()
-            self.trials.losses(swap for count, route in before.items() for swap in self._swaps(route, count))
-            if self._best() == before:
-                break
+        self._walk(-1)
+        self._walk(1)
         self._refine(price)
 
     def _order(self, base: Route) -> None:
@@ -293,11 +304,30 @@ class _Greedy:
                 best[count] = route
         return best
 
-    def _swaps(self, route: Route, count: int) -> list[Route]:
-        """Layers of least need exchange their actions with layers of most need."""
-        inside, outside = self._split(route, self._damage_near(count))
-        pairs = [(out, into) for out in inside[:_SWAPS] for into in outside[: -_SWAPS - 1 : -1]]
-        return [_changed(_changed(route, into, self.codes[-1]), out, route[into]) for out, into in pairs]
+    def _walk(self, step: int) -> None:
+        """Improve the best pattern of every number of dearest layers, upwards (1) or downwards (-1)."""
+        for count in range(1, self.layers)[::step]:
+            self.trials.losses(self._changes(count - step, step))
+            self.trials.losses(self._swaps(count))
+
+    def _changes(self, count: int, step: int) -> list[Route]:
+        """The best pattern with a number of dearest layers, with one more or less."""
+        best, inside, outside, others = self._at(count)
+        if step > 0:
+            return [_changed(best, layer, self.codes[-1]) for layer in outside]
+        return [_changed(best, layer, others[layer]) for layer in inside]
+
+    def _swaps(self, count: int) -> list[Route]:
+        """The best pattern with a number of dearest layers, in which two layers exchange their actions."""
+        best, inside, outside, _ = self._at(count)
+        pairs = [(out, into) for out in inside[:_LEAST] for into in outside]
+        return [_changed(_changed(best, into, self.codes[-1]), out, best[into]) for out, into in pairs]
+
+    def _at(self, count: int) -> tuple[Route, list[int], list[int], list[int]]:
+        """The best pattern, layers inside with the least need, layers outside with the most, and the other actions."""
+        best, damage = self._best()[count], self._damage_near(count)
+        inside, outside = self._split(best, damage)
+        return best, inside[:_MOST], outside[: -_MOST - 1 : -1], self._others(damage)
 
     def _refine(self, price: float) -> None:
         """Change single layers of the best pattern at the price, while this improves it."""
