@@ -219,6 +219,7 @@ def _described(
 ) -> RouteSearch:
     loss, compute, random_loss = means
     exact = isinstance(found, RouteTable)
+    key = "oracle" if exact else "lower_bound"
     name = "oracle" if exact else method
     remark = "" if exact else f"\n{method} is a lower bound of the oracle's return, which may be higher"
     return RouteSearch(
@@ -234,8 +235,8 @@ def _described(
             "method": method,
             "bound": "exact" if exact else "lower bound",
             "rows": rows,
-            "oracle": loss,
-            "oracle_compute": compute,
+            key: loss,
+            f"{key}_compute": compute,
             f"best_of_{_RANDOM}_random": random_loss,
         },
         difficulty=difficulty,

@@ -82,8 +82,7 @@ class Source:
         if base in env.actions:
             self.policy = ConstantRouter(base)
         elif base not in (None, "random"):
-            self.policy = load(base).to(env.model.device)
-            self.policy.require_fit(env.model)
+            self.policy = _loaded(base, env)
 
     def table(self, tokens: Tensor) -> RouteTable | None:
         """All routes of tokens (B, T+1) in the reference context; None if the labels come from deviations."""
@@ -97,6 +96,16 @@ class Source:
         env = self.env
         asked = {"base": self.policy, "generator": generator, "inputs": inputs}
         return deviated(env.model, tokens, prices, env.actions, **asked)
+
+
+def _loaded(base: str, env: Task) -> Router:
+    try:
+        router = load(base).to(env.model.device)
+    except OSError as error:
+        names = ", ".join(("random", *env.actions))
+        raise ValueError(f"base must be one of {names}, or the folder of a router: {error}") from error
+    router.require_fit(env.model)
+    return router
 
 
 @torch.no_grad()
