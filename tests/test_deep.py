@@ -140,5 +140,6 @@ def test_oracle(capsys):
     printed = capsys.readouterr().out
     assert "search: descent, a lower bound of the oracle, about" in printed
     found = json.loads(Path("oracle/oracle.json").read_text())
-    assert (found["method"], found["bound"]) == ("descent", "lower bound")
+    assert (found["method"], found["bound"]) == ("descent", "lower bound") and "oracle" not in found
+    assert "Token difficulty, at least" in Path("oracle/difficulty.html").read_text()
     assert "descent is a lower bound of the oracle's return" in printed

@@ -116,11 +116,16 @@ class Comparer:
         self.files = torch.arange(len(held_out)) if files is None else files
         method = self.choice.baseline
         self.baseline = Baseline(model, training, method=method, actions=actions, price=price, options=options)
-        start = self.baseline.at_price(price)
-        self.fixed = PatternRouter(start)
+        self.fixed = PatternRouter(self.baseline.at_price(price))
         searched = self.searched.to(model.device)
         self.bound = find_bound(
-            self.choice.bound, model, searched, price=price, actions=actions, start=start, shown=_SHOWN_WINDOWS
+            self.choice.bound,
+            model,
+            searched,
+            price=price,
+            actions=actions,
+            starts=self.baseline.starts(price),
+            shown=_SHOWN_WINDOWS,
         )
         self._memory = remember(model, searched) if self.bound else None
         # Losses of the reference route, by context, for the gains.
