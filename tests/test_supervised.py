@@ -89,9 +89,8 @@ def test_routes_are_drawn_from_that_distribution(table):
 
 
 def test_labels_at_temperature_0_are_the_oracles_decisions(duo, windows):
-    asked = {"actions": ("small", "big"), "temperature": 0.0, "generator": torch.Generator()}
-    decisions = label(duo, windows, prices=(0.1, 0.5), **asked)
     table = exhaustive(duo, windows)
+    decisions = label(duo, windows, table, prices=(0.1, 0.5), temperature=0.0, generator=torch.Generator())
     routes = torch.cat([table.routes[table.best(price)].flatten(0, 1) for price in (0.1, 0.5)])  # (N, L)
     assert torch.equal(decisions.values.argmax(-1).T + 1, routes)
     spent = torch.stack([duo.action_compute[i][routes[:, i]] for i in range(3)]).cumsum(0)
