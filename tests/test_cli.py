@@ -175,9 +175,7 @@ rivals:
 @pytest.mark.slow
 def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     Path("compare.yaml").write_text(COMPARE)
-    Path("other.txt").write_text("".join(f"{count} whales in the sea, and no code.\n" for count in range(8000)))
     configs = ["--config", "tiny.yaml", "--config", "compare.yaml", "--corpus", small_corpus]
-    configs += ["--transfer", '["other.txt"]']
     arguments = ["compare", *configs, "--out", "all"]
     main(arguments)
     first = json.loads(Path("all/comparison.json").read_text())
