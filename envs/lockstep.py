@@ -88,14 +88,15 @@ class RoutingDynamics:
         if self.prices is not None:
             self._set(self.prices[0])  # refuses a reward without a price now
         self.codes = action_ids(actions).to(model.device)
-        self.actions = tuple(ACTIONS[code] for code in self.codes.tolist())
+        self._codes = self.codes.tolist()
+        self.actions = tuple(ACTIONS[code] for code in self._codes)
         self.context: Context = context
         self.group_size = group_size
         self.reference = int(action_ids([reference]))
         self.layers = model.num_layers
         self.layer = self.layers
         self.big_layers = big_layers
-        if big_layers is not None and not (0 <= big_layers <= self.layers and {SMALL, BIG} <= set(self.codes.tolist())):
+        if big_layers is not None and not (0 <= big_layers <= self.layers and {SMALL, BIG} <= set(self._codes)):
             raise ValueError(
                 f"big_layers must be in 0 to {self.layers} and needs the actions small and big, not {big_layers} of "
                 f"{', '.join(self.actions)}"
@@ -231,7 +232,7 @@ class RoutingDynamics:
         if weights is None:
             walk.step(actions.view_as(walk.compute))
         else:
-            walk.mix(weights.unflatten(0, walk.compute.shape), self.codes.tolist(), hard=True)
+            walk.mix(weights.unflatten(0, walk.compute.shape), self._codes, hard=True)
         self.layer += 1
         last = walk.done
         step = Step(
