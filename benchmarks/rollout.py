@@ -28,7 +28,9 @@ from transformers import PreTrainedModel
 import duorl
 from duorl.costs import BIG, SMALL
 from duorl.models.families import find_layers
-from duorl.routed_pass import RoutedPass, head_rows
+from duorl.models.footprint import head_rows
+from duorl.routed_pass import RoutedPass
+from duorl.runs.allocator import keep_freed_memory
 
 Run = Callable[[], Tensor]
 
@@ -124,6 +126,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
+    keep_freed_memory()
     model = duorl.load(options.model, dtype=getattr(torch, options.dtype))
     generator, shape = torch.Generator().manual_seed(0), (options.windows, options.length + 1)
     tokens = torch.randint(model.config.backbone.vocab_size, shape, generator=generator)

@@ -83,18 +83,17 @@ def main() -> None:
     for name, (env, update) in updates(model, windows).items():
         if asked.learners and name not in asked.learners:
             continue
-        reference = plain_pass(model, windows[: env.windows_per_batch], [SMALL] * model.num_layers)
-
-        def unit(reference: Callable[[], Tensor] = torch.no_grad()(reference)) -> float:
-            return seconds(plain) + (seconds(reference) if asked.new else 0.0)
-
-        update(), update(), unit()
+        units = [plain]
+        if asked.new:
+            reference = plain_pass(model, windows[: env.windows_per_batch], [SMALL] * model.num_layers)
+            units.append(torch.no_grad()(reference))
+        update(), update(), [unit() for unit in units]
         ratios = []
         for _ in range(asked.repeats):
-            before = unit()
+            before = sum(map(seconds, units))
             if asked.new:
                 env._known_losses.fill_(torch.nan)
-            ratios.append(seconds(update) / ((before + unit()) / 2))
+            ratios.append(seconds(update) / ((before + sum(map(seconds, units))) / 2))
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"{name}: {middle:.2f} plain passes ({low:.2f} to {high:.2f})", flush=True)
 

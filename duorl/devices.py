@@ -19,7 +19,8 @@ class DeviceOptions:
     """Where a command runs its model.
 
     Args:
-        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `auto` takes CUDA if it is there, then MPS, then the processor.
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `auto` is CUDA if the machine has it, else MPS, else the
+            processor.
         dtype: precision of the model. `auto` is bfloat16 if the device computes in it and the hidden size is at least
             512, and float32 otherwise. Routers, losses and rewards are always in float32.
         threads: threads of torch, in every training process; by default all cores, shared by the processes.
@@ -71,13 +72,20 @@ def _computes_bfloat16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def processes_for(device: torch.device, threads: int | None) -> int:
+    """Number of trainings at the same time, if none is given: as many as the processor has cores for, one elsewhere."""
+    if device.type != "cpu":
+        return 1
+    return torch.get_num_threads() if threads is None else max(1, (os.cpu_count() or 1) // threads)
+
+
 def threads_for(processes: int, threads: int | None) -> int:
     """Threads of torch in each of several processes: the given number, or a share of the present one."""
     return threads or max(1, torch.get_num_threads() // processes)
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a device can still give: of a processor, what the system calls available, within a container's limit."""
+    """Memory that a device can still give; beside a processor, what is available, within the container's limit."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":

@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from duorl.costs import SKIP, Tally
 from duorl.inputs import View
+from duorl.models.footprint import head_rows
 from duorl.models.memory import Memory, remembering
 
 if TYPE_CHECKING:
@@ -30,9 +31,6 @@ if TYPE_CHECKING:
     from duorl.models.modeling import DuoForCausalLM
 
 Context = Literal["routed", "reference"]
-_LOGITS_AT_ONCE = {"cpu": 2**20}  # elements of the head's output that fit into a processor's cache
-_MANY_LOGITS = 2**26  # on an accelerator, to bound its memory
-_LEAST_ROWS = 256  # each part reads the head's weights again
 
 
 @torch.no_grad()
@@ -317,11 +315,6 @@ class _Scores(torch.autograd.Function):
     def backward(ctx, slopes: Tensor) -> tuple[None, Tensor, None]:
         (own,) = ctx.saved_tensors
         return None, slopes[..., None].to(own.dtype) * own, None
-
-
-def head_rows(vocabulary: int, device: torch.device) -> int:
-    """Number of tokens whose logits are computed at the same time."""
-    return max(_LEAST_ROWS, _LOGITS_AT_ONCE.get(device.type, _MANY_LOGITS) // vocabulary)
 
 
 def along(walk: RoutedPass, routes: Tensor, index: Tensor | None = None) -> Iterator[tuple[Tensor, RoutedPass]]:

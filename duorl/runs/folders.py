@@ -24,7 +24,7 @@ import yaml
 from duorl.files import PART, write_text
 
 MARK, CONFIG = ".duorl", "config.yaml"
-_FREE = {"resume", "overwrite", "out", "config", "save_every", "processes"}  # do not change the results
+_FREE = {"resume", "overwrite", "out", "config", "save_every", "processes", "threads"}  # do not change the results
 
 
 def check(out: str | None, *, resume: bool = False, overwrite: bool = False) -> None:
