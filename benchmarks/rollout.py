@@ -3,7 +3,8 @@
 A plain pass is the forward pass of transformers, with head and losses, of a model that has one network per layer. It
 alternates small and big layers, so it has the FFN FLOPs of a random rollout; all-big and all-small walks are compared
 with plain passes of their own. All passes of a round run one after the other. The time of each is divided by that of
-its plain pass in its round, so that a slow moment of the machine affects both.
+its plain pass in its round, so that a slow moment of the machine affects both. With one thread, time is the
+processor's, which other programs disturb less.
 
 - plain: one forward, all logits at once.
 - plain, losses by rows: the same, with the head in parts that fit into a processor's cache, as in `RoutedPass`.
@@ -103,15 +104,22 @@ def passes(model: duorl.DuoForCausalLM, tokens: Tensor) -> dict[str, tuple[Run, 
     }
 
 
+def seconds(run: Callable[[], object]) -> float:
+    """Processor time with one thread, wall time with more."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    started = clock()
+    run()
+    return clock() - started
+
+
 def measured(runs: dict[str, Run], rounds: int) -> dict[str, list[float]]:
     """Seconds in every round, after a warm-up round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            started = time.perf_counter()
-            run()
+            taken = seconds(run)
             if number:
-                times[name].append(time.perf_counter() - started)
+                times[name].append(taken)
     return times
 
 

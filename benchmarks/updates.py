@@ -3,22 +3,21 @@
 A plain pass is the one of benchmarks/rollout.py: the forward pass of transformers, with head and losses, of a model
 with alternating big and small layers, over equally many tokens. The windows were used before, as in a training after
 its first pass over the text; with `--new`, they were not, and the plain pass of the reference route is part of the
-unit. Each update runs between two plain passes, and its time is divided by their mean. With one thread, time is the
-processor's, which other programs disturb less. The benchmark prints medians and quartiles.
+unit. Each update runs between two plain passes, and its time is divided by their mean. The benchmark prints medians and
+quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 import duorl
-from benchmarks.rollout import plain_pass
+from benchmarks.rollout import plain_pass, seconds
 from duorl import agents, envs, learners
 from duorl.costs import SMALL
 from duorl.learners.base import Learner
@@ -26,14 +25,6 @@ from duorl.rewards import LossImprovement
 from duorl.runs.allocator import keep_freed_memory
 
 AGENTS = ("PPO", "A2C", "REINFORCE", "GFlowNet", "DQN")
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Processor time with one thread, wall time with more."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-    started = clock()
-    run()
-    return clock() - started
 
 
 def options() -> argparse.Namespace:

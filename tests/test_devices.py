@@ -6,16 +6,19 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import yaml
 from conftest import make_duo
 from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duorl
 from duorl import agents, devices, envs
+from duorl.cli.parser import parse
 from duorl.devices import free_bytes, pick_device, pick_dtype, processes_for, require_memory, threads_for
 from duorl.models.ffn import DuoFFN
 from duorl.models.footprint import peak_bytes, weight_bytes
 from duorl.routed_pass import RoutedPass
+from duorl.runs.folders import CONFIG, check_same_options
 
 CPU = torch.device("cpu")
 
@@ -90,6 +93,21 @@ def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
     assert free_bytes(CPU) == pytest.approx(unlimited, rel=0.5)
     devices._GROUP_LIMIT.write_text("1048576\n")
     assert free_bytes(CPU) == 2**20
+
+
+def test_a_run_keeps_its_device_and_precision_and_may_change_its_threads(tmp_path):
+    _, text = parse("train", ["--threads", "3"])
+    kept = yaml.safe_load(text)
+    assert (kept["device"], kept["dtype"], kept["threads"]) == (str(pick_device()), "auto", 3)
+    (tmp_path / CONFIG).write_text(text)
+    check_same_options(str(tmp_path), parse("train", ["--device", str(pick_device())])[1])
+    with pytest.raises(ValueError, match="was made with dtype auto, not bfloat16"):
+        check_same_options(str(tmp_path), parse("train", ["--dtype", "bfloat16"])[1])
+
+
+def test_a_model_is_loaded_in_a_precision_by_its_name():
+    assert duorl.load("duo-tiny", dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+    assert duorl.load("duo-tiny", dtype="auto", device="auto").dtype == torch.float32
 
 
 def test_weights_and_activations_are_what_is_stated():
