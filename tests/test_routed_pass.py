@@ -8,8 +8,8 @@ import torch
 from conftest import FAMILIES, LIKE_LLAMA, ROUTED_ONLY, VARIANTS, make_duo, random_routes
 from torch.nn.functional import cross_entropy
 
-from duorl import routed_pass
 from duorl.envs import RoutingDynamics
+from duorl.models import footprint
 from duorl.rewards import LogitLensShaping, LossImprovement, TeacherKL
 from duorl.routed_pass import RoutedPass, remember
 
@@ -141,8 +141,8 @@ def test_no_more_logits_are_held_than_fit_at_once(duo, tokens, monkeypatch):
     """Neither of the teacher or the copies, nor, for derivatives, of a pass that is over."""
     options = {"reward": TeacherKL(0.1) + LossImprovement(0.1), "group_size": 3}
     whole = played(duo, tokens, **options)
-    monkeypatch.setattr(routed_pass, "_LEAST_ROWS", 8)
-    monkeypatch.setattr(routed_pass, "_LOGITS_AT_ONCE", {"cpu": 8 * 61})
+    monkeypatch.setattr(footprint, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(footprint, "_LOGITS_AT_ONCE", {"cpu": 8 * 61})
     made, kept = [], []
     head = duo.get_output_embeddings()
     monkeypatch.setattr(head, "forward", lambda x, own=head.forward: (made.append(x[..., 0].numel()), own(x))[1])

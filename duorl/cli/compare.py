@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
@@ -26,6 +25,7 @@ from duorl.cli.trainings import (
 from duorl.cli.workbench import KNOWABLE, Workbench
 from duorl.corpus import Windows, source_names
 from duorl.costs import ACTIONS
+from duorl.devices import processes_for
 from duorl.evaluation.budgets import Ladder, budget_rows, summaries
 from duorl.evaluation.compare import Comparer
 from duorl.evaluation.transfer import transfer_rows
@@ -76,9 +76,10 @@ class Compare:
 
     def __call__(self, folder: Path) -> None:
         """Train what is not in the folder yet, compare, and print where the results are."""
-        processes = self.options.processes or torch.get_num_threads()
+        threads = self.options.threads
+        processes = self.options.processes or processes_for(self.bench.model.device, threads)
         jobs = self.jobs(folder, apart=processes > 1)
-        finish_all(jobs, executor(min(processes, len(jobs)), torch.get_num_threads()), folder)
+        finish_all(jobs, executor(min(processes, len(jobs)), threads), folder)
         comparer = self._compare(folder)
         if self.options.targets:
             self._compare_budgets(folder, comparer)

@@ -37,7 +37,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     if router.takes_price:
         router = router.at(price=price)
     _check_actions(router, options)
-    material = Material.of(options.model, options.skip, options.window)
+    material = Material.of(options, options.window)
     model, tokenizer = material.model, material.tokenizer
     router = router.to(model.device)
     router.require_fit(model)

@@ -31,9 +31,9 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     """
     require_positive(windows=options.windows)
     check_price(options.price)
-    material = Material.of(options.model, options.skip, options.window)
+    material = Material.of(options, options.window)
     model, tokenizer = material.model, material.tokenizer
-    tokens = material.read(options.corpus, split="evaluation").tokens[: options.windows]
+    tokens = material.read(options.corpus, split="evaluation").tokens[: options.windows].to(model.device)
     asked = RouteSearchOptions(
         method=options.method,
         context=options.context,

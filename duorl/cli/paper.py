@@ -83,7 +83,7 @@ class Paper:
         named = [", ".join(names) for names in self.sources.values()]
         kept = _kept_dense(options.dense, model_folder(options.model), named)
         self.dense = [] if options.quick else kept
-        material = Material.of(options.model, options.skip, options.env.window)
+        material = Material.of(options, options.env.window)
         self.model, self.tokenizer = material.model, material.tokenizer
         everything = [name for names in self.sources.values() for name in names]
         self.training = material.read(everything, split="router").tokens

@@ -72,7 +72,7 @@ class Workbench:
             with_price(self.reward)
             if options.env.big_layers is not None:
                 raise ValueError("env.big_layers already fixes the compute: give it or target_compute, not both")
-        material = Material.of(options.model, options.skip, options.env.window)
+        material = Material.of(options, options.env.window)
         self.model, self.tokenizer, self.read = material.model, material.tokenizer, material.read
         self.training, self.validation = _hold_back(self.read(options.corpus, split="router").tokens)
         self._try_reward()
