@@ -73,7 +73,7 @@ COMMANDS = {
         "Make a duo model from a language model: its own networks become the big ones, small ones are made.",
         "duorl.smalls.recipe:ConvertOptions",
         "duorl.cli.convert",
-        _RESUMABLE,
+        (*_RESUMABLE, "device"),
     ),
     "pretrain": Command(
         "Stage 1: train a duo model under random routing.",

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive

@@ -16,8 +16,9 @@ from torch import Tensor
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.trainings import finish_all
 from duorl.corpus import load_windows, source_names
+from duorl.devices import pick_device, pick_dtype
 from duorl.evaluation.choice import duration
-from duorl.models.bases import Base, find_base
+from duorl.models.bases import Base, cast_weights, find_base
 from duorl.models.card import write_small_card
 from duorl.models.conversion import convert
 from duorl.models.families import inner_size
@@ -53,7 +54,10 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     sources = source_names(settings.corpus)
     training, held_out = (torch.cat([read(name, split=split) for name in sources]) for split in ("model", "router"))
     texts = {name: read(name, split="evaluation") for name in sources}
+    device = pick_device(options.device)
     model = convert(base.load(), small_ratio=settings.small_ratio)
+    cast_weights(model, pick_dtype(options.dtype, device, model.hidden_size))
+    model.to(device)
     for windows in (training, held_out, *texts.values()):
         check_windows(model, windows)
     making = Making(model, settings, training, held_out)
