@@ -15,7 +15,7 @@ class Command(NamedTuple):
         summary: description in one line.
         options: its options, `module:Class`.
         module: its module, which has `prepare(options, config)`.
-        flags: further flags: `resume`, `overwrite`, `quick`; `device` and `threads`, see `duorl.devices.DeviceOptions`.
+        flags: further flags: `resume`, `overwrite`, `quick`, `whole`; `device` and `threads`, see `duorl.devices.DeviceOptions`.
     """
 
     summary: str
@@ -73,7 +73,7 @@ COMMANDS = {
         "Make a duo model from a language model: its own networks become the big ones, small ones are made.",
         "duorl.smalls.recipe:ConvertOptions",
         "duorl.cli.convert",
-        (*_RESUMABLE, "device"),
+        (*_ROUTES, "whole"),
     ),
     "pretrain": Command(
         "Stage 1: train a duo model under random routing.",

@@ -67,6 +67,9 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         _say_costs(making, [job for job in jobs if not job.finished])
         finish_all(jobs, InProcess(), folder)
         _finish(making, base, texts, jobs, folder)
+        if options.whole:
+            _make_whole(base, folder)
+        say(f"wrote {folder}/: load it with --model {folder}")
 
     return "convert", work
 
@@ -98,20 +101,22 @@ def _say_costs(making: Making, jobs: list[Job]) -> None:
 
 
 def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job], folder: Path) -> None:
-    """Write the small networks, or the whole model, and the card with losses on the evaluation split."""
-    model, settings = making.model, making.options
+    """Write the small networks, and the card with losses on the evaluation split."""
+    model = making.model
     take_small(model, jobs[-1].place / WEIGHTS)
     _round_small(model, _SAVED)
     save_small(model, folder, base)
     _round_small(model, model.dtype)  # what is measured is what was saved
     losses = {name: _measured(model, windows) for name, windows in texts.items()}
-    if settings.whole:
-        load(folder, dtype=base.load(None).dtype).save_pretrained(folder)
-        base.tokenizer().save_pretrained(folder)
-        (folder / WEIGHTS).unlink()
     write_small_card(folder, facts=_facts(making, base, jobs), losses=losses)
     _print(losses)
-    say(f"wrote {folder}/: load it with --model {folder}")
+
+
+def _make_whole(base: Base, folder: Path) -> None:
+    """Write the base model's weights too, as they are stored, and its tokenizer."""
+    load(folder, dtype=base.load(None).dtype).save_pretrained(folder)
+    base.tokenizer().save_pretrained(folder)
+    (folder / WEIGHTS).unlink()
 
 
 def _round_small(model: DuoForCausalLM, dtype: torch.dtype) -> None:

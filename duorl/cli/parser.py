@@ -25,6 +25,7 @@ _FLAGS = {
     "overwrite": "replace the run in the output folder",
     "resume": "continue the run in the output folder",
     "quick": "few windows, short trainings, Fig. 8 on small models: takes minutes, results are noisy",
+    "whole": "also write the weights of the model itself, so that the folder needs nothing else",
 }
 
 

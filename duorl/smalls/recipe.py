@@ -86,7 +86,6 @@ class ConvertOptions:
         choose: options of stage 1.
         regress: options of stage 2.
         distil: options of stage 3.
-        whole: also write the weights of the model itself, so that the folder needs nothing else.
         evaluation_windows: windows of the router split for the losses during the stages.
         seed: seed of the order of the text and of routes.
     """
@@ -100,7 +99,6 @@ class ConvertOptions:
     choose: ChooseOptions = field(default_factory=ChooseOptions)
     regress: RegressOptions = field(default_factory=RegressOptions)
     distil: DistilOptions = field(default_factory=DistilOptions)
-    whole: bool = False
     evaluation_windows: int = 16
     seed: int = 0
 
