@@ -15,7 +15,8 @@ class Command(NamedTuple):
         summary: description in one line.
         options: its options, `module:Class`.
         module: its module, which has `prepare(options, config)`.
-        flags: further flags: `resume`, `overwrite`, `quick`, `whole`; `device` and `threads`, see `duorl.devices.DeviceOptions`.
+        flags: further flags: `resume`, `overwrite`, `quick`, `whole`; `device` and `threads`, see
+            `duorl.devices.DeviceOptions`.
     """
 
     summary: str
