@@ -32,25 +32,26 @@ class GroupRolloutBuffer(DictRolloutBuffer):
 
     def __init__(self, *args, group_size: int, **kwargs):
         self.group_size = group_size
-        self._steps: dict[str, list[Tensor]] = {}
+        self._stored: dict[str, Tensor] = {}
         super().__init__(*args, **kwargs)
 
     def reset(self) -> None:
-        """Delete the last rollout."""
+        """Begin a new rollout; its observations replace those of the last one, in the same memory."""
         shapes, self.obs_shape = self.obs_shape, {}  # no arrays for the observations
         super().reset()
         self.obs_shape = shapes
-        self._steps = {key: [] for key in shapes}
 
     def add(self, obs, *args, **kwargs) -> None:
         """Add one step of N tokens; see `DictRolloutBuffer.add`."""
         for key, values in obs.items():
-            self._steps[key].append(values)
+            if key not in self._stored:
+                self._stored[key] = values.new_empty(self.buffer_size, *values.shape)
+            self._stored[key][self.pos] = values
         super().add({}, *args, **kwargs)
 
     def compute_returns_and_advantage(self, last_values: Tensor, dones: np.ndarray) -> None:
-        """Fill `returns` and `advantages`, both (L, N), and the observations, each (L, N, ...)."""
-        self.observations: dict[str, Any] = {key: torch.stack(steps) for key, steps in self._steps.items()}
+        """Fill `returns` and `advantages`, both (L, N), and show the observations, each (L, N, ...)."""
+        self.observations: dict[str, Any] = dict(self._stored)
         super().compute_returns_and_advantage(last_values, dones)
         if self.group_size > 1:
             returns = rewards_to_go(torch.from_numpy(self.rewards))

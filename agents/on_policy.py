@@ -120,9 +120,9 @@ class _OnPolicy(StableBaselinesAgent):
         assert self.vec_env.outcome is not None
         buffer = cast(GroupRolloutBuffer, self.algorithm.rollout_buffer)
         values, returns = (torch.from_numpy(x).flatten() for x in (buffer.values, buffer.returns))
-        with torch.no_grad():
-            observations = {key: x.flatten(0, 1) for key, x in buffer.observations.items()}
-            logits = self.router.heads(*head_inputs(observations))
+        with torch.no_grad():  # layer by layer, because heads make float32 copies of what they read
+            steps = ({key: x[layer] for key, x in buffer.observations.items()} for layer in range(self.env.layers))
+            logits = torch.cat([self.router.heads(*head_inputs(step)) for step in steps])
         if isinstance(buffer, MaskableGroupRolloutBuffer):
             logits = logits.masked_fill(~buffer.allowed.to(logits.device), -torch.inf)
         return {

@@ -57,6 +57,7 @@ class ReinMax(Agent):
         init: str | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
+        env.require_room("everything")
         if not 0 <= correction <= 1:
             raise ValueError(f"correction must be in [0, 1], not {correction}")
         if correction and env.group_size < 2:

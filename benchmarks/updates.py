@@ -1,71 +1,90 @@
 """The time of one update of each learner, in plain forward passes: `python -m benchmarks.updates`.
 
 A plain pass is the one of benchmarks/rollout.py: the forward pass of transformers, with head and losses, of a model
-with alternating big and small layers, over equally many tokens. Every update uses 2,048 tokens of duo-tiny. The windows
-were used before, as in a training after its first pass over the text. Each update runs between two plain passes, and
-its time is divided by their mean. The benchmark prints medians and quartiles.
+with alternating big and small layers, over equally many tokens. The windows were used before, as in a training after
+its first pass over the text; with `--new`, they were not, and the plain pass of the reference route is part of the
+unit. Each update runs between two plain passes, and its time is divided by their mean. The benchmark prints medians and
+quartiles.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 import duorl
-from benchmarks.rollout import passes
+from benchmarks.rollout import plain_pass, seconds
 from duorl import agents, envs, learners
+from duorl.costs import SMALL
+from duorl.learners.base import Learner
 from duorl.rewards import LossImprovement
+from duorl.runs.allocator import keep_freed_memory
 
-WINDOWS, LENGTH = 16, 128
+AGENTS = ("PPO", "A2C", "REINFORCE", "GFlowNet", "DQN")
 
 
-def seconds(run: Callable[[], object]) -> float:
-    """Wall time in seconds."""
-    started = time.perf_counter()
-    run()
-    return time.perf_counter() - started
+def options() -> argparse.Namespace:
+    """What to measure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="duo-tiny")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--windows", type=int, default=16)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--learners", nargs="*")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--new", action="store_true", help="the windows were not used before")
+    return parser.parse_args()
+
+
+def updates(model: duorl.DuoForCausalLM, windows: Tensor) -> dict[str, tuple[envs.Lockstep, Callable[[], object]]]:
+    """An environment and one update in it, by name of the learner."""
+
+    def env(copies: int) -> envs.Lockstep:
+        batch = {"windows_per_batch": len(windows) // copies, "group_size": copies}
+        return envs.Lockstep(model, windows, **batch, reward=LossImprovement(0.3))
+
+    random, generator = env(2), torch.Generator().manual_seed(0)
+
+    def rollout() -> None:
+        random.draw()
+        while not random.done:
+            random.step(torch.randint(2, (random.num_tokens,), generator=generator))
+
+    made: dict[str, Learner] = {name: getattr(agents, name)(env(2)) for name in AGENTS}
+    made |= {"ReinMax": agents.ReinMax(env(1)), "Soft": learners.Soft(env(1), updates=None)}
+    for learner in made.values():
+        learner.planned = 10**9
+    return {"random rollout": (random, rollout)} | {name: (one.env, one.update) for name, one in made.items()}
 
 
 def main() -> None:
     """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=15)
-    parser.add_argument("--learners", nargs="*")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    model, tokenizer = duorl.load("duo-tiny"), duorl.load_tokenizer("duo-tiny")
-    windows = duorl.load_windows(["stdlib-docs"], tokenizer, split="router", length=LENGTH)[:WINDOWS]
-    plain = torch.no_grad()(passes(model, windows)["plain"])
-
-    def env(group_size: int) -> envs.Lockstep:
-        batch = WINDOWS // group_size
-        return envs.Lockstep(
-            model, windows, windows_per_batch=batch, group_size=group_size, reward=LossImprovement(0.3)
-        )
-
-    def rollout(lockstep: envs.Lockstep, generator: torch.Generator) -> None:
-        lockstep.draw()
-        while not lockstep.done:
-            lockstep.step(torch.randint(2, (lockstep.num_tokens,), generator=generator))
-
-    made = {name: getattr(agents, name)(env(2)) for name in ("PPO", "A2C", "REINFORCE", "GFlowNet", "DQN")}
-    made |= {"ReinMax": agents.ReinMax(env(1)), "Soft": learners.Soft(env(1), updates=None)}
-    random, generator = env(2), torch.Generator().manual_seed(0)
-    runs: dict[str, Callable[[], object]] = {"random rollout": lambda: rollout(random, generator)}
-    for name, learner in made.items():
-        learner.planned = 10**9
-        runs[name] = learner.update
-    for name in options.learners or runs:
-        runs[name](), runs[name](), plain()
+    asked = options()
+    keep_freed_memory()
+    torch.set_num_threads(asked.threads)
+    model, tokenizer = duorl.load(asked.model, dtype=getattr(torch, asked.dtype)), duorl.load_tokenizer(asked.model)
+    windows = duorl.load_windows(["stdlib-docs"], tokenizer, split="router", length=asked.length)[: asked.windows]
+    plain = torch.no_grad()(plain_pass(model, windows))
+    print(f"{asked.model} in {asked.dtype}, {windows[:, 1:].numel()} tokens, {asked.threads} threads", flush=True)
+    for name, (env, update) in updates(model, windows).items():
+        if asked.learners and name not in asked.learners:
+            continue
+        units = [plain]
+        if asked.new:
+            reference = plain_pass(model, windows[: env.windows_per_batch], [SMALL] * model.num_layers)
+            units.append(torch.no_grad()(reference))
+        update(), update(), [unit() for unit in units]
         ratios = []
-        for _ in range(options.repeats):
-            before = seconds(plain)
-            ratios.append(seconds(runs[name]) / ((before + seconds(plain)) / 2))
+        for _ in range(asked.repeats):
+            before = sum(map(seconds, units))
+            if asked.new:
+                env._known_losses.fill_(torch.nan)
+            ratios.append(seconds(update) / ((before + sum(map(seconds, units))) / 2))
         low, middle, high = statistics.quantiles(ratios, n=4)
         print(f"{name}: {middle:.2f} plain passes ({low:.2f} to {high:.2f})", flush=True)
 

@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div
-from torch.utils.checkpoint import checkpoint
 
 from duorl.costs import SKIP, Tally
 from duorl.inputs import View
+from duorl.models.footprint import head_rows
 from duorl.models.memory import Memory, remembering
 
 if TYPE_CHECKING:
@@ -31,9 +31,6 @@ if TYPE_CHECKING:
     from duorl.models.modeling import DuoForCausalLM
 
 Context = Literal["routed", "reference"]
-_LOGITS_AT_ONCE = {"cpu": 2**20}  # elements of the head's output that fit into a processor's cache
-_MANY_LOGITS = 2**26  # on an accelerator, to bound its memory
-_LEAST_ROWS = 256  # each part reads the head's weights again
 
 
 @torch.no_grad()
@@ -158,11 +155,10 @@ class RoutedPass:
                 networks that a token did not choose are 0 and are not computed.
         """
         ffn = self.stack.ffns[self.layer]
-        chosen = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)] if hard else None
-        outputs = [_output(ffn, self.hidden, action, chosen) for action in actions]
+        taken = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)]
+        outputs = [_output(ffn, self.hidden, action, taken if hard else None) for action in actions]
         output = (torch.stack(outputs, dim=-1) @ weights[..., None].to(self.hidden.dtype)).squeeze(-1)
         skipped = sum(weights[..., i] for i, action in enumerate(actions) if action == SKIP)
-        taken = torch.tensor(list(actions), device=weights.device)[weights.argmax(-1)]
         self._advance(self._joined(output, skipped), weights @ self.action_compute[self.layer, list(actions)], taken)
 
     def branch(self, actions: Sequence[int], keep: Callable[[Tensor, Tensor], Tensor] | None = None) -> Tensor | None:
@@ -204,13 +200,17 @@ class RoutedPass:
 
         Args:
             stream: (K * B, P, d), any residual stream; by default that of the pass. At the end, this gives the model's
-                loss.
+                loss. Its derivatives are known; those of the head's weights are not.
         """
         stream = self.residual if stream is None else stream
-        targets = self.targets.repeat(len(stream) // len(self.targets), 1).flatten()
-        normalized = self._normalized(stream)
-        scores = _each(self._loss, zip(normalized.split(self._head_rows), targets.split(self._head_rows), strict=True))
-        return torch.cat(scores).view(stream.shape[:2])
+        return torch.cat(_each(self._loss, self._head_parts(stream))).view(stream.shape[:2])
+
+    @torch.no_grad()
+    def losses_and_predictions(self) -> tuple[Tensor, Tensor]:
+        """At the end of the pass: its losses, (K * B, P) nats, and the most likely next tokens, (K * B, P) int64."""
+        parts = [self._loss_and_prediction(*part) for part in self._head_parts(self.residual)]
+        losses, predicted = (torch.cat(column).view(self.compute.shape) for column in zip(*parts, strict=True))
+        return losses, predicted
 
     def divergences(self, teacher: RoutedPass) -> Tensor:
         """KL(teacher || prediction) in nats at the end of the pass, (K * B, P), few enough tokens at a time.
@@ -223,14 +223,33 @@ class RoutedPass:
         parts = zip(own.unflatten(0, (copies, -1)).split(rows, 1), others[None].split(rows, 1), strict=True)
         return torch.cat(_each(self._divergence, parts), dim=1).view(self.compute.shape)
 
+    def _head_parts(self, stream: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """A stream (K * B, P, d), normalised, (N, d), with its targets (N,), few enough tokens at a time."""
+        targets = self.targets.repeat(len(stream) // len(self.targets), 1).flatten()
+        return zip(self._normalized(stream).split(self._head_rows), targets.split(self._head_rows), strict=True)
+
     def _loss(self, normalized: Tensor, targets: Tensor) -> Tensor:
         """From a normalised stream (N, d), (N,)."""
-        return cross_entropy(self.stack.head(normalized[None])[0].float(), targets, reduction="none")
+        return cross_entropy(self._head(normalized), targets, reduction="none")
+
+    def _loss_and_prediction(self, normalized: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """From a normalised stream (N, d), (N,) each."""
+        logits = self._head(normalized)
+        return cross_entropy(logits, targets, reduction="none"), logits.argmax(-1)
+
+    def _head(self, normalized: Tensor) -> Tensor:
+        """Logits in float32, (N, V)."""
+        return self.stack.head(normalized[None])[0].float()
 
     def _divergence(self, own: Tensor, teacher: Tensor) -> Tensor:
         """From normalised streams (K, N, d) and (1, N, d), (K, N)."""
-        log_own, log_teacher = (self.stack.head(states).float().log_softmax(-1) for states in (own, teacher))
+        log_own, log_teacher = (self._log_probabilities(states) for states in (own, teacher))
         return kl_div(log_own, log_teacher.expand_as(log_own), reduction="none", log_target=True).sum(-1)
+
+    def _log_probabilities(self, normalized: Tensor) -> Tensor:
+        """From a normalised stream (K, N, d), (K, N, V). The head gets rows without gaps, which is far faster."""
+        rows = normalized.flatten(0, 1)[None]
+        return self.stack.head(rows).float().log_softmax(-1).view(*normalized.shape[:2], -1)
 
     def _normalized(self, stream: Tensor) -> Tensor:
         """What the head reads, (N, d), of a stream (K * B, P, d)."""
@@ -290,29 +309,35 @@ class RoutedPass:
 
 def _output(ffn: DuoFFN, hidden: Tensor, action: int, chosen: Tensor | None) -> Tensor:
     """Output of one network for all tokens, (..., d); differentiable for all, or only for `chosen` tokens."""
-    if chosen is None or not hidden.requires_grad:
+    if chosen is None or not hidden.requires_grad or ffn.cheaper_than_waiting(hidden.flatten(0, -2)):
         return ffn(hidden, actions=action)
     tokens, own = hidden.flatten(0, -2), (chosen == action).flatten()
     inside, outside = own.nonzero()[:, 0], (~own).nonzero()[:, 0]
     with torch.no_grad():
-        rest = ffn(tokens[outside], actions=action)
-    output = torch.empty_like(tokens).index_copy(0, outside, rest)
-    return output.index_copy(0, inside, ffn(tokens[inside], actions=action)).view_as(hidden)
+        rest = torch.empty_like(tokens).index_copy_(0, outside, ffn(tokens.index_select(0, outside), actions=action))
+    return rest.index_copy(0, inside, ffn(tokens.index_select(0, inside), actions=action)).view_as(hidden)
 
 
 def _each(score: Callable[[Tensor, Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Scores of parts of a pass, whose logits are not kept: derivatives make them again."""
-    return [
-        checkpoint(score, *part, use_reentrant=False, preserve_rng_state=False)
-        if part[0].requires_grad
-        else score(*part)
-        for part in parts
-    ]
+    """Scores of parts of a pass, whose logits are not kept."""
+    return [_Scores.apply(score, *part) if part[0].requires_grad else score(*part) for part in parts]
 
 
-def head_rows(vocabulary: int, device: torch.device) -> int:
-    """Number of tokens whose logits are computed at the same time."""
-    return max(_LEAST_ROWS, _LOGITS_AT_ONCE.get(device.type, _MANY_LOGITS) // vocabulary)
+class _Scores(torch.autograd.Function):
+    """Scores of states (..., d), each from its own state: derivatives are made beside them, so logits are made once."""
+
+    @staticmethod
+    def forward(ctx, score: Callable[[Tensor, Tensor], Tensor], states: Tensor, others: Tensor) -> Tensor:
+        with torch.enable_grad():
+            inside = states.detach().requires_grad_()
+            scores = score(inside, others)
+            ctx.save_for_backward(*torch.autograd.grad(scores.sum(), inside))
+        return scores.detach()
+
+    @staticmethod
+    def backward(ctx, slopes: Tensor) -> tuple[None, Tensor, None]:
+        (own,) = ctx.saved_tensors
+        return None, slopes[..., None].to(own.dtype) * own, None
 
 
 def along(walk: RoutedPass, routes: Tensor, index: Tensor | None = None) -> Iterator[tuple[Tensor, RoutedPass]]:

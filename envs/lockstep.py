@@ -5,7 +5,6 @@ All episodes have L steps. So any number of tokens can go through the model in l
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from duorl.costs import ACTIONS, BIG, SMALL, action_ids
 from duorl.envs.order import WindowOrder
 from duorl.envs.outcome import Outcome, later_sum
 from duorl.inputs import Inputs, View
+from duorl.models.footprint import Keeps, require_room
 from duorl.models.frozen import require_frozen
 from duorl.models.loading import check_windows
 from duorl.prices import draw_prices
@@ -88,14 +88,15 @@ class RoutingDynamics:
         if self.prices is not None:
             self._set(self.prices[0])  # refuses a reward without a price now
         self.codes = action_ids(actions).to(model.device)
-        self.actions = tuple(ACTIONS[code] for code in self.codes.tolist())
+        self._codes = self.codes.tolist()
+        self.actions = tuple(ACTIONS[code] for code in self._codes)
         self.context: Context = context
         self.group_size = group_size
         self.reference = int(action_ids([reference]))
         self.layers = model.num_layers
         self.layer = self.layers
         self.big_layers = big_layers
-        if big_layers is not None and not (0 <= big_layers <= self.layers and {SMALL, BIG} <= set(self.codes.tolist())):
+        if big_layers is not None and not (0 <= big_layers <= self.layers and {SMALL, BIG} <= set(self._codes)):
             raise ValueError(
                 f"big_layers must be in 0 to {self.layers} and needs the actions small and big, not {big_layers} of "
                 f"{', '.join(self.actions)}"
@@ -231,7 +232,7 @@ class RoutingDynamics:
         if weights is None:
             walk.step(actions.view_as(walk.compute))
         else:
-            walk.mix(weights.unflatten(0, walk.compute.shape), self.codes.tolist(), hard=True)
+            walk.mix(weights.unflatten(0, walk.compute.shape), self._codes, hard=True)
         self.layer += 1
         last = walk.done
         step = Step(
@@ -329,20 +330,22 @@ class Lockstep(RoutingDynamics):
         check_windows(model, windows)
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch
-        self._require_memory()
+        self.require_room()
         self.first_seed = seed
         self._known_losses = torch.full((len(windows), windows.shape[1] - 1), torch.nan)
         self.seed(seed)
 
-    def _require_memory(self) -> None:
-        """Refuse more tokens at once than the machine's memory holds states of a single layer for."""
-        size = self.num_tokens * self.model.hidden_size * self.model.dtype.itemsize
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if size > memory:
-            raise ValueError(
-                f"{self.num_tokens:,} tokens at once do not fit into memory: lower group_size ({self.group_size}) or "
-                f"windows_per_batch ({self.windows_per_batch})"
-            )
+    def require_room(self, keeps: Keeps = "states") -> None:
+        """Refuse more tokens at once than fit into memory.
+
+        Args:
+            keeps: what the learner keeps of a pass, see `duorl.models.footprint`.
+
+        Raises:
+            ValueError: says how much is needed and how much is free.
+        """
+        fix = f"lower group_size ({self.group_size}) or windows_per_batch ({self.windows_per_batch})"
+        require_room(self.model, self.num_tokens, keeps, fix)
 
     def seed(self, seed: int) -> None:
         """Start the order of the windows again, with a seed."""

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 import duorl
 
@@ -44,25 +44,82 @@ FAMILIES = {
     "olmo3": {**_LLAMA_LIKE, "sliding_window": 4},
     "phi3": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
+    "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 3, "n_head": 4},
+    "cohere": _LLAMA_LIKE,
+    "falcon": {**_LLAMA_LIKE, "ffn_hidden_size": 64},
+    "helium": {**_LLAMA_LIKE, "head_dim": 8},
+    "hyperclovax": {**_LLAMA_LIKE, "residual_multiplier": 0.5, "use_post_norm": True},
+    "nemotron": _LLAMA_LIKE,
+    "opt": {**_LLAMA_LIKE, "ffn_dim": 64, "word_embed_proj_dim": 32},
+    "stablelm": _LLAMA_LIKE,
     "starcoder2": _LLAMA_LIKE,
 }
-# Families whose attention does not go through transformers' attention interface.
+# Families whose attention has no reference context.
 ROUTED_ONLY = {
-    "falcon": {**_LLAMA_LIKE, "ffn_hidden_size": 64},
     "gpt_neo": {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, **_GPT_NEO_ATTENTION},
     "olmo_hybrid": _LLAMA_LIKE,
     "qwen3_5_text": {**_LLAMA_LIKE, "head_dim": 8, "layer_types": ["linear_attention", *["full_attention"] * 2]},
 }
+# Families that need no entry in `duorl.models.families`, beside those in FAMILIES.
+LIKE_LLAMA = {
+    name: {**_LLAMA_LIKE, "head_dim": 8}
+    for name in ("apertus", "arcee", "cohere2", "ernie4_5", "gemma", "glm", "internlm3", "nanochat", "olmo", "seed_oss")
+}
+# Models whose configuration builds other layers than the family's default.
+VARIANTS = {
+    "bloom, norm as residual": {**FAMILIES["bloom"], "apply_residual_connection_post_layernorm": True, "n_head": 2},
+    "falcon 1B, alibi": {**FAMILIES["falcon"], "alibi": True, "parallel_attn": False, "multi_query": False},
+    "falcon 40B": {**FAMILIES["falcon"], "new_decoder_architecture": True, "num_kv_heads": 2},
+    "gpt_neox, sequential": {**FAMILIES["gpt_neox"], "use_parallel_residual": False},
+    "opt 350M": {**FAMILIES["opt"], "do_layer_norm_before": False, "word_embed_proj_dim": 16},
+    "stablelm, parallel": {**FAMILIES["stablelm"], "use_parallel_residual": True, "qk_layernorm": True},
+}
+_ALL = {**FAMILIES, **ROUTED_ONLY, **LIKE_LLAMA, **VARIANTS}
+
+_VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+_VIT = {"depth": 1, "embed_dim": 16, "num_heads": 2}
+_SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
+_ATTENTION = {**_SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
+_SEQ2SEQ = {"vocab_size": 61, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
+_TEXT = {**_ATTENTION, "pad_token_id": None}
+# What `duorl.convert` refuses: a configuration and the reason, by its words in the message and in docs/families.md.
+REFUSED = {
+    "bart": ({**_SEQ2SEQ, "encoder_attention_heads": 2, "decoder_attention_heads": 2}, "encoder-decoder"),
+    "t5": (
+        {"vocab_size": 61, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 1, "num_heads": 4},
+        "encoder-decoder",
+    ),
+    "mamba": ({**_SMALL, "state_size": 4}, "state-space or recurrent layers"),
+    "rwkv": (_SMALL, "state-space or recurrent layers"),
+    "bert": ({**_ATTENTION, "is_decoder": True}, "no decoder layers with an `mlp` module"),
+    "ctrl": ({"vocab_size": 61, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 4}, "no decoder layers with an `mlp`"),
+    "granitemoe": ({**_TEXT, "num_local_experts": 4}, "mixtures of experts"),
+    "mixtral": ({**_TEXT, "num_local_experts": 4}, "mixtures of experts"),
+    "qwen2_moe": ({**_TEXT, "num_experts": 4, "moe_intermediate_size": 16}, "mixtures of experts"),
+    "llava": ({"text_config": {"model_type": "llama", **_TEXT}, "vision_config": _VISION}, "reads more than text"),
+    "qwen2_vl": (
+        {"text_config": _TEXT, "vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2}},
+        "more than text",
+    ),
+    "granite_swa": (_TEXT, "all-big differs from the original's logits"),
+}
 
 
-def make_original(family: str):
-    """A random model of a family, with weights large enough that every module matters."""
+def make_original(name: str):
+    """A random model of a family or a variant, with weights large enough that every module matters."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family, **{**FAMILIES, **ROUTED_ONLY}[family])
+    config = AutoConfig.for_model(name.split()[0].strip(","), **_ALL[name])
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     return model.eval()
+
+
+def make_refused(name: str):
+    """A random model of a kind that `duorl.convert` refuses."""
+    config = AutoConfig.for_model(name, **REFUSED[name][0])
+    kinds = AutoModelForSeq2SeqLM, AutoModelForCausalLM, AutoModelForImageTextToText
+    return next(kind for kind in kinds if type(config) in kind._model_mapping).from_config(config)
 
 
 def make_duo(family: str, small_ratio: int = 4):

@@ -14,9 +14,9 @@ from duorl.agents.rollouts import sample
 from duorl.envs import Lockstep, RoutingDynamics, RoutingVecEnv
 from duorl.evaluation.compare import measure
 from duorl.inputs import View
-from duorl.learners.target import TargetCompute, price_for
+from duorl.learners.target import TargetCompute
 from duorl.rewards import LossImprovement, Reward
-from duorl.routers import HeadRouter, PatternRouter
+from duorl.routers import HeadRouter, PatternRouter, price_for
 
 
 @pytest.fixture

@@ -188,7 +188,12 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
         Path("all/tensorboard", name, f"seed-{seed}") for name in learned for seed in (0, 1)
     }
     budgets = json.loads(Path("all/budgets.json").read_text())
-    (found,) = budgets["texts"].values()
+    found, other = budgets["texts"].values()
+    assert (found["transfer"]["learned"], other["transfer"]["learned"]) == (True, False)
+    assert [row["target"] for row in other["transfer"]["rows"]] == [0.3] * 8 + [0.5] * 8
+    assert (
+        Path("all/figures/budgets-other.txt.png").is_file() and "not learned on" in Path("all/budgets.md").read_text()
+    )
     assert len(found["rows"]) == 2 * 8 and len(found["routers"]) == 8
     assert {row["target"] for row in found["rows"]} == {0.3, 0.5}
     assert "best fixed" in Path("all/budgets.md").read_text()
@@ -202,7 +207,10 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     again = json.loads(Path("all/comparison.json").read_text())
     for before, after in zip(first["rows"], again["rows"], strict=True):
         assert before["loss"] == after["loss"] and before["return_interval"] == after["return_interval"]
-    assert json.loads(Path("all/budgets.json").read_text())["texts"] == budgets["texts"]
+    texts = json.loads(Path("all/budgets.json").read_text())["texts"]
+    for row in (row for numbers in (texts, budgets["texts"]) for one in numbers.values() for row in one["rows"]):
+        del row["tokens_per_second"], row["tokens_per_second_interval"]  # measured anew
+    assert texts == budgets["texts"]
 
 
 @pytest.mark.slow
@@ -225,6 +233,25 @@ def test_train_to_a_target_and_to_a_hard_budget(tiny, small_corpus):
     text = ["--corpus", small_corpus, "--window=64"]
     main(["evaluate", "--router", "priced/router", "--price=0.1", *text, *few, "--out=one"])
     assert json.loads(Path("one/comparison.json").read_text())["settings"]["price"] == 0.1
+    Path("learned.txt").write_text(Path(small_corpus).read_text()[-300_000:])
+    more = [
+        "--evaluation.fixed_windows=2",
+        "--evaluation.bound=none",
+        "--target_compute=0.6",
+        "--learned_on",
+        "learned.txt",
+        "--out=two",
+    ]
+    main(["evaluate", "--router", "priced/router", *text, *few, *more])
+    found = json.loads(Path("two/comparison.json").read_text())
+    rows, calibration = {row["router"]: row for row in found["rows"]}, found["settings"]["calibration"]
+    assert calibration["compute"] == pytest.approx(0.6, abs=0.01) and calibration["windows"] == 2
+    assert rows["priced/router at 0.6"]["compute"] == pytest.approx(0.6, abs=0.15)
+    assert rows["best fixed up to 0.6"]["compute"] <= 0.6
+    old, new = rows["priced/router"]["learned_on"], rows["priced/router"]["compute"]
+    assert old["text"] == "learned.txt" and old["drift"] == pytest.approx(new - old["compute"])
+    assert "which it learned on" in Path("two/comparison.md").read_text()
+    assert "without labels" in Path("two/report.html").read_text()
 
 
 @pytest.mark.slow

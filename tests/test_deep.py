@@ -40,16 +40,20 @@ def place(tmp_path_factory, small_corpus):
         folder = tmp_path_factory.mktemp("place")
         patch.chdir(folder)
         Path("tiny.yaml").write_text(TINY.format(corpus=small_corpus))
-        torch.manual_seed(0)
-        original = LlamaForCausalLM(
-            LlamaConfig(vocab_size=2048, num_hidden_layers=LAYERS, max_position_embeddings=64, **SIZES)
-        )
-        for parameter in original.parameters():
-            parameter.data += 0.2 * torch.randn_like(parameter)
-        duorl.convert(original.eval(), small_ratio=4).save_pretrained("deep")
-        duorl.load_tokenizer().save_pretrained("deep")
+        save_model("deep", layers=LAYERS)
         yield folder
     torch.set_num_threads(threads)
+
+
+def save_model(folder: str, layers: int) -> None:
+    """Save a random model with the tokenizer of duo-tiny."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=2048, num_hidden_layers=layers, max_position_embeddings=64, **SIZES)
+    original = LlamaForCausalLM(config)
+    for parameter in original.parameters():
+        parameter.data += 0.2 * torch.randn_like(parameter)
+    duorl.convert(original.eval(), small_ratio=4).save_pretrained(folder)
+    duorl.load_tokenizer().save_pretrained(folder)
 
 
 @pytest.fixture
@@ -106,14 +110,24 @@ def test_train_and_evaluate(said_before):
     assert again["train/router"]["compute"] == pytest.approx(rows["PPO"]["compute"])
 
 
-def test_compare_with_two_seeds(said_before):
+def test_compare_with_two_seeds_also_on_a_text_that_was_not_learned_on(said_before):
     few = ["--rivals", "[]", "--seeds", "2", "--processes", "1", "--total_decisions", "1500"]
     agents = '{"REINFORCE": "REINFORCE", "Soft": {"class_path": "Soft", "init_args": {"updates": 2}}}'
-    before = said_before("compare", "--config", "tiny.yaml", "--agents", agents, *few, "--out", "compare")
+    Path("other.txt").write_text("".join(f"{count} whales in the sea, and no code.\n" for count in range(3000)))
+    budgets = ["--env.prices", "[0.1, 1.0]", "--targets", "[0.5, 0.7]", "--transfer", '["other.txt"]']
+    before = said_before("compare", "--config", "tiny.yaml", "--agents", agents, *few, *budgets, "--out", "compare")
     rows = assert_bounded_below("compare", before)
     assert rows["REINFORCE"]["seeds"] == rows["Soft"]["seeds"] == 2
     for seed in (0, 1):
         assert routers.load(f"compare/routers/REINFORCE/seed-{seed}").config["layers"] == LAYERS
+    learned, other = json.loads(Path("compare/budgets.json").read_text())["texts"].values()
+    assert (learned["transfer"]["learned"], other["transfer"]["learned"]) == (True, False)
+    assert [row["target"] for row in other["transfer"]["rows"]] == [0.5] * 3 + [0.7] * 3
+    fixed = next(row for row in other["rows"] if row["router"] == "best fixed")
+    assert fixed["loss"] > 0 and 0 <= fixed["top1_agreement"] <= 1 and fixed["flops_per_token"] > 0
+    assert Path("compare/figures/budgets-other.txt.png").is_file()
+    assert "not learned on" in Path("compare/budgets.md").read_text()
+    assert "No router learned on this text" in Path("compare/report.html").read_text()
 
 
 def test_a_target_compute(said_before):
@@ -140,5 +154,22 @@ def test_oracle(capsys):
     printed = capsys.readouterr().out
     assert "search: descent, a lower bound of the oracle, about" in printed
     found = json.loads(Path("oracle/oracle.json").read_text())
-    assert (found["method"], found["bound"]) == ("descent", "lower bound")
+    assert (found["method"], found["bound"]) == ("descent", "lower bound") and "oracle" not in found
+    assert "Token difficulty, at least" in Path("oracle/difficulty.html").read_text()
     assert "descent is a lower bound of the oracle's return" in printed
+
+
+def test_paper(capsys, monkeypatch):
+    """With six layers and a low limit, because a study of 24 takes minutes."""
+    monkeypatch.setattr("duorl.oracle.search.MOST_ROUTES", 32)
+    save_model("six", layers=6)
+    config = yaml.safe_load(Path("tiny.yaml").read_text())
+    size = ["--size.windows=2", "--size.pattern_windows=1", "--size.final_windows=1", "--size.random_patterns=3"]
+    size += ["--size.big=[]", "--size.prices=[0.3]", "--total_decisions=200", "--env.window=12"]
+    text = [f"--{name}={config['corpus'][0]}" for name in ("prose", "code")]
+    agents = ["--agents", "{REINFORCE: REINFORCE}", "--soft.updates=1", "--env.windows_per_batch=1"]
+    main(["paper", "--model=six", *text, *agents, *size, "--out=paper"])
+    assert "a search takes the oracle's place, a lower bound of the oracle's return" in capsys.readouterr().out
+    page, claims = Path("paper/report.html").read_text(), Path("paper/claims.md").read_text()
+    assert "too many to enumerate" in page and "too many to enumerate" in claims
+    assert json.loads(Path("paper/figure-5.json").read_text())["bound"] == "lower bound"

@@ -48,6 +48,22 @@ def test_measured_losses_are_the_models(duo, windows):
     assert (measured.seconds > 0).all()
 
 
+def test_the_most_likely_tokens_are_the_models(duo, windows):
+    router = HeadRouter(3, 32, seed=1)
+    measured = measure(duo, router, windows, batch=7)
+    logits = duo(windows[:, :-1], routes=measured.routes).logits
+    assert torch.equal(measured.predicted, logits.argmax(-1))
+
+
+def test_top1_agreement_is_the_share_of_all_bigs_tokens(duo, windows, comparison):
+    found, held_out = rows(comparison), windows[12:]
+    big = duo.stack.all_big(held_out[:, :-1])
+    top = duo.stack.logits(big).argmax(-1)
+    small = measure(duo, ConstantRouter("small"), held_out).predicted
+    assert found["all-small"]["top1_agreement"] == pytest.approx((small == top).float().mean().item())
+    assert found["all-big"]["top1_agreement"] == 1 > found["all-small"]["top1_agreement"] > 0
+
+
 def test_known_rows(comparison):
     found = rows(comparison)
     assert found["all-small"]["return"] == pytest.approx(-0.1 * 0.25)
@@ -57,7 +73,16 @@ def test_known_rows(comparison):
     assert found["oracle"]["regret"] == pytest.approx(0, abs=1e-5) and found["oracle"]["agreement"] == 1
     for row in comparison.rows:
         assert row["regret"] >= -1e-5
-        for name in ("loss", "perplexity", "compute", "return", "regret", "agreement", "tokens_per_second"):
+        for name in (
+            "loss",
+            "perplexity",
+            "compute",
+            "return",
+            "regret",
+            "agreement",
+            "top1_agreement",
+            "tokens_per_second",
+        ):
             if (name, row["router"]) == ("tokens_per_second", "oracle"):
                 assert row["tokens_per_second_interval"] is None  # one batch
                 continue

@@ -8,11 +8,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; those of one line do not know each other, but a package's own modules do.
 ORDER = [
-    {"corpus", "costs", "prices", "checks", "files", "hub", "markdown", "auto", "extensions"},
+    {"corpus", "costs", "prices", "checks", "files", "hub", "markdown", "auto", "extensions", "devices"},
     {"inputs"},
     {"models"},
     {"routed_pass"},
-    {"rewards"},
+    {"rewards", "smalls"},
     {"oracle"},
     {"routers"},
     {"envs"},  # knows no learner

@@ -3,22 +3,37 @@
 import copy
 import json
 import pickle
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, ROUTED_ONLY, make_duo, make_original, random_routes
+from conftest import (
+    FAMILIES,
+    LIKE_LLAMA,
+    REFUSED,
+    ROUTED_ONLY,
+    VARIANTS,
+    make_duo,
+    make_original,
+    make_refused,
+    random_routes,
+)
+from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 import duorl
 from duorl.inputs import View
 from duorl.models import families, require_frozen
+from duorl.models.bases import find_base
 from duorl.routed_pass import RoutedPass
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, *ROUTED_ONLY])
+@pytest.mark.parametrize("family", [*FAMILIES, *ROUTED_ONLY, *LIKE_LLAMA, *VARIANTS])
 def test_all_big_is_the_original(family, tokens):
     original = make_original(family)
     duo = duorl.convert(original, small_ratio=4)
@@ -26,6 +41,39 @@ def test_all_big_is_the_original(family, tokens):
     expected = original(input_ids=tokens).logits
     assert (duo(input_ids=tokens).logits - expected).abs().max() < 1e-5
     assert (duo(input_ids=tokens, routes=routes).logits - expected).abs().max() < 1e-5
+    own = families.family_of(original.config)
+    for layer, ffn in zip(families.find_layers(original), duo.stack.ffns, strict=True):
+        given, big = own.network(layer).state_dict(), ffn.big.state_dict()
+        assert given.keys() == big.keys() and all(map(torch.equal, given.values(), big.values()))
+
+
+def maps(network, inner):
+    """(inputs, outputs) of a network's linear maps, in the unit of its inner size where they are not d."""
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear | Conv1D)]
+    shapes = [module.weight.shape if isinstance(module, Conv1D) else module.weight.T.shape for module in linear]
+    return sorted(tuple("d" if size == 32 else f"{size / inner:g}" for size in shape) for shape in shapes)
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ROUTED_ONLY])
+def test_small_networks_are_small_ones_of_the_same_kind(family, tokens, tmp_path):
+    """Of maps d to inner and one of inner to d, so that neurons can be chosen; initialised; saved, and loaded again."""
+    torch.manual_seed(0)
+    duo = duorl.convert(make_original(family), small_ratio=8)
+    inner, ffns = duo.config.small_size, duo.stack.ffns
+    for ffn in ffns:
+        found = maps(ffn.small, inner)
+        assert found == maps(ffn.big, 8 * inner)
+        assert found in ([("1", "d"), *[("d", "1")] * n] for n in (1, 2)) or found == [("1", "d"), ("d", "2")]
+        assert all(0.005 < weight.std() < 0.1 for weight in ffn.small.parameters() if weight.ndim == 2)
+    flops, columns = duo.flops, sum(int(size) for shape in found for size in shape if size != "d")
+    assert (flops.projections > 0).all() and flops.width == 32
+    assert flops.ffns.tolist() == [[0, 2 * 32 * inner * columns, 2 * 32 * 8 * inner * columns]] * len(ffns)
+    routes = torch.randint(3, (2, 8, duo.num_layers))
+    expected = duo(input_ids=tokens, routes=routes).logits
+    duo.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert all(map(torch.equal, loaded.state_dict().values(), duo.state_dict().values()))
+    assert torch.allclose(loaded(input_ids=tokens, routes=routes).logits, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -92,22 +140,75 @@ def test_a_trainable_model_is_refused_by_name(duo):
         require_frozen(unfrozen)
 
 
-_MANY_EXPERTS = {"num_local_experts": 4, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_converted_is_refused_with_the_reason(name):
+    with pytest.raises(ValueError, match=REFUSED[name][1]) as refused:
+        duorl.convert(make_refused(name))
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["t5", "llava", "mixtral"])
+def test_a_base_model_is_refused_before_its_weights_are_read(name, tmp_path):
+    make_refused(name).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match=f"cannot load the model of {tmp_path}: {name}.*{REFUSED[name][1]}"):
+        find_base(tmp_path).load()
+
+
+def quantized(model):
+    """As bitsandbytes leaves it: a weight of bytes, in a shape of its own."""
+    packed = torch.zeros(512, 1, dtype=torch.uint8)
+    model.model.layers[1].mlp.up_proj.weight = nn.Parameter(packed, requires_grad=False)
+    return model
+
+
+def told(model, **settings):
+    for name, value in settings.items():
+        setattr(model.config, name, value)
+    return model
+
+
+def with_adapters(model):
+    """As PEFT leaves it: the projection is inside of another module."""
+    attention = model.model.layers[0].self_attn
+    attention.q_proj = nn.ModuleDict({"base_layer": attention.q_proj})
+    return model
 
 
 @pytest.mark.parametrize(
-    "family, options, reason",
+    "change, reason",
     [
-        ("opt", {"hidden_size": 32, "ffn_dim": 64, "num_attention_heads": 4}, "OPTForCausalLM: no decoder layers with"),
-        ("mixtral", {**_MANY_EXPERTS, "num_key_value_heads": 2}, "mixtral: its networks are mixtures of experts"),
-        ("bloom", {"hidden_size": 32, "n_head": 4}, "no single FFN inner size `intermediate_size`"),
-        ("hyperclovax", {**_MANY_EXPERTS, "num_local_experts": 0}, "all-big differs from the original's logits"),
+        (quantized, r"model\.layers\.1\.mlp\.up_proj\.weight is uint8: quantized weights cannot be copied"),
+        (lambda m: told(m, quantization_config={"quant_method": "gptq"}), r"llama: its weights are quantized \(gptq\)"),
+        (lambda m: m.model, "LlamaModel does not predict the next token: .* AutoModelForCausalLM"),
+        (lambda m: m.to("meta"), r"model\.embed_tokens\.weight is not in memory"),
+        (lambda m: m.lm_head, "convert takes a causal language model of transformers, not a Linear"),
+        (duorl.convert, "the model is a duo already"),
+        (with_adapters, r"layers\.0\.self_attn\.q_proj\.weight is not what .* merge adapters"),
+        (lambda m: told(m, hidden_act="silly"), "silly"),
     ],
 )
-def test_what_is_not_supported_is_refused_with_the_reason(family, options, reason):
-    config = AutoConfig.for_model(family, vocab_size=61, num_hidden_layers=2, pad_token_id=None, **options)
-    with pytest.raises(ValueError, match=reason):
-        duorl.convert(AutoModelForCausalLM.from_config(config))
+def test_a_model_that_is_not_as_its_family_is_refused(change, reason):
+    with pytest.raises((ValueError, KeyError), match=reason):
+        duorl.convert(change(make_original("llama")))
+
+
+def test_a_family_that_computes_something_else_is_refused_with_the_difference(monkeypatch):
+    monkeypatch.delitem(families.FAMILIES, "granite")
+    with pytest.raises(ValueError, match=r"GraniteForCausalLM: all-big differs .* by \d\.\de-01 of their size"):
+        duorl.convert(make_original("granite"))
+
+
+def test_layers_with_norms_after_their_sums_are_not_skipped_as_blocks():
+    with pytest.raises(ValueError, match="its norms come after its sums, so use skip='ffn'"):
+        duorl.convert(make_original("opt 350M"), skip="block")
+
+
+def test_what_comes_from_a_gguf_is_plain_numbers(tmp_path):
+    """transformers dequantizes it, and keeps the method in the configuration."""
+    original = told(make_original("llama"), quantization_config={"quant_method": "gguf"})
+    duorl.convert(original).save_pretrained(tmp_path)
+    assert "quant" not in (tmp_path / "config.json").read_text()
 
 
 def test_a_family_with_an_attention_of_its_own_is_refused_unless_it_is_listed(monkeypatch):
@@ -120,11 +221,19 @@ def test_every_listed_family_is_in_the_tests_table():
     assert set(families.FAMILIES) <= {*FAMILIES, *ROUTED_ONLY}
 
 
-def test_attention_and_sizes_are_found_in_every_family():
-    for family in [*FAMILIES, *ROUTED_ONLY]:
-        flops = duorl.convert(make_original(family), small_ratio=4).flops
-        assert (flops.projections > 0).all() and flops.width == 32, family
-        assert torch.equal(flops.ffns[:, 2], 4 * flops.ffns[:, 1]), family
+def test_the_page_lists_what_the_tests_convert_and_refuse():
+    page = (Path(__file__).parent.parent / "docs" / "families.md").read_text()
+    rows = [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith("| ")]
+    listed: dict[str, set[str]] = {}
+    for row in rows:
+        listed.setdefault(row[2], set()).update(re.findall("`(\\w+)`", row[0]))
+    cached = {name for name, family in families.FAMILIES.items() if family.cache_argument}
+    assert listed["both"] == {*FAMILIES, *LIKE_LLAMA} - cached
+    assert listed["both, through the cache"] == cached
+    assert listed["routed"] == set(ROUTED_ONLY)
+    reasons = {name: row[0] for row in rows for name in re.findall("`(\\w+)`", row[1])}
+    assert reasons.keys() == REFUSED.keys()
+    assert all(reason in reasons[name] for name, (_, reason) in REFUSED.items())
 
 
 @pytest.mark.parametrize("bad", [torch.zeros(2, 8, 4).long(), torch.zeros(2, 7, 3).long(), torch.full((2, 8, 3), 3)])
@@ -274,6 +383,33 @@ def test_damaged_folders_are_refused_by_name(duo, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config)[:50])
     with pytest.raises(ValueError, match=r"cannot read .*config\.json"):
         duorl.load(tmp_path)
+
+
+_PEAK = """
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+import duorl
+
+def memory(which):
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(which))
+
+sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 8}
+config = AutoConfig.for_model("llama", vocab_size=8000, **sizes)
+model = AutoModelForCausalLM.from_config(config).bfloat16()
+tiny = AutoConfig.for_model("llama", vocab_size=64, **{**sizes, "hidden_size": 64})
+duorl.convert(AutoModelForCausalLM.from_config(tiny))  # what is imported and allocated once
+open("/proc/self/clear_refs", "w").write("5")
+before = memory("VmRSS")
+size = sum(2 * weight.numel() for weight in duorl.convert(model).parameters())
+print((memory("VmHWM") - before) / size)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak of memory is read as Linux tells it")
+def test_a_conversion_adds_one_copy_to_the_memory():
+    found = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True)
+    assert float(found.stdout) < 1.25, found.stderr
 
 
 _FIRST = """

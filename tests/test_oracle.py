@@ -61,7 +61,7 @@ def test_exhaustive_equals_naive_enumeration(family, context, actions, states, t
     assert torch.allclose(table.compute, compute_of(model, table.routes))
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gemma2"])
 @pytest.mark.parametrize("actions", [BOTH, ALL], ids=len)
 @pytest.mark.parametrize("states", [4096, 7])  # both windows side by side, or one after the other, depth first
 def test_routed_search_equals_naive_enumeration_token_by_token(family, actions, states, tokens, monkeypatch):
@@ -319,6 +319,18 @@ def test_descent_ends_where_no_single_change_helps(duo, tokens, actions):
             assert (cost <= table.loss(index) + 0.3 * table.compute[index] + 1e-5).all()
 
 
+def test_a_descent_starts_with_the_best_of_several_patterns_however_many_windows_run_at_once(duo, tokens, monkeypatch):
+    starts, table = [[1, 1, 1], [2, 1, 2], [1, 2, 1]], oracle.exhaustive(duo, tokens)
+    index = table.index_of(torch.tensor(starts))
+    result = oracle.descent(duo, tokens, start=starts, price=0.3)
+    at_starts = (table.losses + 0.3 * table.compute)[..., index].min(-1).values
+    assert (result.losses + 0.3 * result.compute <= at_starts + 1e-5).all()
+    monkeypatch.setattr(oracle.approximate, "states_within", lambda *_: tokens.shape[1] - 1)
+    one_by_one = oracle.descent(duo, tokens, start=starts, price=0.3)
+    assert torch.equal(one_by_one.routes, result.routes)
+    assert torch.allclose(one_by_one.losses, result.losses, atol=1e-5)
+
+
 def test_more_random_routes_are_never_worse(duo, tokens):
     few, many = (
         oracle.best_of_random(duo, tokens, count=count, generator=torch.Generator().manual_seed(0)) for count in (3, 50)
@@ -327,6 +339,10 @@ def test_more_random_routes_are_never_worse(duo, tokens):
 
 
 def test_a_start_that_is_not_a_route_is_refused(duo, tokens):
+    with pytest.raises(ValueError, match="memory_limit 1,000 is too small"):
+        oracle.descent(duo, tokens, start=[1, 1, 1], memory_limit=1000)
+    with pytest.raises(ValueError, match=r"start must be 3 codes out of \[1, 2\], not \[1, 0, 1\]"):
+        oracle.descent(duo, tokens, start=[[1, 1, 1], [1, 0, 1]])
     with pytest.raises(ValueError, match="start must be 3 codes"):
         oracle.descent(duo, tokens, start=[1, 1])
 

@@ -21,6 +21,7 @@ from duorl.oracle import exhaustive
 from duorl.paper import Study, StudySize, claims_page, dense, draw, scaling
 from duorl.paper.claims import _verdict, claims
 from duorl.paper.measures import early_exits
+from duorl.paper.searches import Exhaustive, Searched
 from duorl.routers import ConstantRouter, HeadRouter
 
 FIGURES = [f"{number}{letter}" for number in "23" for letter in "abcd"] + ["4a", "4b", "4c", "5", "6", "7"]
@@ -37,7 +38,7 @@ def some_windows():
     return torch.randint(61, (10, 14), generator=torch.Generator().manual_seed(3))
 
 
-def small_study():
+def small_study(exact=True):
     windows, model = some_windows(), make_duo("llama")
 
     def soft(budget, actions):
@@ -53,6 +54,7 @@ def small_study():
         soft=soft,
         size=StudySize(windows=4, pattern_windows=4, random_patterns=5, prices=(0.1, 0.3)),
         seed=0,
+        exact=exact,
     )
 
 
@@ -184,7 +186,7 @@ def test_many_verdicts_are_many_chances(figures):
 
 def test_the_best_of_many_is_chosen_anew_without_each_file(study, figures):
     """The interval of the best random pattern is that of the best, not of the one that happened to be it."""
-    found, table = figures["4a"]["texts"]["prose"], study.tables["prose"]
+    found, table = figures["4a"]["texts"]["prose"], study.searches["prose"].table
     drawn = table.losses[..., table.with_big(figures["4a"]["big"])].mean(1)  # all patterns of that many big layers
     if len(found["patterns"]) == drawn.shape[1]:
         expected = estimate(drawn.T[None], study.files["prose"], statistic=min)
@@ -211,6 +213,37 @@ def test_every_figure_becomes_a_picture_and_its_numbers(figures, tmp_path):
     for name in FIGURES:
         assert (tmp_path / f"figure-{name}.png").stat().st_size > 5000
         assert json.loads((tmp_path / f"figure-{name}.json").read_text()) == json.loads(json.dumps(figures[name]))
+
+
+def test_the_search_of_a_deep_model_lies_between_the_oracle_and_fixed_patterns(study, windows):
+    """For every number of big layers; its losses are those of its routes, and of patterns those of the patterns."""
+    text, patterns = windows[4:8], study.patterns
+    exact = Exhaustive(study.model, text)
+    searched = Searched(study.model, text, patterns, [1, 2], batch=3)
+    for big in range(4):
+        routes, losses = searched.routes(big), searched.losses(big)
+        assert ((routes == 2).sum(-1) == big).all() and ((routes == 1).sum(-1) == 3 - big).all()
+        assert torch.allclose(losses, reference_losses(study.model, text, routes), atol=1e-5)
+        fixed = exact.table.losses[..., exact.table.index_of(torch.tensor(patterns[big]))]
+        assert (losses >= exact.losses(big) - 1e-5).all() and (losses <= fixed + 1e-5).all()
+    budget = torch.arange(13) % 4
+    assert torch.equal(searched.losses(budget)[:, 5], searched.losses(int(budget[5]))[:, 5])
+    drawn = searched.draw(2, 50, torch.Generator().manual_seed(0))
+    assert sorted(drawn.tolist()) == [[1, 2, 2], [2, 1, 2], [2, 2, 1]]
+    assert torch.allclose(searched.of_patterns(drawn), exact.of_patterns(drawn), atol=1e-5)
+
+
+def test_a_study_without_an_oracle_says_so_and_claims_no_more_than_a_bound_can(figures):
+    bounded = small_study(exact=False).run()
+    assert sorted(bounded) == FIGURES and {numbers["bound"] for numbers in bounded.values()} == {"lower bound"}
+    assert bounded["2a"]["router"] == "lower bound of the oracle's return"
+    assert "oracle" not in bounded["4b"]["texts"]["prose"]["routed"]
+    for exact, found in zip(claims(figures), claims(bounded), strict=True):
+        assert (exact.oracle is None) == ("in place of the oracle" not in found.measured)
+        assert found.verdict.name in {None: ("agrees", "disagrees", "open"), "below": ("agrees", "open")}.get(
+            exact.oracle, ("open",)
+        )
+    assert "too many to enumerate" in claims_page(bounded, model="a model", command="duorl paper")
 
 
 # Figure 8

@@ -5,11 +5,11 @@ import weakref
 
 import pytest
 import torch
-from conftest import FAMILIES, ROUTED_ONLY, make_duo, random_routes
+from conftest import FAMILIES, LIKE_LLAMA, ROUTED_ONLY, VARIANTS, make_duo, random_routes
 from torch.nn.functional import cross_entropy
 
-from duorl import routed_pass
 from duorl.envs import RoutingDynamics
+from duorl.models import footprint
 from duorl.rewards import LogitLensShaping, LossImprovement, TeacherKL
 from duorl.routed_pass import RoutedPass, remember
 
@@ -35,7 +35,7 @@ def walk_along(walk, routes):
     return walk
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *LIKE_LLAMA, *VARIANTS])
 def test_both_contexts_equal_naive_computation(family, tokens):
     model = make_duo(family)
     routes = random_routes(model, tokens)
@@ -114,7 +114,7 @@ def test_a_fork_goes_its_own_way(duo, tokens):
     assert (walk.losses() - fork.losses()).abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "gpt2", "bloom", "opt 350M"])
 def test_derivatives_in_the_reference_context_are_the_naive_ones(family, tokens):
     """Per token: of a pass over its prefix in which all tokens but itself take big."""
     model = make_duo(family)
@@ -141,8 +141,8 @@ def test_no_more_logits_are_held_than_fit_at_once(duo, tokens, monkeypatch):
     """Neither of the teacher or the copies, nor, for derivatives, of a pass that is over."""
     options = {"reward": TeacherKL(0.1) + LossImprovement(0.1), "group_size": 3}
     whole = played(duo, tokens, **options)
-    monkeypatch.setattr(routed_pass, "_LEAST_ROWS", 8)
-    monkeypatch.setattr(routed_pass, "_LOGITS_AT_ONCE", {"cpu": 8 * 61})
+    monkeypatch.setattr(footprint, "_LEAST_ROWS", 8)
+    monkeypatch.setattr(footprint, "_LOGITS_AT_ONCE", {"cpu": 8 * 61})
     made, kept = [], []
     head = duo.get_output_embeddings()
     monkeypatch.setattr(head, "forward", lambda x, own=head.forward: (made.append(x[..., 0].numel()), own(x))[1])

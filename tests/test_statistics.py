@@ -119,6 +119,21 @@ def test_interpolation_is_linear_and_refuses_to_extrapolate():
     assert reaches(compute, losses, 4.0) == pytest.approx(0.2) and reaches(compute, losses, 0.5) is None
 
 
+def test_agreement_and_speed_are_interpolated_like_losses():
+    spent = torch.tensor([[0.2, 0.2], [0.8, 0.8]])
+    found = {
+        "top1_agreement": torch.tensor([[0.4, 0.6], [0.8, 1.0]]),
+        "seconds": torch.tensor([[1.0, 3.0], [4.0, 4.0]]),
+    }
+    (row,) = budget_rows({"mine": [Ladder(spent, torch.ones(2, 2), **found)]}, [0.5])
+    assert row["top1_agreement"] == pytest.approx((0.5 + 0.9) / 2)
+    assert row["tokens_per_second"] == pytest.approx(1 / 3)
+    low, high = row["tokens_per_second_interval"]
+    assert low < 1 / 3 < high
+    (row,) = budget_rows({"mine": [Ladder(spent, torch.ones(2, 2), **found)]}, [0.9])
+    assert row["top1_agreement"] is row["tokens_per_second"] is row["loss"] is None
+
+
 def test_what_windows_spend_is_chance_too():
     """A loss at a compute, left out file by file: the other files spend something else."""
     spent = noise(2, 6) / 50 + torch.tensor([[0.3], [0.7]])
@@ -177,10 +192,11 @@ def test_what_holds_depends_on_how_many_are_compared():
 
 
 def test_ladders_are_kept_and_older_files_read(tmp_path):
-    kept = Ladder(noise(3, 4), noise(3, 4, seed=1))
+    kept = Ladder(noise(3, 4), noise(3, 4, seed=1), noise(3, 4, seed=2), noise(3, 1))
     kept.save(tmp_path / "ladder.safetensors")
     again = Ladder.load(tmp_path / "ladder.safetensors")
     assert torch.equal(again.losses, kept.losses) and torch.equal(again.spent, kept.spent)
+    assert torch.equal(again.top1_agreement, kept.top1_agreement) and torch.equal(again.seconds, kept.seconds)
     save_file({"compute": torch.tensor([0.2, 0.5]), "losses": torch.ones(2, 4)}, tmp_path / "older.safetensors")
     assert Ladder.load(tmp_path / "older.safetensors").compute.tolist() == pytest.approx([0.2, 0.5])
 

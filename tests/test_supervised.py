@@ -89,9 +89,8 @@ def test_routes_are_drawn_from_that_distribution(table):
 
 
 def test_labels_at_temperature_0_are_the_oracles_decisions(duo, windows):
-    asked = {"actions": ("small", "big"), "temperature": 0.0, "generator": torch.Generator()}
-    decisions = label(duo, windows, prices=(0.1, 0.5), **asked)
     table = exhaustive(duo, windows)
+    decisions = label(duo, windows, table, prices=(0.1, 0.5), temperature=0.0, generator=torch.Generator())
     routes = torch.cat([table.routes[table.best(price)].flatten(0, 1) for price in (0.1, 0.5)])  # (N, L)
     assert torch.equal(decisions.values.argmax(-1).T + 1, routes)
     spent = torch.stack([duo.action_compute[i][routes[:, i]] for i in range(3)]).cumsum(0)
@@ -155,6 +154,40 @@ def test_a_model_too_deep_to_search_is_labelled_by_deviations(duo, windows, monk
     for learner in (KNN(priced, windows=6, neighbours=5), Ensemble(priced, windows=6, members=2, epochs=30)):
         spent = [measure(duo, learner.learn(1).at(price=price), windows).compute.mean() for price in (0.01, 20.0)]
         assert spent[1] < spent[0]
+
+
+def test_labels_along_a_base_policy_are_priced_anew_without_new_passes(duo, windows, tmp_path, monkeypatch):
+    routers.PatternRouter([1, 2, 1]).save_pretrained(tmp_path)
+    env, table = task(duo, windows, 0.1), exhaustive(duo, windows)
+    labels = Labels(env, windows=6, temperature=1.0, rungs=1, base=str(tmp_path))
+    for price in (0.1, 5.0):
+        env.charge(price)
+        decisions = labels.decisions()
+        monkeypatch.setattr("duorl.learners.labels.deviated", None)  # it is not asked again
+        assert labels.count == 54 and decisions.price.unique().item() == pytest.approx(price)
+        for layer, action in ((0, 1), (0, 2), (1, 1), (2, 2)):
+            changed = [1, 2, 1]
+            changed[layer] = action
+            index = table.index_of(torch.tensor(changed))
+            values = -(table.losses[..., index] + price * table.compute[index]).flatten()
+            assert torch.allclose(decisions.values[layer, :, action - 1], values, atol=1e-5)
+
+
+def test_a_base_policy_is_a_constant_or_a_router_with_the_allowed_actions(duo, windows, tmp_path):
+    HeadRouter(3, 32, prices=(0.1, 1.0), seed=3).save_pretrained(tmp_path / "router")
+    priced = task(duo, windows, prices=(0.1, 1.0))
+    for learner in (Supervised, KNN, Ensemble):
+        options = {"neighbours": 2} if learner is KNN else {"epochs": 1}
+        for base in ("small", str(tmp_path / "router")):
+            router = learner(priced, windows=2, base=base, **options).learn(1)
+            assert measure(duo, router.at(price=0.3), windows).loss.isfinite().all()
+    routers.PatternRouter([0, 2, 1]).save_pretrained(tmp_path / "skips")
+    with pytest.raises(ValueError, match="the base policy takes an action that is not among the allowed small, big"):
+        Supervised(priced, base=str(tmp_path / "skips")).learn(1)
+    with pytest.raises(
+        ValueError, match="base must be one of random, small, big, or the folder of a router: no router"
+    ):
+        KNN(priced, base="nothing")
 
 
 def test_a_learner_of_labels_sees_the_further_inputs(duo, windows):

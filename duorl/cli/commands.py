@@ -15,7 +15,7 @@ class Command(NamedTuple):
         summary: description in one line.
         options: its options, `module:Class`.
         module: its module, which has `prepare(options, config)`.
-        flags: further flags: `resume`, `overwrite`, `quick`.
+        flags: further flags: `resume`, `overwrite`, `quick`; `device` and `threads`, see `duorl.devices.DeviceOptions`.
     """
 
     summary: str
@@ -25,34 +25,37 @@ class Command(NamedTuple):
 
 
 _RESUMABLE = ("overwrite", "resume")
+_ROUTES = (*_RESUMABLE, "device")
 COMMANDS = {
     "train": Command(
         "Train a router, and compare it on held-out text with the oracle and other routers.",
         "duorl.cli.options:RunOptions",
         "duorl.cli.train",
-        _RESUMABLE,
+        _ROUTES,
     ),
     "compare": Command(
         "Train several learners with several seeds, and compare their routers.",
         "duorl.cli.options:RunOptions",
         "duorl.cli.compare",
-        _RESUMABLE,
+        _ROUTES,
     ),
     "evaluate": Command(
         "Measure one saved router on held-out text, beside the best fixed pattern and the oracle.",
         "duorl.cli.options:EvaluateOptions",
         "duorl.cli.evaluate",
+        ("overwrite", "device"),
     ),
     "oracle": Command(
         "Search the best routes of held-out tokens and print the loss per number of big layers.",
         "duorl.cli.options:OracleOptions",
         "duorl.cli.oracle",
+        ("overwrite", "device"),
     ),
     "paper": Command(
         "Repeat the study of Duo-LLM on a duo model: every figure, and the paper's claims with measurements.",
         "duorl.cli.paper_options:PaperOptions",
         "duorl.cli.paper",
-        (*_RESUMABLE, "quick"),
+        (*_ROUTES, "quick"),
     ),
     "report": Command(
         "Write report.html, one page that needs no other file, for a run.",
@@ -64,13 +67,19 @@ COMMANDS = {
         "Train a duo model and dense models with the same FLOPs, and measure them on held-out text.",
         "duorl.paper.dense:DenseOptions",
         "duorl.cli.dense",
-        _RESUMABLE,
+        (*_RESUMABLE, "threads"),
+    ),
+    "convert": Command(
+        "Make a duo model from a language model: its own networks become the big ones, small ones are made.",
+        "duorl.smalls.recipe:ConvertOptions",
+        "duorl.cli.convert",
+        (*_RESUMABLE, "device"),
     ),
     "pretrain": Command(
         "Stage 1: train a duo model under random routing.",
         "duorl.models.recipe:PretrainOptions",
         "duorl.cli.pretrain",
-        _RESUMABLE,
+        (*_RESUMABLE, "threads"),
     ),
 }
 

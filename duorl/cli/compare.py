@@ -20,13 +20,16 @@ from duorl.cli.trainings import (
     finish_all,
     held_out_texts,
     ladder_path,
+    router_text,
     train_apart,
 )
 from duorl.cli.workbench import KNOWABLE, Workbench
-from duorl.corpus import Windows
+from duorl.corpus import Windows, source_names
 from duorl.costs import ACTIONS
+from duorl.devices import processes_for
 from duorl.evaluation.budgets import Ladder, budget_rows, summaries
 from duorl.evaluation.compare import Comparer
+from duorl.evaluation.transfer import transfer_rows
 from duorl.files import write_json, write_text, writing
 from duorl.reports import page
 from duorl.reports.figures import budget_frontiers, budgets_markdown
@@ -51,10 +54,13 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         raise ValueError("targets compares routers over a range of prices: give env.prices, the lowest and highest")
     if not all(0 < target < 1 for target in options.targets):
         raise ValueError(f"targets must be computes between 0 and 1, not {options.targets}")
+    if options.transfer and not options.targets:
+        raise ValueError("transfer compares routers on further texts at targets: give targets, for instance '[0.5]'")
     bench = Workbench(options, config)
     check_evaluation(options, bench.model, bench.training, bench.held_out)
     if options.targets:
-        held_out_texts(bench)  # each text must have an evaluation split of its own
+        for text in held_out_texts(bench):  # each text must have an evaluation split of its own
+            router_text(bench, text)
     return "compare", Compare(bench)
 
 
@@ -71,9 +77,10 @@ class Compare:
 
     def __call__(self, folder: Path) -> None:
         """Train what is not in the folder yet, compare, and print where the results are."""
-        processes = self.options.processes or torch.get_num_threads()
+        threads = self.options.threads
+        processes = self.options.processes or processes_for(self.bench.model.device, threads)
         jobs = self.jobs(folder, apart=processes > 1)
-        finish_all(jobs, executor(min(processes, len(jobs)), torch.get_num_threads()), folder)
+        finish_all(jobs, executor(min(processes, len(jobs)), threads), folder)
         comparer = self._compare(folder)
         if self.options.targets:
             self._compare_budgets(folder, comparer)
@@ -138,12 +145,18 @@ class Compare:
 
     def _compare_budgets(self, folder: Path, comparer: Comparer) -> None:
         """Compare all routers at equal compute, on each text."""
-        patterns, texts = comparer.best_patterns(), {}
-        for text, windows in held_out_texts(self.bench).items():
-            ladders = {"best fixed": [Ladder.climb(self.bench.model, patterns, windows.tokens)]}
+        bench, learned = self.bench, source_names(self.options.corpus)
+        patterns, ladders, texts = comparer.best_patterns(), {}, {}
+        for text, windows in held_out_texts(bench).items():
+            fixed = Ladder.climb(bench.model, patterns, windows.tokens, router_text(bench, text))
+            ladders[text] = found = {"best fixed": [fixed]}
             for place in self.places(folder):
-                ladders.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
-            texts[text] = {"tokens": windows.tokens[:, 1:].numel(), **self._budgets(ladders, windows)}
+                found.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
+            texts[text] = {"tokens": windows.tokens[:, 1:].numel(), **self._budgets(found, windows)}
+            if self.options.transfer:
+                at_home = [ladders[name] for name in learned]
+                rows = transfer_rows(found, at_home, self.options.targets, windows.files)
+                texts[text]["transfer"] = {"learned": text in learned, "rows": rows}
         numbers = {"command": typed_command(), "texts": texts}
         write_json(folder / "budgets.json", numbers)
         write_text(folder / "budgets.md", budgets_markdown(numbers))
@@ -156,8 +169,11 @@ class Compare:
         constant = [ConstantRouter(name) for name in ACTIONS[1:]]
         small, big = Ladder.climb(self.bench.model, constant, windows.tokens).losses
         level, files = big.mean().item(), windows.files
+        rows, length = budget_rows(ladders, self.options.targets, files), windows.tokens.shape[1] - 1
+        for row in rows:  # equal computes are equal FLOPs
+            row["flops_per_token"] = self.bench.model.flops.token(torch.tensor(row["target"]), (length + 1) / 2).item()
         return {
             "all_big": level,
-            "rows": budget_rows(ladders, self.options.targets, files),
+            "rows": rows,
             "routers": summaries(ladders, level=level, worst=small, files=files),
         }

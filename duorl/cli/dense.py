@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 from jsonargparse import Namespace
 from rich.markdown import Markdown
 
@@ -35,7 +34,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
 
     def work(folder: Path) -> None:
         jobs = plan(settings, folder)
-        finish_all(jobs, executor(settings.processes, torch.get_num_threads()), folder)
+        finish_all(jobs, executor(settings.processes, options.threads), folder)
         rows = dense.measure_all(settings, folder)
         numbers = {"settings": {"command": typed_command(), **read_config(config)}, "rows": rows}
         write_json(folder / "dense.json", numbers)

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from torch import Tensor
 
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, write
-from duorl.cli.console import say, typed_command
+from duorl.cli.console import console, say, typed_command
 from duorl.cli.material import Material
 from duorl.cli.parser import read_config
 from duorl.costs import ACTIONS, action_ids
+from duorl.evaluation.compare import Comparer
 from duorl.evaluation.measure import measure
+from duorl.evaluation.transfer import learned_on
 from duorl.models import DuoForCausalLM
 from duorl.prices import check_price
-from duorl.routers import LogitRouter, Router
+from duorl.reports.figures import transfer_lines
+from duorl.routers import LogitRouter, PatternRouter, Router, spent
 from duorl.routers import load as load_router
 
 
@@ -32,23 +37,69 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     if router.takes_price:
         router = router.at(price=price)
     _check_actions(router, options)
-    material = Material.of(options.model, options.skip, options.window)
+    material = Material.of(options, options.window)
     model, tokenizer = material.model, material.tokenizer
     router = router.to(model.device)
     router.require_fit(model)
     training = material.read(options.corpus, split="router").tokens
-    held_out, files = material.read(options.corpus, split="evaluation")
-    _try(router, model, held_out[:1])
-    check_evaluation(options, model, training, held_out)
+    held_out = material.read(options.corpus, split="evaluation")
+    learned = None if options.learned_on is None else material.read(options.learned_on, split="evaluation")
+    _try(router, model, held_out.tokens[:1])
+    check_evaluation(options, model, training, held_out.tokens)
+    calibration = _Calibration.of(options, router, model, training)
 
     def work(folder: Path) -> None:
-        comparer = make_comparer(options, model, training, held_out, price, files=files, routers=3)
-        routers: dict[str, list[Router]] = {_row_name(options.router): [router], "best fixed": [comparer.fixed]}
-        comparison = compare(comparer, routers, {"command": typed_command(), **read_config(config)})
+        comparer = make_comparer(options, model, training, held_out.tokens, price, files=held_out.files, routers=3)
+        name = _row_name(options.router)
+        routers: dict[str, list[Router]] = {name: [router], "best fixed": [comparer.fixed]}
+        settings = {"command": typed_command(), **read_config(config)}
+        if calibration is not None:
+            routers |= calibration.rows(name, comparer)
+            settings["calibration"] = calibration.found
+        comparison = compare(comparer, routers, settings)
+        if learned is not None:
+            count = options.evaluation.windows
+            found = learned_on(model, router, held_out.first(count), learned.first(count))
+            comparison.rows[0]["learned_on"] = {"text": options.learned_on, **found}
         write(comparison, comparer.traces(tokenizer), folder)
+        for line in transfer_lines(comparison):
+            say(line)
         say(f"wrote {folder}/: report.html, comparison.json and .csv, figures/")
 
     return "evaluate", work
+
+
+@dataclass(frozen=True)
+class _Calibration:
+    """A router that is calibrated to a compute.
+
+    Attributes:
+        target: the compute.
+        router: the calibrated router.
+        found: the text, the number of windows, the compute on them, and the price or the shifts that were found.
+    """
+
+    target: float
+    router: Router
+    found: dict[str, Any]
+
+    @classmethod
+    def of(cls, options: Namespace, router: Router, model: DuoForCausalLM, training: Tensor) -> _Calibration | None:
+        """Calibrate to the option `target_compute`, if it is given; errors as for `Router.calibrated`."""
+        if (target := options.target_compute) is None:
+            return None
+        windows = training[: options.evaluation.fixed_windows]
+        with console.status(f"calibrate {options.router}"):
+            router = router.calibrated(model, windows, compute=target)
+            compute = spent(model, router, windows)
+        found = {"target_compute": target, "text": options.corpus, "split": "router", "windows": len(windows)}
+        setting = {key: router.config[key] for key in ("price", "shifts") if key in router.config}
+        return cls(target, router, {**found, "compute": compute, **setting})
+
+    def rows(self, name: str, comparer: Comparer) -> dict[str, list[Router]]:
+        """The calibrated router, and the best fixed pattern with at most this compute."""
+        pattern = PatternRouter(comparer.baseline.within(self.target))
+        return {f"{name} at {self.target:g}": [self.router], f"best fixed up to {self.target:g}": [pattern]}
 
 
 def _check_actions(router: Router, options: Namespace) -> None:

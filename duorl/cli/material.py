@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jsonargparse import Namespace
 from transformers import PreTrainedTokenizerBase
 
 from duorl.checks import require_positive
 from duorl.corpus import Split, Windows, read_windows
 from duorl.models import DuoForCausalLM, check_windows, load, load_tokenizer
-from duorl.models.calls import Skip
 
 
 class Material(NamedTuple):
@@ -21,14 +21,19 @@ class Material(NamedTuple):
     window: int
 
     @classmethod
-    def of(cls, model: str, skip: Skip | None, window: int) -> Material:
+    def of(cls, options: Namespace, window: int) -> Material:
         """Load a model.
+
+        Args:
+            options: with `model`, `skip`, and those of `DeviceOptions`.
+            window: tokens per window.
 
         Raises:
             ValueError, OSError: see `duorl.models.load`.
         """
         require_positive(window=window)
-        return cls(load(model, skip=skip), load_tokenizer(model), window)
+        model = load(options.model, dtype=options.dtype, device=options.device, skip=options.skip)
+        return cls(model, load_tokenizer(options.model), window)
 
     def read(self, sources: str | Sequence[str], *, split: Split) -> Windows:
         """The windows of one split.

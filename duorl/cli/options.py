@@ -82,6 +82,9 @@ class RunOptions:
         seeds: number of trainings of every learner, with seeds `seed`, `seed + 1`, ...
         processes: number of trainings at the same time; they share the machine's cores. By default one per core.
         targets: values of the compute at which all routers are compared; needs `env.prices`.
+        transfer: further texts, as for `corpus`, on which no router learns. All routers are compared on them at
+            `targets`, also after a calibration without labels on the first `evaluation.fixed_windows` windows of their
+            router split. See docs/budgets.md.
         knowable: hidden units per head of a large network that estimates the avoidable part of the regret
             (`regret_avoidable`, docs/metrics.md); 0: no estimate.
         out: folder of the run; by default the first free `runs/NAME-N`.
@@ -106,6 +109,7 @@ class RunOptions:
     seeds: int = 1
     processes: int | None = None
     targets: list[float] = field(default_factory=list)
+    transfer: list[str] = field(default_factory=list)
     knowable: int = 0
     out: str | None = None
 
@@ -122,6 +126,10 @@ class EvaluateOptions:
         actions: names of the actions that the oracle and the fixed pattern may take.
         reference: action of the reference route in every layer; its loss is the reference loss of the gain.
         price: price of an all-big pass, in nats.
+        target_compute: the router is also measured calibrated to this compute, as a share of an all-big pass. It is
+            calibrated without labels, on the first `evaluation.fixed_windows` windows of the router split of `corpus`.
+        learned_on: the text that the router learned on, as for `corpus`. The router's loss and compute on its
+            evaluation split, and the drift of the compute to `corpus`, are also reported.
         window: tokens per window.
         evaluation: how the router is measured.
         out: folder for comparison.json, comparison.csv and the figure; by default the first free `runs/evaluate-N`.
@@ -134,6 +142,8 @@ class EvaluateOptions:
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
     price: float = DEFAULT_PRICE
+    target_compute: float | None = None
+    learned_on: list[str] | str | None = None
     window: int = 128
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     out: str | None = None

@@ -31,9 +31,9 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     """
     require_positive(windows=options.windows)
     check_price(options.price)
-    material = Material.of(options.model, options.skip, options.window)
+    material = Material.of(options, options.window)
     model, tokenizer = material.model, material.tokenizer
-    tokens = material.read(options.corpus, split="evaluation").tokens[: options.windows]
+    tokens = material.read(options.corpus, split="evaluation").tokens[: options.windows].to(model.device)
     asked = RouteSearchOptions(
         method=options.method,
         context=options.context,
@@ -62,13 +62,16 @@ def _run(
     say(found.summary)
     write_json(folder / "oracle.json", {"settings": read_config(config), **found.numbers})
     if found.difficulty:
-        _write_difficulty(found.difficulty, {"command": typed_command(), **read_config(config)}, folder)
+        title = (
+            "Token difficulty" if found.exact else f"Token difficulty, at least: the routes are those of {found.method}"
+        )
+        _write_difficulty(found.difficulty, title, {"command": typed_command(), **read_config(config)}, folder)
     say(f"wrote {folder}/: " + ", ".join(sorted(path.name for path in folder.glob("[!.]*.*"))))
 
 
-def _write_difficulty(rows: list[TokenRow], settings: dict, folder: Path) -> None:
+def _write_difficulty(rows: list[TokenRow], title: str, settings: dict, folder: Path) -> None:
     for ending in ("csv", "parquet"):
         with writing(folder / f"tokens.{ending}") as beside:
             save_table(rows, beside)
-    text = page.text_page("Token difficulty", settings, [row._asdict() for row in rows])
+    text = page.text_page(title, settings, [row._asdict() for row in rows])
     write_text(folder / "difficulty.html", text)

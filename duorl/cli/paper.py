@@ -22,12 +22,14 @@ from duorl.cli.workbench import make_lockstep
 from duorl.corpus import source_names
 from duorl.envs import Lockstep
 from duorl.evaluation import check_searches
+from duorl.evaluation.bound import can_search
 from duorl.files import write_json, write_text
 from duorl.learners import Soft
 from duorl.learners.base import Learner
 from duorl.models.loading import model_folder
 from duorl.paper import Study, StudySize, dense, scaling
 from duorl.paper.claims import claims_page
+from duorl.paper.measures import LOWER_BOUND
 from duorl.paper.pictures import draw
 from duorl.reports import page
 from duorl.rewards import LossImprovement
@@ -81,7 +83,7 @@ class Paper:
         named = [", ".join(names) for names in self.sources.values()]
         kept = _kept_dense(options.dense, model_folder(options.model), named)
         self.dense = [] if options.quick else kept
-        material = Material.of(options.model, options.skip, options.env.window)
+        material = Material.of(options, options.env.window)
         self.model, self.tokenizer = material.model, material.tokenizer
         everything = [name for names in self.sources.values() for name in names]
         self.training = material.read(everything, split="router").tokens
@@ -93,11 +95,15 @@ class Paper:
             min(self.size.windows, max(len(windows.tokens) for windows in self.texts.values())),
             self.size.pattern_windows,
         )
-        check_searches(self.model, options.env.window, ("small", "big"), *counts)  # a study enumerates all routes
+        self.too_many = _why_not(check_searches, self.model, options.env.window, ("small", "big"), *counts)
+        if self.too_many and (missing := can_search(self.model, self.training[:1])):
+            raise ValueError(f"a study needs the reference context: {missing}")
 
     def __call__(self, folder: Path) -> None:
         """Measure, draw, and write claims.md and report.html."""
         self.folder = folder
+        if self.too_many:
+            say(f"{self.too_many}: a search takes the oracle's place, a {LOWER_BOUND}")
         with console.status("") as status:
             self.say = status.update
             figures = self._measure()
@@ -119,6 +125,7 @@ class Paper:
             soft=self._learn_soft,
             size=self.size,
             seed=self.options.seed,
+            exact=self.too_many is None,
             progress=self.say,
         )
         figures = study.run()
@@ -167,6 +174,15 @@ class Paper:
             say(f"{job.name} failed: {said['error']} (traceback: {said['traceback']})")
         elif "completed" in said:
             self.say(f"train {job.name}: {100 * said['completed'] / max(1, said['total']):.0f} %")
+
+
+def _why_not(check: Callable[..., None], *arguments: Any) -> str | None:
+    """What a check refuses, in its words; None if it does not."""
+    try:
+        check(*arguments)
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _kept_dense(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str, Any]]:

@@ -17,8 +17,9 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_i
 
 from duorl.cli.commands import COMMANDS, fail
 from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
+from duorl.devices import DeviceOptions, pick_device
 
-_COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "knowable")
+_COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "transfer", "knowable")
 _TRAIN_ONLY = ("target_compute",)
 _FLAGS = {
     "overwrite": "replace the run in the output folder",
@@ -81,7 +82,10 @@ def build_parser(name: str, without: Collection[str] = ()) -> _Parser:
     parser.add_argument("--config", action="config", help="YAML file with the options below")
     parser.add_class_arguments(kind, skip=set({"train": _COMPARE_ONLY, "compare": _TRAIN_ONLY}.get(name, ())))
     for flag in command.flags:
-        parser.add_argument(f"--{flag}", action="store_true", help=_FLAGS[flag])
+        if flag in _FLAGS:
+            parser.add_argument(f"--{flag}", action="store_true", help=_FLAGS[flag])
+    if {"device", "threads"} & set(command.flags):
+        parser.add_class_arguments(DeviceOptions, skip=set() if "device" in command.flags else {"device", "dtype"})
     if name in ("train", "compare"):
         _add_defaults(parser, name, without)
     return parser
@@ -127,7 +131,7 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
 
     Raises:
         SystemExit: the words cannot be parsed; one line on standard error, exit code 2.
-        ValueError: a named class cannot be imported, or refuses its arguments.
+        ValueError: a named class cannot be imported, or refuses its arguments, or the device is not there.
     """
     for path in yaml_files(words):
         _check_yaml(path)
@@ -138,6 +142,8 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
     if replaced := _replaced(parsed, parser.get_defaults()):
         parser = build_parser(name, without=replaced)
         parsed = parser.parse_args(list(words))
+    if "device" in parsed:
+        parsed.device = str(pick_device(parsed.device))  # a run is resumed on the device of its beginning
     text = parser.dump(parsed, skip_unset=False)
     return _instantiated(parser, parsed), text
 

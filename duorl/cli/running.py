@@ -10,9 +10,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
 
+import torch
 from jsonargparse import Namespace
 
-from duorl.checks import require_seed
+from duorl.checks import require_positive, require_seed
 from duorl.cli.commands import COMMANDS, fail
 from duorl.cli.console import quieten, resume_command
 from duorl.cli.parser import parse, read_config
@@ -44,6 +45,8 @@ def run_command(name: str, words: list[str]) -> None:
             try:
                 options, config = parse(name, words)
                 check_cheaply(name, options, config)
+                if options.get("threads") is not None:
+                    torch.set_num_threads(options.threads)
                 quieten()
                 called, work = import_module(COMMANDS[name].module).prepare(options, config)
                 if "overwrite" in COMMANDS[name].flags:
@@ -65,6 +68,8 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
     _require_finite(config)
     if "seed" in options:
         require_seed(options.seed)
+    if options.get("threads") is not None:
+        require_positive(threads=options.threads)
     resume = options.get("resume", False)
     if "overwrite" in COMMANDS[name].flags:
         folders.check(options.out, resume=resume, overwrite=options.overwrite)

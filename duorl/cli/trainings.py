@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from duorl.cli.console import job_bars, quieten
 from duorl.cli.workbench import Workbench
@@ -105,16 +106,23 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
     for done, (text, windows) in enumerate(texts.items()):
         tell(completed=done, total=len(texts), note=text)
         with writing(ladder_path(Path(router), text)) as beside:
-            Ladder.climb(bench.model, steps, windows.tokens).save(beside)
+            Ladder.climb(bench.model, steps, windows.tokens, router_text(bench, text)).save(beside)
         interrupts.check()
     return {}
 
 
 def held_out_texts(bench: Workbench) -> dict[str, Windows]:
-    """The first windows of the evaluation split of each text, by the name of the text."""
-    count = bench.options.evaluation.windows
-    names = source_names(bench.options.corpus)
-    return {name: bench.read([name], split="evaluation").first(count) for name in names}
+    """The first windows of the evaluation split of each text, by its name: texts that were learned on, then others."""
+    options = bench.options
+    names = [*source_names(options.corpus), *options.transfer]
+    return {name: bench.read([name], split="evaluation").first(options.evaluation.windows) for name in names}
+
+
+def router_text(bench: Workbench, text: str) -> Tensor | None:
+    """The first windows of a text's router split, to calibrate on; None without texts that were not learned on."""
+    if not bench.options.transfer:
+        return None
+    return bench.read([text], split="router").tokens[: bench.options.evaluation.fixed_windows]
 
 
 def ladder_path(router: Path, text: str) -> Path:

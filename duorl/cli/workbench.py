@@ -25,11 +25,11 @@ from duorl.evaluation.compare import flatten
 from duorl.evaluation.measure import evaluate, measure
 from duorl.learners import Supervised
 from duorl.learners.base import Learner
-from duorl.learners.target import TargetCompute, check_target, price_for
+from duorl.learners.target import TargetCompute, check_target
 from duorl.models import DuoForCausalLM
 from duorl.reports.figures import heat_map
 from duorl.rewards import LossImprovement, Reward, as_reward, price_of, with_price
-from duorl.routers import BudgetRouter, Router
+from duorl.routers import BudgetRouter, Router, price_for, spent
 from duorl.routers.base import LogitRouter
 from duorl.runs.jobs import RESULT, Tell
 from duorl.runs.journal import Journal
@@ -72,7 +72,7 @@ class Workbench:
             with_price(self.reward)
             if options.env.big_layers is not None:
                 raise ValueError("env.big_layers already fixes the compute: give it or target_compute, not both")
-        material = Material.of(options.model, options.skip, options.env.window)
+        material = Material.of(options, options.env.window)
         self.model, self.tokenizer, self.read = material.model, material.tokenizer, material.read
         self.training, self.validation = _hold_back(self.read(options.corpus, split="router").tokens)
         self._try_reward()
@@ -199,7 +199,7 @@ class _Work:
 
     def spending(self, router: Router) -> float:
         """Mean compute on router text that no training uses."""
-        return measure(self.bench.model, router, self.bench.validation).compute.mean().item()
+        return spent(self.bench.model, router, self.bench.validation)
 
     def validate(self, router: Router) -> dict[str, float]:
         """Metrics on router text that no training uses; the evaluation split is used only at the end."""

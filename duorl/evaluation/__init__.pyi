@@ -7,6 +7,7 @@ from .flat import flatten
 from .measure import Measurement, evaluate, measure
 from .options import EvaluationOptions
 from .route_search import RouteSearch, RouteSearchOptions, RouteSearchPlan, plan_route_search, search_routes
+from .transfer import learned_on, transfer_rows
 
 __all__ = [
     "Baseline",
@@ -27,9 +28,11 @@ __all__ = [
     "find_bound",
     "flatten",
     "flops_per_second",
+    "learned_on",
     "measure",
     "plan_route_search",
     "search_routes",
     "summaries",
     "training_flops",
+    "transfer_rows",
 ]

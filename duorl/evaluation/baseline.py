@@ -19,7 +19,7 @@ from duorl.costs import BIG
 from duorl.evaluation.options import EvaluationOptions
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle import exhaustive
-from duorl.oracle.patterns import PatternMethod, pattern_losses, search_patterns
+from duorl.oracle.patterns import PatternMethod, pattern_losses, search_patterns, spread
 from duorl.oracle.search import route_compute
 
 Route = tuple[int, ...]
@@ -71,6 +71,11 @@ class Baseline:
     def at_price(self, price: float) -> list[int]:
         """The finalist with the smallest loss + price * compute: L action codes."""
         return self._best(self._finalists(price), price)
+
+    def starts(self, price: float) -> list[list[int]]:
+        """Patterns from which a descent starts: that at the price, and good ones over the range of compute."""
+        tried = dict(zip(map(tuple, self.routes.tolist()), self.losses.tolist(), strict=True))
+        return [self.at_price(price), *map(list, spread(tried))]
 
     def per_big(self) -> dict[int, list[int]]:
         """The pattern with the smallest loss for each number of big layers that was tried, in rising order."""

@@ -1,9 +1,9 @@
 """The bound of routers: routes that were found with the help of the labels.
 
-`exhaustive` is the exact oracle. `descent` is coordinate descent from the best fixed pattern; its return is a lower
-bound of the oracle's return, and a router may have a higher one. `none`: there is no bound.
+`exhaustive` is the exact oracle. `descent` is coordinate descent from the best of some fixed patterns; its return is a
+lower bound of the oracle's return, and a router may have a higher one. `none`: there is no bound.
 
-    bound = find_bound("descent", model, windows, price=0.3, actions=("small", "big"), start=baseline.at_price(0.3))
+    bound = find_bound("descent", model, windows, price=0.3, actions=("small", "big"), starts=baseline.starts(0.3))
     bound.name, bound.exact, bound.routes, bound.losses, bound.compute
 """
 
@@ -95,7 +95,7 @@ def find_bound(
     *,
     price: float,
     actions: Sequence[str],
-    start: Sequence[int],
+    starts: Sequence[Sequence[int]],
     shown: int = 2,
 ) -> Bound | None:
     """Search the routes of windows.
@@ -106,7 +106,7 @@ def find_bound(
         windows: (B, T+1).
         price: nats per all-big pass.
         actions: names of the allowed actions.
-        start: the best fixed pattern, the start of the descent.
+        starts: fixed patterns; the descent starts with the best of them for each token.
         shown: number of windows for `difficulty`.
 
     Raises:
@@ -116,8 +116,8 @@ def find_bound(
         return None
     if method == "exhaustive":
         return _exhaustive(model, windows, price, actions, shown)
-    found = descent(model, windows, start=start, price=price, actions=actions)
-    free = descent(model, windows[:shown], start=start, actions=actions)
+    found = descent(model, windows, start=starts, price=price, actions=actions)
+    free = descent(model, windows[:shown], start=starts, actions=actions)
     return Bound(ROWS[method], False, windows, found.routes, found.losses, found.compute, [], free)
 
 

@@ -8,8 +8,9 @@ the same windows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from duorl.evaluation.measure import measure
-from duorl.evaluation.statistics import Estimate, estimate, holm, hypervolume, reaches
+from duorl.evaluation.measure import measure, stacked, top1_agreement
+from duorl.evaluation.statistics import Estimate, estimate, holm, hypervolume, named, reaches
 from duorl.models.modeling import DuoForCausalLM
-from duorl.routers import Router
+from duorl.routers import ConstantRouter, Router, spent
 
 Row = dict[str, Any]
 
@@ -33,16 +34,29 @@ class Ladder:
     Attributes:
         spent: (P, W), mean compute of each window at each step, in [0, 1].
         losses: (P, W), nats per token, the mean of each window.
+        top1_agreement: (P, W), share of tokens whose most likely next token is all-big's; None: not measured.
+        seconds: (P, N), wall time per token of each batch; None: not measured.
+        calibration: (P,), mean compute at each step on router text of the same kind; None: not measured.
     """
 
     spent: Tensor
     losses: Tensor
+    top1_agreement: Tensor | None = None
+    seconds: Tensor | None = None
+    calibration: Tensor | None = None
 
     @classmethod
-    def climb(cls, model: DuoForCausalLM, steps: Sequence[Router], windows: Tensor) -> Ladder:
-        """Measure routers, one per step, on windows (W, T+1)."""
-        measured = [measure(model, router, windows) for router in steps]
-        return cls(torch.stack([m.compute.mean(1) for m in measured]), torch.stack([m.loss.mean(1) for m in measured]))
+    def climb(
+        cls, model: DuoForCausalLM, steps: Sequence[Router], windows: Tensor, calibrate_on: Tensor | None = None
+    ) -> Ladder:
+        """Measure routers, one per step, on windows (W, T+1), and their compute on router text, (W', T+1)."""
+        all_big = measure(model, ConstantRouter("big"), windows).predicted
+        measured = stacked([measure(model, router, windows) for router in steps])
+        agreement = top1_agreement(measured.predicted, all_big)
+        found = cls(measured.compute.mean(-1), measured.loss.mean(-1), agreement, measured.seconds)
+        if calibrate_on is None:
+            return found
+        return replace(found, calibration=torch.tensor([spent(model, router, calibrate_on) for router in steps]))
 
     @property
     def compute(self) -> Tensor:
@@ -50,22 +64,23 @@ class Ladder:
         return self.spent.mean(1)
 
     @property
+    def calibrated(self) -> Tensor:
+        """(P,), see `calibration`; it must be measured."""
+        assert self.calibration is not None
+        return self.calibration
+
+    @property
     def loss(self) -> Tensor:
         """(P,) nats, means over windows."""
         return self.losses.mean(1)
 
-    @property
-    def columns(self) -> Tensor:
-        """(2P, W): compute and losses, for `estimate`."""
-        return torch.cat([self.spent, self.losses])
-
     def save(self, path: Path) -> None:
         """Write a safetensors file."""
-        save_file(vars(self), path)
+        save_file({name: values for name, values in vars(self).items() if values is not None}, path)
 
     @classmethod
     def load(cls, path: Path) -> Ladder:
-        """Load a ladder; older files have only the mean compute, which is then used for every window."""
+        """Load a ladder; older files have only losses and the mean compute, which is then used for every window."""
         found = load_file(path)
         if "spent" not in found:
             return cls(found["compute"][:, None].expand_as(found["losses"]).contiguous(), found["losses"])
@@ -85,11 +100,12 @@ def budget_rows(ladders: Ladders, targets: Sequence[float], files: Tensor | None
         files: (W,), file of each window.
 
     Returns:
-        Rows with `router`, `seeds`, `target`, `compute` (the target: all are interpolated to it), `loss` in nats with
-        its `loss_interval`, and `minus`: by rival the paired `difference` of losses (below 0 is better than the rival),
-        its `interval`, its two-sided `p`, and whether it `holds` by Holm's procedure over all routers and targets that
-        are compared with this rival. If a router does not reach the target, all of these are None, and
-        `spends` is the range of its compute. See `duorl.evaluation.statistics` for intervals and tests.
+        Rows with `router`, `seeds`, `target`, `compute` (the target: all are interpolated to it), `loss` in nats,
+        `top1_agreement` and `tokens_per_second`, each with its `NAME_interval`, and `minus`: by rival the paired
+        `difference` of losses (below 0 is better than the rival), its `interval`, its two-sided `p`, and whether it
+        `holds` by Holm's procedure over all routers and targets that are compared with this rival. If a router does not
+        reach the target, all of these are None, and `spends` is the range of its compute. See
+        `duorl.evaluation.statistics` for intervals and tests.
     """
     rows = [row for target in targets for row in _rows_at(ladders, target, files)]
     for rival in ladders:
@@ -108,8 +124,9 @@ def _rows_at(ladders: Ladders, target: float, files: Tensor | None) -> list[Row]
             "target": target,
             "spends": _range(ladders[name]),
             "compute": None if loss is None else target,
-            "loss": None if loss is None else loss.value,
-            "loss_interval": None if loss is None else loss.interval,
+            **named("loss", loss),
+            **named("top1_agreement", agreement_at(ladders[name], target, files)),
+            **named("tokens_per_second", speed_at(ladders[name], target), math.exp),
             "minus": {
                 rival: minus(loss, other)
                 for rival, other in reached.items()
@@ -122,10 +139,36 @@ def _rows_at(ladders: Ladders, target: float, files: Tensor | None) -> list[Row]
 
 def loss_at(seeds: Sequence[Ladder], target: float, files: Tensor | None = None) -> Estimate | None:
     """Mean loss over seeds at a compute, in nats; None if a seed does not reach it."""
-    low, high = _range(seeds)
-    if not low - 1e-6 <= target <= high + 1e-6:  # compute is a sum of floats
+    return _at(seeds, target, [ladder.losses for ladder in seeds], files)
+
+
+def agreement_at(seeds: Sequence[Ladder], target: float, files: Tensor | None = None) -> Estimate | None:
+    """Mean share of tokens whose most likely next token is all-big's, at a compute; None: see `loss_at`."""
+    return _at(seeds, target, [ladder.top1_agreement for ladder in seeds], files)
+
+
+def speed_at(seeds: Sequence[Ladder], target: float) -> Estimate | None:
+    """Logarithm of the tokens per second at a compute; its interval is over seeds and batches. None: see `loss_at`."""
+    values = [one.seconds for one in seeds if one.seconds is not None]
+    if len(values) < len(seeds) or not _reached(seeds, target):
         return None
-    return _estimate(seeds, lambda compute, loss: np.interp(target, *_rising(compute, loss)), files)
+    by_batch = [replace(one, spent=one.compute[:, None].expand_as(own)) for one, own in zip(seeds, values, strict=True)]
+    return _interpolated(by_batch, values, None, lambda *found: -math.log(np.interp(target, *_rising(*found))))
+
+
+def _at(
+    seeds: Sequence[Ladder], target: float, values: Sequence[Tensor | None], files: Tensor | None
+) -> Estimate | None:
+    """The mean of values (P, W) at a compute."""
+    known = [value for value in values if value is not None]
+    if len(known) < len(seeds) or not _reached(seeds, target):
+        return None
+    return _interpolated(seeds, known, files, lambda *found: np.interp(target, *_rising(*found)))
+
+
+def _reached(seeds: Sequence[Ladder], target: float) -> bool:
+    low, high = _range(seeds)
+    return low - 1e-6 <= target <= high + 1e-6  # compute is a sum of floats
 
 
 def _rising(compute: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -133,12 +176,17 @@ def _rising(compute: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarr
     return compute[order], loss[order]
 
 
-def _estimate(
-    seeds: Sequence[Ladder], statistic: Callable[..., float], files: Tensor | None, *more: Tensor
+def _interpolated(
+    seeds: Sequence[Ladder],
+    values: Sequence[Tensor],
+    files: Tensor | None,
+    statistic: Callable[..., float],
+    *more: Tensor,
 ) -> Estimate:
-    """A statistic of a frontier's compute (P,) and loss (P,), and of the means of more columns (W,)."""
+    """A statistic of a frontier's compute (P,), of values (P,), and of the means of more columns (W,)."""
     steps = len(seeds[0].losses)
-    columns = torch.stack([torch.cat([ladder.columns, *(column[None] for column in more)]) for ladder in seeds])
+    pairs = zip(seeds, values, strict=True)
+    columns = torch.stack([torch.cat([one.spent, own, *(column[None] for column in more)]) for one, own in pairs])
 
     def of_means(means: np.ndarray) -> float:
         return statistic(means[:steps], means[steps : 2 * steps], *means[2 * steps :])
@@ -173,7 +221,7 @@ def summaries(ladders: Ladders, *, level: float, worst: Tensor, files: Tensor | 
     """
     rows = []
     for name, seeds in ladders.items():
-        area = _estimate(seeds, _area, files, worst)
+        area = _interpolated(seeds, [one.losses for one in seeds], files, _area, worst)
         row = {"router": name, "seeds": len(seeds), "hypervolume": area.value, "hypervolume_interval": area.interval}
         rows.append({**row, "level_at": reaches(*_mean(seeds), level), "frontier": _steps(seeds, files)})
     return rows

@@ -25,7 +25,7 @@ from duorl.evaluation.bound import BoundMethod, can_search
 from duorl.evaluation.options import EvaluationOptions
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle import count_routes, descent_flops, tree_flops
-from duorl.oracle.patterns import PatternMethod, pattern_count, patterns_flops
+from duorl.oracle.patterns import STARTS, PatternMethod, pattern_count, patterns_flops
 from duorl.oracle.search import MEMORY_LIMIT, states_within
 from duorl.routed_pass import RoutedPass
 
@@ -33,7 +33,8 @@ DEFAULT_DECISIONS = 8_000_000
 _PASSES = 2  # passes per token in training: the rollout, and that of the reference or the update
 _LEAST_ALLOWANCE = 5e11  # some seconds, also after a very short training
 _FIXED, _FINAL, _BOUND, _ROUTERS = "fixed_windows", "final_windows", "reference_windows", "windows"
-_LEAST = {_FIXED: 2, _FINAL: 2, _BOUND: 2, _ROUTERS: 4, "finalists": 1}
+_LEAST = {_FIXED: 8, _FINAL: 8, _BOUND: 2, _ROUTERS: 8, "finalists": 2}
+"""With fewer, patterns are chosen by chance, and the baseline is weak."""
 
 
 def training_flops(model: DuoForCausalLM, decisions: int, length: int) -> float:
@@ -165,6 +166,8 @@ def choose(
         notes.append(f"To search everything would cost {_percent(exact / flops)} of them.")
     if options != asked:
         notes.append(_fewer(asked, options))
+    if options != asked and costs.total(baseline, bound, options) > allowance:
+        notes.append("It still takes longer: with fewer windows the best fixed pattern would be chosen by chance.")
     return Choice(
         baseline=baseline,
         bound=bound,
@@ -194,7 +197,7 @@ class _Costs:
         finals = [min(options.finalists, count) for count in (sum(groups), *groups)]
         search: dict[str, Callable[[], float]] = {
             "exhaustive": walk,
-            "descent": partial(descent_flops, self.model, self.actions, self.length),
+            "descent": partial(descent_flops, self.model, self.actions, self.length, starts=STARTS + 1),
             "none": lambda: 0.0,
         }
         reference = (self.routers + 1) * self.one_pass if bound != "none" else 0.0

@@ -1,7 +1,8 @@
 """The comparison of routers, with intervals, over measurements, a baseline and a bound.
 
-Losses, compute and returns are those of the *routed* context, which is deployment. Regret and agreement are
-measured in the *reference* context, where the oracle is exact, on fewer tokens. Every row says which is which.
+Losses, compute, returns and top-1 agreement are those of the *routed* context, which is deployment. Regret and
+agreement with the bound are measured in the *reference* context, where the oracle is exact, on fewer tokens. Every row
+says which is which.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from duorl.evaluation.bound import find_bound
 from duorl.evaluation.choice import choose
 from duorl.evaluation.difficulty import token_names
 from duorl.evaluation.flat import flatten
-from duorl.evaluation.measure import Measurement, measure, stacked
+from duorl.evaluation.measure import Measurement, measure, stacked, top1_agreement
 from duorl.evaluation.options import EvaluationOptions
-from duorl.evaluation.statistics import Estimate, estimate, holm
+from duorl.evaluation.statistics import estimate, holm, named
 from duorl.files import write_json, writing
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.patterns import pattern_losses
@@ -115,11 +116,16 @@ class Comparer:
         self.files = torch.arange(len(held_out)) if files is None else files
         method = self.choice.baseline
         self.baseline = Baseline(model, training, method=method, actions=actions, price=price, options=options)
-        start = self.baseline.at_price(price)
-        self.fixed = PatternRouter(start)
+        self.fixed = PatternRouter(self.baseline.at_price(price))
         searched = self.searched.to(model.device)
         self.bound = find_bound(
-            self.choice.bound, model, searched, price=price, actions=actions, start=start, shown=_SHOWN_WINDOWS
+            self.choice.bound,
+            model,
+            searched,
+            price=price,
+            actions=actions,
+            starts=self.baseline.starts(price),
+            shown=_SHOWN_WINDOWS,
         )
         self._memory = remember(model, searched) if self.bound else None
         # Losses of the reference route, by context, for the gains.
@@ -131,6 +137,7 @@ class Comparer:
         self._knowable_returns: Tensor | None = None
         self._traced: dict[str, dict[str, Any]] = {}
         self._fixed = measure(model, self.fixed, self.windows, batch=options.batch)
+        self._all_big = measure(model, ConstantRouter("big"), self.windows, batch=options.batch).predicted
 
     @property
     def bounds(self) -> dict[str, list[Router]]:
@@ -216,7 +223,7 @@ class Comparer:
 
     def _estimated(self, values: Tensor, name: str) -> dict[str, Any]:
         """A mean over windows, (W,) or (S, W), with its interval."""
-        return _named(name, estimate(values, self.files[: values.shape[-1]]))
+        return named(name, estimate(values, self.files[: values.shape[-1]]))
 
     def _returns(self, measured: Measurement, context: Context) -> Tensor:
         """Mean return of each window, (W,), or (S, W) for several seeds."""
@@ -228,20 +235,22 @@ class Comparer:
         returns = self._returns(measured, "routed")
         length = measured.loss.shape[-1]
         flops = self.model.flops.token(compute, (length + 1) / 2)
+        agreement = top1_agreement(measured.predicted, self._all_big[: loss.shape[-1]])
         shares = {name: (measured.routes == code).float().mean((-2, -1)) for code, name in enumerate(ACTIONS)}
         # Measured per batch, and positive: the interval is computed on the logarithm.
         seconds = estimate(measured.seconds.reshape(1, 1, -1), statistic=lambda mean: -math.log(mean[0]))
         return {
             **self._estimated(loss, "loss"),
-            **_named("perplexity", estimate(loss, self.files[: loss.shape[-1]]), math.exp),
+            **named("perplexity", estimate(loss, self.files[: loss.shape[-1]]), math.exp),
             **self._estimated(compute, "compute"),
             **self._estimated(flops, "flops_per_token"),
+            **self._estimated(agreement, "top1_agreement"),
             **self._estimated(returns, "return"),
             "actions": {name: share.mean().item() for name, share in shares.items()},
             "actions_interval": {
                 name: self._estimated(share, name)[f"{name}_interval"] for name, share in shares.items()
             },
-            **_named("tokens_per_second", seconds, math.exp),
+            **named("tokens_per_second", seconds, math.exp),
         }
 
     def _against_fixed(self, measured: Measurement) -> dict[str, Any]:
@@ -253,7 +262,7 @@ class Comparer:
         row: dict[str, Any] = {}
         for key, values in zip(_AGAINST_FIXED, differences.values(), strict=True):
             found = estimate(values, self.files[:count])
-            row |= {**_named(key, found), f"{key}_p": found.p, f"{key}_holds": False}
+            row |= {**named(key, found), f"{key}_p": found.p, f"{key}_holds": False}
         return row
 
     def _reference(self, seeds: Sequence[Router]) -> dict[str, Any]:
@@ -300,9 +309,3 @@ class Comparer:
             {"big": big, "context": "routed", "route": route, "loss": loss, "compute": compute}
             for (big, route), loss, compute in columns
         ]
-
-
-def _named(name: str, found: Estimate, scale: Callable[[float], float] = lambda value: value) -> dict[str, Any]:
-    """A value and its interval, both on a rising scale."""
-    interval = found.interval and tuple(map(scale, found.interval))
-    return {name: scale(found.value), f"{name}_interval": interval}

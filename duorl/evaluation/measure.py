@@ -21,12 +21,14 @@ class Measurement:
 
     Attributes:
         loss: (W, T) nats.
+        predicted: (W, T) int64, the most likely next token.
         compute: (W, T), in [0, 1].
         routes: (W, T, L) int64, action codes.
         seconds: (batches,), wall time per token of each batch, with the router's decisions, without `begin`.
     """
 
     loss: Tensor
+    predicted: Tensor
     compute: Tensor
     routes: Tensor
     seconds: Tensor
@@ -36,6 +38,11 @@ def stacked(seeds: Sequence[Measurement]) -> Measurement:
     """Measurements of the same windows, stacked along a first axis S."""
     columns = zip(*(vars(measured).values() for measured in seeds), strict=True)
     return Measurement(*(torch.stack(column) for column in columns))
+
+
+def top1_agreement(predicted: Tensor, all_big: Tensor) -> Tensor:
+    """Share of a window's tokens with the same most likely token: (..., W) from (..., W, T) and all-big's (W, T)."""
+    return (predicted == all_big).float().mean(-1)
 
 
 @torch.no_grad()
@@ -71,9 +78,11 @@ def measure(
         while not walk.done:
             actions.append(router.decide(walk.view))
             walk.step(actions[-1])
-        loss = walk.losses().cpu()  # waits for an accelerator, so that the time is right
+        loss, predicted = (
+            x.cpu() for x in walk.losses_and_predictions()
+        )  # waits for an accelerator: the time is right
         seconds = torch.tensor([(time.perf_counter() - started) / loss.numel()])
-        parts.append((loss, walk.compute.cpu(), torch.stack(actions, dim=-1).cpu(), seconds))
+        parts.append((loss, predicted, walk.compute.cpu(), torch.stack(actions, dim=-1).cpu(), seconds))
     return Measurement(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

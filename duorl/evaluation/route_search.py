@@ -27,11 +27,12 @@ from duorl.oracle import (
     exhaustive,
     tree_flops,
 )
-from duorl.oracle.patterns import Route, patterns_flops, search_patterns
+from duorl.oracle.patterns import STARTS, Route, patterns_flops, search_patterns, spread
 from duorl.oracle.search import MEMORY_LIMIT, states_within
 
 SearchMethod = Literal["auto", "exhaustive", "descent", "beam"]
 _RANDOM, _BEAM = 100, 8
+_START_WINDOWS = 2  # to choose the patterns with which a descent starts; it changes most of their actions
 
 
 @dataclass(frozen=True)
@@ -103,16 +104,17 @@ def plan_route_search(model: DuoForCausalLM, tokens: Tensor, options: RouteSearc
     Raises:
         ValueError: the method is unknown or impossible: too many routes, too much memory, or another context.
     """
-    method, positions = _method(model, tokens, options), tokens.shape[1] - 1
+    method, (count, positions) = _method(model, tokens, options), tokens[:, 1:].shape
     walk = partial(tree_flops, model, options.actions, positions)
     if method == "exhaustive":
         per_token = walk()
     elif method == "beam":
         per_token = walk(routes=_BEAM * len(options.actions)) + walk(routes=_RANDOM)
     else:
-        per_token = descent_flops(model, options.actions, positions) + walk(routes=_RANDOM)
-        per_token += patterns_flops(model, options.actions, positions, "greedy")
-    return RouteSearchPlan(method, per_token * tokens[:, 1:].numel())
+        per_token = descent_flops(model, options.actions, positions, starts=STARTS + 1) + walk(routes=_RANDOM)
+        start = patterns_flops(model, options.actions, positions, "greedy")
+        per_token += start * min(1.0, _START_WINDOWS / count)
+    return RouteSearchPlan(method, per_token * count * positions)
 
 
 def _method(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> str:
@@ -179,9 +181,10 @@ def _exhaustive(
 def _approximate(
     method: str, model: DuoForCausalLM, tokens: Tensor, tokenizer: PreTrainedTokenizerBase, options: RouteSearchOptions
 ) -> RouteSearch:
-    more: dict[str, Any] = {"price": options.price, "actions": options.actions, "context": options.context}
+    names = ("price", "actions", "context", "memory_limit")
+    more: dict[str, Any] = {name: getattr(options, name) for name in names}
     if method == "descent":
-        found = descent(model, tokens, start=_start(model, tokens, options), **more)
+        found = descent(model, tokens, start=_starts(model, tokens, options), **more)
     else:
         found = beam(model, tokens, width=_BEAM, **more)
     generator = torch.Generator().manual_seed(options.seed)
@@ -192,15 +195,17 @@ def _approximate(
     return _described(method, found, tokens, options, [], cast(tuple[float, float, float], means), difficulty)
 
 
-def _start(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> Route:
-    """The best fixed pattern, chosen on the searched text; a bound may use labels."""
-    tried = search_patterns(model, tokens, actions=options.actions, method="greedy", price=options.price)
+def _starts(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> list[Route]:
+    """Good fixed patterns, chosen on the first searched windows; a bound may use labels."""
+    tried = search_patterns(
+        model, tokens[:_START_WINDOWS], actions=options.actions, method="greedy", price=options.price
+    )
     spent = model.flops.compute.tolist()
 
     def cost(route: Route) -> float:
         return tried[route] + options.price * sum(spent[layer][code] for layer, code in enumerate(route))
 
-    return min(tried, key=cost)
+    return [min(tried, key=cost), *spread(tried)]
 
 
 def _described(
@@ -214,6 +219,7 @@ def _described(
 ) -> RouteSearch:
     loss, compute, random_loss = means
     exact = isinstance(found, RouteTable)
+    key = "oracle" if exact else "lower_bound"
     name = "oracle" if exact else method
     remark = "" if exact else f"\n{method} is a lower bound of the oracle's return, which may be higher"
     return RouteSearch(
@@ -229,8 +235,8 @@ def _described(
             "method": method,
             "bound": "exact" if exact else "lower bound",
             "rows": rows,
-            "oracle": loss,
-            "oracle_compute": compute,
+            key: loss,
+            f"{key}_compute": compute,
             f"best_of_{_RANDOM}_random": random_loss,
         },
         difficulty=difficulty,

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
@@ -116,6 +117,26 @@ def estimate(values: Tensor, files: Tensor | None = None, *, statistic: Statisti
     found = np.apply_along_axis(statistic, -1, means) if statistic else means[..., 0]
     freedom = counts.sum() ** 2 / np.square(counts).sum() - 1
     return Estimate((found[0],), found[1:].mean(1), max(1.0, float(freedom)))
+
+
+def named(name: str, found: Estimate | None, scale: Callable[[float], float] = float) -> dict[str, Any]:
+    """A value and its interval for JSON, `NAME` and `NAME_interval`, both on a rising scale; without a value, None."""
+    if found is None:
+        return {name: None, f"{name}_interval": None}
+    interval = found.interval and tuple(map(scale, found.interval))
+    return {name: scale(found.value), f"{name}_interval": interval}
+
+
+def drift(new: Estimate, old: Estimate) -> dict[str, Any]:
+    """`drift`, an estimate on one text minus the same on another, with its interval; seeds are paired.
+
+    The files are others, so the variances over files add.
+    """
+    change = new.seeds[0] - old.seeds[0]
+    errors = Estimate((change,), np.empty(0), 1.0).errors + [one.errors[-1] for one in (new, old) if len(one.without)]
+    half = _half_width(errors, 0.05)
+    value = float(change.mean())
+    return {"drift": value, "drift_interval": (value - half, value + half) if errors else None}
 
 
 def _by_file(array: np.ndarray, files: Tensor | None) -> tuple[np.ndarray, np.ndarray]:

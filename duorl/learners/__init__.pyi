@@ -3,7 +3,7 @@ from .ensemble import Ensemble
 from .knn import KNN
 from .soft import Soft
 from .supervised import Supervised
-from .target import TargetCompute, price_for
+from .target import TargetCompute
 
 __all__ = [
     "KNN",
@@ -15,5 +15,4 @@ __all__ = [
     "Supervised",
     "TargetCompute",
     "Task",
-    "price_for",
 ]

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.learners.base import Task
-from duorl.learners.labels import searchable
 from duorl.learners.supervised import Target, Taught, shuffled, taught_loss
 from duorl.routers import EnsembleRouter
 
@@ -20,7 +19,7 @@ class Ensemble(Taught):
     Args:
         env: the task; its seed also starts the weights, the random routes, the bootstraps and the orders.
         members: number of members, K.
-        windows, target, temperature, rungs, epochs, batch_size, learning_rate, width: see `Supervised`.
+        windows, target, temperature, rungs, epochs, batch_size, learning_rate, width, base: see `Supervised`.
 
     Raises:
         ValueError: as for `Supervised`, or `members` is below 1.
@@ -42,11 +41,12 @@ class Ensemble(Taught):
         batch_size: int = 4096,
         learning_rate: float = 3e-3,
         width: int = 0,
+        base: str | None = None,
     ):
         super().__init__(env)
         require_positive(members=members)
         taught = {"windows": windows, "rungs": rungs, "epochs": epochs, "batch_size": batch_size}
-        self.prepare(target=target, temperature=temperature, **taught)
+        self.prepare(target=target, temperature=temperature, base=base, **taught)
         self.router = EnsembleRouter(
             env.layers,
             env.model.hidden_size,
@@ -77,8 +77,7 @@ class Ensemble(Taught):
 
     def _bootstraps(self) -> list[Tensor]:
         windows, length = self.labels.text[:, 1:].shape
-        searched = searchable(self.env.model, self.env.actions)
-        shape = len(self.labels.prices) if searched else 1, windows, length
+        shape = self.labels.rounds, windows, length
         generator = torch.Generator().manual_seed(self.env.first_seed)
         return [bootstrap(*shape, generator) for _ in self.router.members]
 

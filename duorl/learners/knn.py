@@ -9,7 +9,7 @@ from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.learners.base import Learner, State, Task
-from duorl.learners.labels import action_values, searched, walked, walked_randomly
+from duorl.learners.labels import Source, action_values, walked
 from duorl.oracle import RouteTable
 from duorl.prices import ladder
 from duorl.routed_pass import remember
@@ -21,10 +21,10 @@ from duorl.routers.knn import unit
 class KNN(Learner):
     """Stores the hidden states of labelled text, in the reference context, and the best action in each state.
 
-    If all routes can be enumerated, the states lie on the oracle's routes. Otherwise they lie on random routes, and the
-    action is the best single deviation from the route. For a range of prices, a state is stored once, on the best route
-    of one of the prices, with one action per price. `learn` always stores `windows` more windows, for any number of
-    decisions.
+    If all routes are searched, the states lie on the oracle's routes. Otherwise they lie on those of a base policy,
+    and the action is the best single deviation from the route. For a range of prices, a state is stored once, on the
+    route of one of the prices, with one action per price. `learn` always stores `windows` more windows, for any number
+    of decisions.
 
     Args:
         env: the task; its seed also draws the prices of the routes.
@@ -32,6 +32,7 @@ class KNN(Learner):
         neighbours: number of nearest states that vote.
         temperature: a vote has the weight exp(-distance / temperature); states have length 1.
         rungs: number of prices with stored actions, evenly spaced in the range on a log scale.
+        base: see `Supervised`.
 
     Raises:
         ValueError: a count is below 1, the temperature is not above 0, or there are fewer states than `neighbours`.
@@ -39,12 +40,22 @@ class KNN(Learner):
 
     router: KNNRouter
 
-    def __init__(self, env: Task, *, windows: int = 32, neighbours: int = 64, temperature: float = 0.1, rungs: int = 5):
+    def __init__(
+        self,
+        env: Task,
+        *,
+        windows: int = 32,
+        neighbours: int = 64,
+        temperature: float = 0.1,
+        rungs: int = 5,
+        base: str | None = None,
+    ):
         super().__init__(env)
         require_positive(windows=windows, neighbours=neighbours, rungs=rungs)
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         self.windows, self.neighbours, self.temperature, self.rungs = windows, neighbours, temperature, rungs
+        self.source = Source(env, base)
         self.router = self._empty(self._text(1))
 
     @property
@@ -75,11 +86,10 @@ class KNN(Learner):
 
     def _labelled(self, tokens: Tensor, generator: torch.Generator) -> tuple[Tensor, list[Tensor]]:
         """States (L, N, d), and per price the chosen actions (L, N)."""
-        model, actions = self.env.model, self.env.actions
-        table = searched(model, tokens, actions)
+        model, table = self.env.model, self.source.table(tokens)
         if table is None:
-            hidden, _, _, losses, spent = walked_randomly(model, tokens, actions, generator)
-            return hidden, [(losses + price * spent).argmin(-1) for price in self.prices]
+            found = self.source.deviations(tokens, self.prices, generator)
+            return found.hidden, [found.values(price).argmax(-1) for price in self.prices]
         routes = routes_of_some_price(table, self.prices, generator)
         hidden, *_ = walked(model, tokens, remember(model, tokens), table.routes[routes])
         values = (action_values(table, price, routes, 0.0) for price in self.prices)

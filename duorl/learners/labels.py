@@ -11,8 +11,9 @@ where T is the temperature in nats. For T -> 0, the value is that of the best co
 For a high T, it is the mean over the completions. The routes are drawn from the distribution proportional to
 exp(-(loss + price * compute) / T); softmax(Q / T) is its conditional probability P(a | prefix).
 
-*By deviations*: for any depth, every token gets a random route. The value of an action in a layer is that of the same
-route with only this action changed. This needs L (A - 1) completions of shared prefixes in place of A^L.
+*By deviations*: for any depth, every token gets the route of a base policy: a random route, one action, a fixed
+pattern, or the route of a router. The value of an action in a layer is that of the same route with only this action
+changed. This needs L (A - 1) completions of shared prefixes in place of A^L.
 """
 
 from __future__ import annotations
@@ -28,9 +29,12 @@ from duorl.costs import action_ids
 from duorl.inputs import Inputs
 from duorl.models.attention import Memory
 from duorl.oracle import RouteTable, exhaustive
+from duorl.oracle.search import MEMORY_LIMIT, states_within
 from duorl.routed_pass import RoutedPass, remember
+from duorl.routers import ConstantRouter, Router, load
 
 if TYPE_CHECKING:
+    from duorl.learners.base import Task
     from duorl.models import DuoForCausalLM
 
 _MOST_SEARCHED = 1024  # routes; the search of more costs too much for what it adds
@@ -55,48 +59,81 @@ class Decisions:
     values: Tensor
 
 
-def searched(model: DuoForCausalLM, tokens: Tensor, actions: Sequence[str]) -> RouteTable | None:
-    """Search all routes of tokens (B, T+1) in the reference context; None if there are too many."""
-    return exhaustive(model, tokens, context="reference", actions=actions) if searchable(model, actions) else None
+class Source:
+    """Where the labels of a task come from.
+
+    Args:
+        env: the task.
+        base: the base policy of deviations: `random`, the name of an action, or the folder of a saved router, for
+            example a fixed pattern. None: all routes are searched if there are at most 1,024; else `random`.
+
+    Attributes:
+        searches: whether all routes are searched.
+        policy: the base policy; None for random routes.
+
+    Raises:
+        ValueError: there is no such router, or it does not fit the task's model.
+    """
+
+    def __init__(self, env: Task, base: str | None):
+        self.env = env
+        self.searches = base is None and len(env.actions) ** env.layers <= _MOST_SEARCHED
+        self.policy: Router | None = None
+        if base in env.actions:
+            self.policy = ConstantRouter(base)
+        elif base not in (None, "random"):
+            self.policy = _loaded(base, env)
+
+    def table(self, tokens: Tensor) -> RouteTable | None:
+        """All routes of tokens (B, T+1) in the reference context; None if the labels come from deviations."""
+        tokens = tokens.to(self.env.model.device)
+        return exhaustive(self.env.model, tokens, actions=self.env.actions) if self.searches else None
+
+    def deviations(
+        self, tokens: Tensor, prices: Sequence[float], generator: torch.Generator, inputs: Inputs | None = None
+    ) -> Deviations:
+        """Deviations from the routes of the base policy, see `deviated`."""
+        env = self.env
+        asked = {"base": self.policy, "generator": generator, "inputs": inputs}
+        return deviated(env.model, tokens, prices, env.actions, **asked)
 
 
-def searchable(model: DuoForCausalLM, actions: Sequence[str]) -> bool:
-    """Whether there are few enough routes to search all of them."""
-    return len(actions) ** model.num_layers <= _MOST_SEARCHED
+def _loaded(base: str, env: Task) -> Router:
+    try:
+        router = load(base).to(env.model.device)
+    except OSError as error:
+        names = ", ".join(("random", *env.actions))
+        raise ValueError(f"base must be one of {names}, or the folder of a router: {error}") from error
+    router.require_fit(env.model)
+    return router
 
 
 @torch.no_grad()
 def label(
     model: DuoForCausalLM,
     tokens: Tensor,
+    table: RouteTable,
     *,
     prices: Sequence[float],
-    actions: Sequence[str],
     temperature: float,
     generator: torch.Generator,
     inputs: Inputs | None = None,
-    table: RouteTable | None = None,
 ) -> Decisions:
-    """Make labels along some routes of some text.
+    """Make labels from a search of all routes, along some of them.
 
     Args:
         model: a frozen duo model.
         tokens: (B, T+1).
+        table: an exhaustive search of these tokens in the reference context; it does not depend on the price.
         prices: P prices, nats per all-big pass.
-        actions: names of the allowed actions.
         temperature: nats; 0 for the routes of the oracle.
         generator: draws the routes.
         inputs: the router's further inputs, to be kept; by default none.
-        table: table of an earlier search of these tokens; it does not depend on the price.
 
     Returns:
-        The decisions of N routes. If all routes are searched, N = P * B * T, with the token as the last index. With
-        deviations, N = B * T, each token at one of the prices.
+        The decisions of N = P * B * T routes, with the token as the last index.
     """
     tokens = tokens.to(model.device)
-    table = searched(model, tokens, actions) if table is None else table
-    if table is None:
-        return _deviated(model, tokens, prices, actions, generator, inputs)
     memory = remember(model, tokens)
     parts = []
     for price in prices:
@@ -114,70 +151,123 @@ def _joined(parts: Sequence[tuple[Tensor | None, ...]]) -> list:
     return [None if column[0] is None else torch.cat(column, dim=1) for column in columns]
 
 
-def _deviated(
+@dataclass(frozen=True)
+class Deviations:
+    """Inputs of a router along one route of each of N tokens, and what every deviation from it costs.
+
+    Losses and compute do not depend on the price, so they serve routers for all prices.
+
+    Attributes:
+        hidden, compute, inputs, price: see `Decisions`; the price may have had a part in the route.
+        losses: (L, N, A), nats, if the token takes an action in a layer and keeps the rest of its route.
+        spent: (L, N, A), compute of the same routes.
+    """
+
+    hidden: Tensor
+    compute: Tensor
+    inputs: Tensor | None
+    price: Tensor
+    losses: Tensor
+    spent: Tensor
+
+    def values(self, price: Tensor | float) -> Tensor:
+        """Value of every deviation in nats, (L, N, A), at a price or at one per token, (N, 1)."""
+        return -(self.losses + price * self.spent)
+
+    def decisions(self, price: float | None = None) -> Decisions:
+        """All tokens at one price, by default each token at its own."""
+        each = self.price if price is None else torch.full_like(self.price, price)
+        return Decisions(self.hidden, self.compute, self.inputs, each, self.values(each[:, None]))
+
+
+@torch.no_grad()
+def deviated(
     model: DuoForCausalLM,
     tokens: Tensor,
     prices: Sequence[float],
     actions: Sequence[str],
-    generator: torch.Generator,
-    inputs: Inputs | None,
-) -> Decisions:
-    count = tokens[:, 1:].numel()
-    hidden, compute, extra, losses, spent = walked_randomly(model, tokens, actions, generator, inputs)
-    drawn = torch.tensor(prices)[torch.randint(len(prices), (count,), generator=generator)]
-    price = drawn.to(tokens.device)
-    return Decisions(hidden, compute, extra, price, -(losses + price[None, :, None] * spent))
-
-
-@torch.no_grad()
-def walked_randomly(
-    model: DuoForCausalLM,
-    tokens: Tensor,
-    actions: Sequence[str],
+    *,
+    base: Router | None = None,
     generator: torch.Generator,
     inputs: Inputs | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Give every token a random route, and try every deviation from it; the result does not depend on the price.
+) -> Deviations:
+    """Give every token the route of a base policy, and try every deviation from it, in the reference context.
 
-    Returns:
-        The result of `walked`, and losses in nats and compute of the deviations, both (L, N, A).
+    Args:
+        model: a frozen duo model.
+        tokens: (B, T+1).
+        prices: nats per all-big pass; each token is at one of them, which a base policy may read.
+        actions: names of the allowed actions.
+        base: a router that takes only these actions; by default, every token gets a random route.
+        generator: draws the random routes and the prices.
+        inputs: the router's further inputs, to be kept; by default none.
+
+    Raises:
+        ValueError: the base policy takes an action that is not allowed.
     """
-    codes, shape = action_ids(actions), tokens[:, 1:].shape
+    codes, tokens = action_ids(actions), tokens.to(model.device)
+    shape = tokens[:, 1:].shape
     routes = codes[torch.randint(len(codes), (*shape, model.num_layers), generator=generator)].to(tokens.device)
-    parts = []
-    for window, own in zip(tokens.split(1), routes.split(1), strict=True):
-        memory = remember(model, window)
+    price = torch.tensor(prices)[torch.randint(len(prices), shape, generator=generator)].to(tokens.device)
+    length = tokens.shape[1] - 1
+    size, parts = states_within(MEMORY_LIMIT, model, 1, length, 1) // length, []
+    for first in range(0, len(tokens), size):
+        rows = slice(first, first + size)
+        own, window, memory = routes[rows], tokens[rows], remember(model, tokens[rows])
+        if base is not None:
+            own = routes_of(base, model, window, memory, price[rows])
+            if not torch.isin(own, codes.to(own.device)).all():
+                raise ValueError(f"the base policy takes an action that is not among the allowed {', '.join(actions)}")
         losses, spent = deviations(RoutedPass(model, window, context="reference", memory=memory), own, codes.tolist())
         parts.append((*walked(model, window, memory, own, inputs), losses.flatten(1, 2), spent.flatten(1, 2)))
     hidden, compute, extra, losses, spent = _joined(parts)
-    return hidden, compute, extra, losses, spent
+    return Deviations(hidden, compute, extra, price.flatten(), losses, spent)
+
+
+def routes_of(
+    router: Router, model: DuoForCausalLM, tokens: Tensor, memory: Memory, price: Tensor | None = None
+) -> Tensor:
+    """The routes that a router takes in the reference context, (B, T, L) action codes."""
+    router.begin(model, tokens)
+    walk = RoutedPass(model, tokens, context="reference", memory=memory, price=price)
+    while not walk.done:
+        walk.step(router.decide(walk.view))
+    return torch.stack(walk.view.taken, dim=-1)
 
 
 def deviations(walk: RoutedPass, routes: Tensor, actions: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Loss and compute of every token if it takes another action in one layer and keeps the rest of its route.
 
     Args:
-        walk: a pass at its start; it cannot be used afterwards.
+        walk: a pass at its start; it does not change.
         routes: (B, P, L), action codes.
         actions: the A action codes.
 
     Returns:
         Losses in nats and compute, both (L, B, P, A).
     """
-    losses: list[Tensor] = []
-    spent: list[Tensor] = []
+    codes = torch.tensor(list(actions), device=routes.device)
+    choice = torch.searchsorted(codes, routes)  # indices into codes
+    own_loss, own_compute = _completed(walk.fork(), routes)
+    losses, spent = (own[..., None].repeat(walk.depth, 1, 1, len(codes)) for own in (own_loss, own_compute))
+    taken = walk.fork()
+    while not taken.done:
+        layer = taken.layer
+        for offset in range(1, len(codes)):
+            other = (choice[..., layer] + offset) % len(codes)
+            child = taken.fork()
+            child.step(codes[other])
+            for column, found in zip((losses, spent), _completed(child, routes), strict=True):
+                column[layer].scatter_(-1, other[..., None], found[..., None])
+        taken.step(routes[..., layer])
+    return losses, spent
+
+
+def _completed(walk: RoutedPass, routes: Tensor) -> tuple[Tensor, Tensor]:
+    """Losses and compute, both (B, P), of a pass that follows routes (B, P, L) from its current layer."""
     while not walk.done:
-        layer, found = walk.layer, []
-        for action in actions:
-            child = walk.fork()
-            child.take(action)
-            while not child.done:
-                child.step(routes[..., child.layer])
-            found.append((child.losses(), child.compute))
-        for column, parts in zip((losses, spent), zip(*found, strict=True), strict=True):
-            column.append(torch.stack(parts, dim=-1))
-        walk.step(routes[..., layer])
-    return torch.stack(losses), torch.stack(spent)
+        walk.step(routes[..., walk.layer])
+    return walk.losses(), walk.compute
 
 
 def action_values(table: RouteTable, price: float, routes: Tensor, temperature: float) -> Tensor:

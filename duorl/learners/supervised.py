@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from duorl.checks import require_positive
 from duorl.inputs import Inputs, View
 from duorl.learners.base import HeadLearner, Learner, Task
-from duorl.learners.labels import Decisions, label, searchable, searched
+from duorl.learners.labels import Decisions, Deviations, Source, label
 from duorl.oracle import RouteTable
 from duorl.prices import ladder
 from duorl.routers import HeadRouter
@@ -27,13 +27,15 @@ class Labels:
         windows: number of windows to label, the first ones of the text.
         temperature: temperature of values and routes, in nats.
         rungs: number of labelled prices, evenly spaced in the range on a log scale.
+        base: the base policy of deviations, see `duorl.learners.labels.Source`.
     """
 
-    def __init__(self, env: Task, *, windows: int, temperature: float, rungs: int):
+    def __init__(self, env: Task, *, windows: int, temperature: float, rungs: int, base: str | None = None):
         require_positive(windows=windows, rungs=rungs)
         self.env, self.temperature, self.rungs = env, temperature, rungs
+        self.source = Source(env, base)
         self.text = env.windows[:windows]
-        self._table: RouteTable | None = None
+        self._found: RouteTable | Deviations | None = None
         self._made: tuple[float, Decisions] | None = None
 
     @property
@@ -45,26 +47,29 @@ class Labels:
     def count(self) -> int:
         """N, the number of labelled routes."""
         tokens = self.text[:, 1:].numel()
-        return tokens * (len(self.prices) if searchable(self.env.model, self.env.actions) else 1)
+        return tokens * self.rounds
+
+    @property
+    def rounds(self) -> int:
+        """Labelled routes of every token: one per price if all are searched, else one."""
+        return len(self.prices) if self.source.searches else 1
 
     def decisions(self) -> Decisions:
         """All labelled decisions, at the current price."""
         if self._made is None or self._made[0] != self.env.charged:
-            if self._table is None:
-                self._table = searched(self.env.model, self.text.to(self.env.model.device), self.env.actions)
-            generator = torch.Generator().manual_seed(self.env.first_seed)
-            found = label(
-                self.env.model,
-                self.text,
-                prices=self.prices,
-                actions=self.env.actions,
-                temperature=self.temperature,
-                generator=generator,
-                inputs=Inputs(self.env.inputs),
-                table=self._table,
-            )
-            self._made = self.env.charged, found
+            self._made = self.env.charged, self._priced()
         return self._made[1]
+
+    def _priced(self) -> Decisions:
+        """The search or the deviations are made once, and priced again if the price changes."""
+        model, prices, inputs = self.env.model, self.prices, Inputs(self.env.inputs)
+        generator = torch.Generator().manual_seed(self.env.first_seed)
+        if self._found is None:
+            self._found = self.source.table(self.text) or self.source.deviations(self.text, prices, generator, inputs)
+        if isinstance(self._found, Deviations):
+            return self._found.decisions(None if self.env.prices else prices[0])
+        asked = {"prices": prices, "temperature": self.temperature, "generator": generator, "inputs": inputs}
+        return label(model, self.text, self._found, **asked)
 
 
 class Taught(Learner):
@@ -78,14 +83,22 @@ class Taught(Learner):
     epochs: int
 
     def prepare(
-        self, *, windows: int, target: Target, temperature: float, rungs: int, epochs: int, batch_size: int
+        self,
+        *,
+        windows: int,
+        target: Target,
+        temperature: float,
+        rungs: int,
+        epochs: int,
+        batch_size: int,
+        base: str | None,
     ) -> None:
         """Set the options; see `Supervised`."""
         require_positive(epochs=epochs, batch_size=batch_size)
         check_target(target, temperature)
         self.target, self.temperature, self.epochs, self.batch_size = target, temperature, epochs, batch_size
         walked_at = 0.0 if target == "action" else temperature
-        self.labels = Labels(self.env, windows=windows, temperature=walked_at, rungs=rungs)
+        self.labels = Labels(self.env, windows=windows, temperature=walked_at, rungs=rungs, base=base)
 
     @property
     def decisions_per_update(self) -> int:
@@ -114,6 +127,8 @@ class Supervised(Taught, HeadLearner):
         batch_size: decisions per gradient step.
         learning_rate: learning rate of Adam; it is constant.
         width: hidden units of a head; 0 for a linear map.
+        base: make labels by deviations from the routes of this policy: `random`, the name of an action, or the folder
+            of a saved router. By default, all routes are searched if there are at most 1,024; else `random`.
         init: folder of a saved router to start from.
 
     Raises:
@@ -134,11 +149,12 @@ class Supervised(Taught, HeadLearner):
         batch_size: int = 4096,
         learning_rate: float = 3e-3,
         width: int = 0,
+        base: str | None = None,
         init: str | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         taught = {"windows": windows, "rungs": rungs, "epochs": epochs, "batch_size": batch_size}
-        self.prepare(target=target, temperature=temperature, **taught)
+        self.prepare(target=target, temperature=temperature, base=base, **taught)
         self.generator = torch.Generator().manual_seed(env.first_seed)
 
     @property

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 from duorl.learners.base import Learner, Monitor, State
 from duorl.routers import Router
-
-Spending = Callable[[Router], float]
-"""Measures the mean compute of a deployed router on text that no training uses."""
+from duorl.routers.calibration import Spending
 
 _STEP = 2.0  # change of the logarithm of the price per unit of compute above the target
 _ROUNDS = 10  # maximum of extra rounds; each is a tenth of the training, at least one update
@@ -130,30 +127,3 @@ def check_target(target: float) -> float:
     if not 0 < target < 1:
         raise ValueError(f"target_compute must be between 0 and 1, not {target}")
     return target
-
-
-def price_for(router: Router, target: float, spending: Spending, *, steps: int = 12) -> float:
-    """The price at which a router for a range of prices meets a target, by bisection on a log scale.
-
-    Args:
-        router: a router for a range of prices; its compute falls as the price rises.
-        target: mean compute, in (0, 1).
-        spending: measures a router's held-out compute.
-        steps: how many times the range is halved.
-
-    Raises:
-        ValueError: the router is for one price, or no price in its range meets the target.
-    """
-    if router.config.get("prices") is None:
-        raise ValueError("this router was trained for one price: train with env.prices for a range of them")
-    low, high = router.config["prices"]
-    most, least = spending(router.at(price=low)), spending(router.at(price=high))
-    if not least <= target <= most:
-        raise ValueError(
-            f"target_compute {target:g} is out of reach: at prices {high:g} to {low:g} the router spends "
-            f"{least:.2f} to {most:.2f}; widen env.prices or train for longer"
-        )
-    for _ in range(steps):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if spending(router.at(price=middle)) > target else (low, middle)
-    return math.sqrt(low * high)

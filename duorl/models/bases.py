@@ -58,10 +58,13 @@ class Base:
         Raises:
             ValueError: transformers cannot read it; says why.
         """
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        from duorl.models.convertible import check_config
 
         given = {"dtype": torch.float32 if self.gguf_file else dtype or "auto", "use_safetensors": True}
         with self._told("model"), _quick_gguf(self.gguf_file):
+            check_config(AutoConfig.from_pretrained(self.place, **self._source()))  # before weights are read
             model: Any = AutoModelForCausalLM.from_pretrained(self.place, **given, **self._source(), **more)
         if self.gguf_file and (quantizer := getattr(model, "hf_quantizer", None)):
             quantizer.remove_quantization_config(model)  # its weights are plain numbers now

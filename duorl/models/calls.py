@@ -152,19 +152,22 @@ class RoutedCall(Call):
         self.compute: Tensor | None = None
         self.previous: Tensor | None = None
         self.taken: tuple[Tensor, ...] = ()
+        self._shape: torch.Size  # of the stream: OPT's layers flatten it
 
     def ffn(self, ffn: DuoFFN, hidden: Tensor) -> Tensor:
         """Run the chosen network of each token."""
-        layer = len(self.taken)
+        layer, given = len(self.taken), hidden.shape
+        hidden = hidden.view(self._shape)
         before = self.action_compute.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
         with calling(None):  # because a router may run models
             actions = self.decide(View(hidden, layer, before, self.previous, self.taken))
         self.compute = before + self.action_compute[layer][actions]
         self.previous, self.taken = hidden, (*self.taken, actions)
-        return ffn.route(hidden, actions)
+        return ffn.route(hidden, actions).view(given)
 
     def layer(self, forward: Callable[..., Any], hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run a layer; if the whole layer is skipped, the token keeps its input."""
+        self._shape = hidden.shape
         output = forward(hidden, *args, **kwargs)
         if not self.drops_blocks:
             return output

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedConfig
 
 from duorl.models.calls import Skip, known_skip
-from duorl.models.families import inner_size_name
+from duorl.models.families import family_of, inner_size_name
 
 
 class DuoConfig(PreTrainedConfig):
@@ -74,9 +74,10 @@ class DuoConfig(PreTrainedConfig):
 
     @property
     def small_backbone(self) -> PreTrainedConfig:
-        """The decoder's configuration with the small networks' inner size."""
+        """The decoder's configuration with the small networks' inner size, if the family has a field for it."""
         fields = self.backbone.to_dict()
-        fields[inner_size_name(self.backbone)] = self.small_size
+        if family_of(self.backbone).inner_size is not None:
+            fields[inner_size_name(self.backbone)] = self.small_size
         return type(self.backbone).from_dict(fields)
 
 

@@ -2,13 +2,14 @@
 
 A family whose layers have the structure of Llama needs no entry here. Every other family has one entry in `FAMILIES`,
 with the differences, and one line in the table in tests/conftest.py. If a family does not work, `duorl.convert` finds
-this out, because it compares the converted model with the original.
+this out, because it compares the converted model with the original. docs/families.md lists what converts.
 """
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -27,23 +28,63 @@ class Family:
     """The names of a decoder's parts; by default those of Llama.
 
     Attributes:
-        ffn: a layer's feed-forward network.
+        ffn: a layer's feed-forward network, or, if the layer has the `parts` itself, the last of these.
+        parts: the network's modules in the order of their use, if the network is no module that maps (..., d) to
+            (..., d) by itself. `big` and `small` are then sequences of these modules.
+        adds_residual: the network also takes the residual stream, and returns it with the output added.
         attention: a layer's attention block; several names if layers have different ones.
         ffn_norm: a layer's norm of the network's output, before this is added to the residual stream; None without.
+        sum_norm: a layer's norm of the sum, in a layer whose `do_layer_norm_before` is false; None without.
         multiplier: a layer's factor on the network's output; None if it is 1.
-        inner_size: the network's inner size in the configuration; if its value is None, 4 times the hidden size.
-        attention_function: its name in transformers. Families whose attention does not use the attention interface
-            have routed passes, but no reference context.
+        inner_size: the network's inner size in the configuration; if its value is None, 4 times the hidden size. None:
+            the configuration has no such field, and the size is always 4 times the hidden size.
+        attention_function: its name in transformers.
+        cache_argument: a layer's argument for its cache. It is named for families whose attention does not use the
+            attention interface, but reads its keys from the cache and the mask alone: their reference context goes
+            through it (`duorl.models.past`). Other families without the interface have routed passes only.
+        bias_argument: a layer's argument for what it adds to the scores of each key, if this is not in the mask.
         layer_returns_tuple: a layer returns a tuple whose first element is the hidden state.
     """
 
     ffn: str = "mlp"
+    parts: tuple[str, ...] = ()
+    adds_residual: bool = False
     attention: tuple[str, ...] = ("self_attn",)
     ffn_norm: str | None = None
+    sum_norm: str | None = None
     multiplier: str | None = None
-    inner_size: str = "intermediate_size"
+    inner_size: str | None = "intermediate_size"
     attention_function: str = STEERED
+    cache_argument: str = ""
+    bias_argument: str = ""
     layer_returns_tuple: bool = False
+
+    @property
+    def in_layer(self) -> bool:
+        """Whether the layer has the network's parts itself."""
+        return self.ffn in self.parts
+
+    def network(self, layer: nn.Module) -> nn.Module:
+        """A layer's feed-forward network, which maps (..., d) to (..., d)."""
+        owner = layer if self.in_layer else cast(nn.Module, getattr(layer, self.ffn))
+        if not self.parts:
+            return owner
+        return nn.Sequential(OrderedDict((part, cast(nn.Module, getattr(owner, part))) for part in self.parts))
+
+    def replace(self, layer: nn.Module, network: nn.Module) -> None:
+        """Give a layer another network; parts of the old one that the layer has itself do nothing any more."""
+        for part in self.parts if self.in_layer else ():
+            setattr(layer, part, nn.Identity())
+        setattr(layer, self.ffn, network)
+
+    def original_name(self, name: str) -> str:
+        """Name of a weight in the original, from its name in a duo's backbone; `small` has the names of `big`."""
+        owner = "." if self.in_layer else f".{self.ffn}."
+        return name.replace(f".{self.ffn}.big.", owner).replace(f".{self.ffn}.small.", owner)
+
+    def residual(self, layer: nn.Module, output: Tensor, ffn_input: Tensor) -> Tensor:
+        """The stream that the network's output is added to, from the output of a layer whose network adds nothing."""
+        return ffn_input if self.normalizes_sum(layer) else output
 
     def completed(self, layer: nn.Module, residual: Tensor, output: Tensor) -> Tensor:
         """Output of a layer: its network's output is added to the residual stream, all (..., d)."""
@@ -51,7 +92,12 @@ class Family:
             output = getattr(layer, self.ffn_norm)(output)
         if self.multiplier is not None:
             output = output * getattr(layer, self.multiplier)
-        return residual + output
+        total = residual + output
+        return getattr(layer, cast(str, self.sum_norm))(total) if self.normalizes_sum(layer) else total
+
+    def normalizes_sum(self, layer: nn.Module) -> bool:
+        """Whether a layer's norms come after its sums, so that its network reads the residual stream itself."""
+        return self.sum_norm is not None and not layer.do_layer_norm_before
 
 
 _LLAMA = Family()
@@ -59,12 +105,23 @@ _NORM_AFTER = Family(ffn_norm="post_feedforward_layernorm")
 _GPT = Family(attention=("attn",), inner_size="n_inner")
 
 FAMILIES: dict[str, Family] = {
+    "bloom": Family(
+        parts=("dense_h_to_4h", "gelu_impl", "dense_4h_to_h"),
+        adds_residual=True,
+        attention=("self_attention",),
+        inner_size=None,
+        attention_function="eager",
+        cache_argument="layer_past",
+        bias_argument="alibi",
+        layer_returns_tuple=True,
+    ),
     "codegen": _GPT,
     "exaone4": _NORM_AFTER,
     "falcon": Family(
         attention=("self_attention",),
         inner_size="ffn_hidden_size",
         attention_function="sdpa",
+        cache_argument="layer_past",
         layer_returns_tuple=True,
     ),
     "gemma2": _NORM_AFTER,
@@ -76,9 +133,11 @@ FAMILIES: dict[str, Family] = {
     "gpt_neox": Family(attention=("attention",)),
     "gptj": _GPT,
     "granite": Family(multiplier="residual_multiplier"),
+    "hyperclovax": Family(ffn_norm="post_norm2", multiplier="residual_multiplier"),
     "olmo2": _NORM_AFTER,
     "olmo3": _NORM_AFTER,
     "olmo_hybrid": Family(attention=("self_attn", "linear_attn"), ffn_norm="post_feedforward_layernorm"),
+    "opt": Family(ffn="fc2", parts=("fc1", "activation_fn", "fc2"), sum_norm="final_layer_norm", inner_size="ffn_dim"),
     "qwen3_5_text": Family(attention=("self_attn", "linear_attn")),
 }
 """By `model_type` of transformers; a family that is not listed has the names of `Family()`."""
@@ -103,6 +162,11 @@ def find_layers(backbone: PreTrainedModel) -> nn.ModuleList:
     return max(stacks, key=len)
 
 
+def decoder_of(backbone: PreTrainedModel, layers: nn.ModuleList) -> nn.Module:
+    """The part between embedding and head: the module that owns the decoder layers."""
+    return next(module for module in backbone.modules() if any(child is layers for child in module.children()))
+
+
 def attention_of(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
     """A layer's attention block.
 
@@ -116,28 +180,49 @@ def attention_of(layer: nn.Module, config: PreTrainedConfig) -> nn.Module:
     raise ValueError(f"{_unknown(config)}: a layer has no `{' or '.join(names)}` module")
 
 
+def require_no_experts(config: PreTrainedConfig) -> None:
+    """Check that a decoder's networks are no mixtures of experts.
+
+    Raises:
+        ValueError: they are.
+    """
+    if max(_number(getattr(config, name, None)) for name in _EXPERTS) > 1:
+        raise ValueError(f"{config.model_type}: its networks are mixtures of experts, which route by themselves")
+
+
 def inner_size_name(config: PreTrainedConfig) -> str:
     """Name of the field with a decoder's FFN inner size.
 
     Raises:
         ValueError: the configuration has no single number for all layers, or the networks are mixtures of experts.
     """
-    count = max(_number(getattr(config, name, None)) for name in _EXPERTS)
-    if count > 1:
-        raise ValueError(f"{config.model_type}: its networks are mixtures of experts, which route by themselves")
+    require_no_experts(config)
     name = family_of(config).inner_size
+    if name is None:
+        raise ValueError(f"{config.model_type}: the FFN inner size is always 4 times the hidden size")
     if not hasattr(config, name) or isinstance(getattr(config, name), list | tuple):
         raise ValueError(f"{_unknown(config)}: its configuration has no single FFN inner size `{name}`")
     return name
 
 
 def inner_size(config: PreTrainedConfig) -> int:
-    """A decoder's FFN inner size; for GPT-2 without a value, 4 times the hidden size."""
+    """A decoder's FFN inner size; for GPT-2 without a value, and for Bloom, 4 times the hidden size."""
+    if family_of(config).inner_size is None:
+        return 4 * config.hidden_size
     name = inner_size_name(config)
     size = getattr(config, name)
     if size is not None and (not isinstance(size, int) or size < 1):
         raise ValueError(f"{config.model_type}: {name} must be at least 1, not {size!r}")
     return 4 * config.hidden_size if size is None else size
+
+
+def sized(network: nn.Module, size: int) -> nn.Module:
+    """A network of `Family.parts` with another inner size and new weights."""
+    up, down = (m for m in network.children() if isinstance(m, nn.Linear))
+    assert isinstance(network, nn.Sequential)
+    network[0] = nn.Linear(up.in_features, size, up.bias is not None, up.weight.device, up.weight.dtype)
+    network[-1] = nn.Linear(size, down.out_features, down.bias is not None, down.weight.device, down.weight.dtype)
+    return network
 
 
 def attention_width(config: PreTrainedConfig) -> int:

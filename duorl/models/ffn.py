@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from duorl.costs import BIG, SKIP
+from duorl.costs import BIG, SKIP, SMALL, linear_flops
 from duorl.models.calls import current
 
 _CACHED = 2**20  # inner activations that fit into a processor's cache
+_WAIT = 10**10  # FLOPs that an accelerator does while the host waits for one number of it
 
 
 class DuoFFN(nn.Module):
@@ -52,9 +53,12 @@ class DuoFFN(nn.Module):
         Returns:
             Shape (..., d); zeros for skip.
         """
-        tokens = hidden.flatten(0, -2)  # (N, d)
-        order = actions.flatten().argsort()
-        counts = actions.flatten().bincount(minlength=3).tolist()  # sizes of the groups: the only host synchronisation
+        tokens, codes = hidden.flatten(0, -2), actions.flatten()  # (N, d), (N,)
+        if self.cheaper_than_waiting(tokens):
+            return self._select(hidden, actions)
+        order = codes.argsort()
+        kinds = torch.arange(3, device=codes.device)[:, None]
+        counts = (codes == kinds).sum(1).tolist()  # sizes of the groups: the only host synchronisation
         if max(counts) == len(tokens):
             return self.run(hidden, counts.index(len(tokens)))
         # index_select copies rows in both directions: on a CPU, this is several times faster than indexing.
@@ -62,11 +66,38 @@ class DuoFFN(nn.Module):
         outputs = torch.cat([self.run(group, action) for action, group in enumerate(groups) if len(group)])
         return outputs.index_select(0, order.argsort()).view_as(hidden)
 
+    def cheaper_than_waiting(self, tokens: Tensor) -> bool:
+        """Whether an accelerator runs the networks on all tokens (N, d) sooner than the host learns a group's size."""
+        if tokens.device.type == "cpu":
+            return False
+        return linear_flops(self) * len(tokens) < _WAIT
+
+    def _select(self, hidden: Tensor, actions: Tensor) -> Tensor:
+        """Run both networks on all tokens, and take what each token chose: no host synchronisation."""
+        output = self.run(hidden, SKIP)
+        for action in (SMALL, BIG):
+            output = torch.where((actions == action)[..., None], self.run(hidden, action), output)
+        return output
+
+
+class AddingDuoFFN(DuoFFN):
+    """For layers that leave the sum to their network, as Bloom's do: they call it with the residual stream."""
+
+    def forward(self, hidden: Tensor, residual: Tensor | None = None, *, actions: Tensor | int | None = None) -> Tensor:
+        """Shape (..., d) to (..., d); the residual stream (..., d) is added if it is given."""
+        output = super().forward(hidden, actions=actions)
+        return output if residual is None else residual + output
+
 
 def _in_cache(ffn: nn.Module, hidden: Tensor) -> Tensor:
-    """Output of a network. On a CPU, it is computed in parts that fit into the cache: up to a third faster."""
+    """Output of a network. On a CPU in float32, it is computed in parts that fit into the cache: up to a third faster.
+
+    In lower precisions, a product prepares its weights anew for each part, so parts are slower.
+    """
+    if hidden.device.type != "cpu" or hidden.dtype != torch.float32:
+        return ffn(hidden)
     rows = _CACHED // max(max(weight.shape) for weight in ffn.parameters())
     tokens = hidden.flatten(0, -2)
-    if hidden.device.type != "cpu" or len(tokens) <= rows:
+    if len(tokens) <= rows:
         return ffn(hidden)
     return torch.cat([ffn(part) for part in tokens.split(rows)]).view_as(hidden)

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duorl import hub
+from duorl.devices import Dtype, pick_device, pick_dtype, require_memory
 from duorl.models.bases import find_recorded, read_object, said, with_end_of_text
 from duorl.models.calls import Skip, known_skip
 from duorl.models.shared import FILES, WEIGHTS
@@ -63,20 +64,25 @@ def _from_hub(name: str) -> Path:
 
 
 def load(
-    name: str | Path = "duo-tiny", *, dtype: torch.dtype = torch.float32, skip: Skip | None = None
+    name: str | Path = "duo-tiny",
+    *,
+    dtype: torch.dtype | Dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    skip: Skip | None = None,
 ) -> DuoForCausalLM:
     """Load a saved duo model, frozen and in evaluation mode.
 
     Args:
         name: `"duo-tiny"`, the model inside the package; `"smollm2"`, SmolLM2-135M with small networks from the package
             (its extra `smollm2` must be installed); a folder; or `owner/name` on the hub.
-        dtype: dtype of the weights in memory.
+        dtype: dtype of the weights in memory, or its name; see `duorl.devices` for `auto`.
+        device: where the model runs; see `duorl.devices`.
         skip: what the action `skip` leaves out, see `DuoConfig`; by default as the model was saved.
 
     Raises:
         OSError: there is no such folder, or files are missing in it, or its base model.
         ValueError: the folder holds another kind of model, or not all of its weights, or small networks of another
-            base model, or `skip` is unknown.
+            base model, or `skip` is unknown, or the device is not there, or the weights do not fit into memory.
     """
     folder = model_folder(name)
     changed: dict[str, Any] = {} if skip is None else {"skip": known_skip(skip)}
@@ -88,16 +94,33 @@ def load(
     if kind != DuoConfig.model_type:
         raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: make one with duorl.convert")
     _require_backbone(folder, settings)
+    place = pick_device(str(device))
+    dtype = _fitting(folder, settings, place, dtype)
     with _told(folder):
         if settings.get("base"):
-            return DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed).requires_grad_(False)
+            return DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed).to(place).requires_grad_(False)
         _require_plausible(folder, settings["backbone"])
         with _without_report():
             changed |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
             loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed)
     model, found = loaded
     _check_weights(folder, model, found)
-    return model.eval().requires_grad_(False)
+    return model.to(place).eval().requires_grad_(False)
+
+
+def _fitting(folder: Path, settings: dict[str, Any], place: torch.device, dtype: torch.dtype | Dtype) -> torch.dtype:
+    """The precision of a name; refuses weights that do not fit into memory in it."""
+    from duorl.models.config import DuoConfig
+    from duorl.models.footprint import weight_bytes
+
+    try:
+        config = DuoConfig.from_dict(dict(settings))
+        found = pick_dtype(dtype, place, config.backbone.hidden_size) if isinstance(dtype, str) else dtype
+        needed = weight_bytes(config, found)
+    except Exception as problem:  # whatever a broken config.json leads to
+        raise ValueError(f"cannot load the model in {folder}: {said(problem)}") from problem
+    require_memory(needed, place, f"the weights in {folder}", "give another --dtype or a smaller model")
+    return found
 
 
 @contextmanager

@@ -21,12 +21,14 @@ class Memory:
         mode: `record`: store the keys and values of an ordinary pass; `read`: read them; `commit`: read them, and store
             the readers' own keys and values at their positions.
         length: number of stored positions that are read; by default all.
+        bias: (1 or H, S), what attention adds to the scores of each stored position; for `duorl.models.past` only.
     """
 
     positions: Tensor
     stored: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     mode: Literal["record", "read", "commit"] = "read"
     length: int | None = None
+    bias: Tensor | None = None
 
     def looked_at(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values that are read in a layer, each (B, H, `length`, k)."""

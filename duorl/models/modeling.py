@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import cached_property, wraps
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +20,8 @@ from duorl.costs import ACTIONS, Flops, linear_flops
 from duorl.inputs import View
 from duorl.models.calls import Call, RoutedCall, calling, let_ask
 from duorl.models.config import DuoConfig
-from duorl.models.families import attention_of, attention_width, family_of, find_layers
-from duorl.models.ffn import DuoFFN
+from duorl.models.families import attention_of, attention_width, decoder_of, family_of, find_layers, sized
+from duorl.models.ffn import AddingDuoFFN, DuoFFN
 from duorl.models.shared import CARD, join, save_small, small_folder
 from duorl.models.stack import DecoderStack
 
@@ -56,11 +56,12 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: DuoConfig, backbone: PreTrainedModel | None = None):
         super().__init__(config)
         self.backbone = _steered_backbone(config) if backbone is None else backbone
-        name, layers = family_of(config.backbone).ffn, find_layers(self.backbone)
+        family, layers = family_of(config.backbone), find_layers(self.backbone)
+        kind = AddingDuoFFN if family.adds_residual else DuoFFN
         for layer, small in zip(layers, _small_ffns(config), strict=True):
-            setattr(layer, name, DuoFFN(big=cast(nn.Module, getattr(layer, name)), small=small))
+            family.replace(layer, kind(big=family.network(layer), small=small))
             let_ask(layer, "layer")
-        let_ask(cast(nn.Module, self.backbone.base_model), "decoder")
+        let_ask(decoder_of(self.backbone, layers), "decoder")
         self.post_init()
 
     @classmethod
@@ -275,8 +276,10 @@ def _small_ffns(config: DuoConfig) -> list[nn.Module]:
     """Feed-forward networks of the same decoder with the small inner size and new weights."""
     with torch.device("meta"):  # the rest of this decoder is not allocated
         skeleton = AutoModelForCausalLM.from_config(config.small_backbone)
-    name = family_of(config.backbone).ffn
-    ffns = [cast(nn.Module, getattr(layer, name)) for layer in find_layers(skeleton)]
+    family = family_of(config.backbone)
+    ffns = [family.network(layer) for layer in find_layers(skeleton)]
+    if family.inner_size is None:
+        ffns = [sized(ffn, config.small_size) for ffn in ffns]
     if torch.empty(0).device.type == "meta":  # from_pretrained builds on meta and loads the weights itself
         return ffns
     for ffn in ffns:

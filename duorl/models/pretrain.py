@@ -8,29 +8,25 @@ transformers, with its checkpoints, resuming and several GPUs.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from torch.utils.data import Dataset
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
 )
-from transformers.integrations import TensorBoardCallback
-from transformers.integrations.integration_utils import rewrite_logs
 from transformers.trainer_utils import set_seed
 
 from duorl.corpus import documents, load_windows, source_names
@@ -45,28 +41,28 @@ from duorl.models.modeling import DuoForCausalLM
 from duorl.models.recipe import PretrainOptions
 from duorl.models.saving import precisions, save
 from duorl.models.tokenizer import train_tokenizer
+from duorl.models.trainer import RoutingTrainer, WindowSet, random_routes
 from duorl.models.training_options import training_arguments
-
-
-def random_routes(
-    tokens: int, layers: int, *, skip_share: float = 0.0, big_share: float = 0.5, generator: torch.Generator
-) -> Tensor:
-    """A random route for every token, (tokens, layers) int64.
-
-    In every layer, a share `skip_share` of the tokens skips, and a share `big_share` of the rest takes big. The tokens
-    are random, their number is fixed: matrix kernels on a CPU are compiled for each shape. If the group sizes always
-    change, this takes longer than the products.
-    """
-    skips = round(tokens * skip_share)
-    smalls = int((tokens - skips) * (1 - big_share))
-    counts = torch.tensor([skips, smalls, tokens - skips - smalls])
-    shares = torch.arange(3).repeat_interleave(counts)
-    return shares[torch.rand(tokens, layers, generator=generator).argsort(dim=0)]
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean cross-entropy in nats of logits (B, T, V) against targets (B, T)."""
     return cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+@dataclass(frozen=True)
+class NextToken:
+    """The objective of stage 1: next-token loss in nats under random routes; see `random_routes` for the shares."""
+
+    skip_share: float
+    big_share: float
+
+    def __call__(self, model: DuoForCausalLM, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss of windows (B, T+1), scalar."""
+        inputs, layers = tokens[:, :-1], getattr(model, "module", model).num_layers  # may be wrapped for several GPUs
+        routes = random_routes(inputs.numel(), layers, **vars(self), generator=generator)
+        logits = model(input_ids=inputs, routes=routes.view(*inputs.shape, layers).to(inputs.device)).logits
+        return next_token_loss(logits, tokens[:, 1:])
 
 
 @torch.no_grad()
@@ -82,105 +78,6 @@ def constant_losses(model: DuoForCausalLM, windows: Tensor, *, batch: int = 32) 
             total += next_token_loss(model(input_ids=inputs, routes=routes).logits, tokens[:, 1:]).item() * len(tokens)
         losses[name] = total / len(windows)
     return losses
-
-
-_LOSSES = "losses.json"  # in a checkpoint: the losses since the last log
-
-
-class _Windows(Dataset):
-    def __init__(self, windows: Tensor):
-        self.windows = windows
-
-    def __len__(self) -> int:
-        return len(self.windows)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"tokens": self.windows[index]}
-
-
-class StageOneTrainer(Trainer):
-    """The Trainer of transformers, with new random routes of all tokens in every update.
-
-    Batches that are accumulated into one update have the same random routes. A checkpoint also has the losses since the
-    last log, so that a resumed training logs the same values as an uninterrupted one.
-    """
-
-    def __init__(self, *args, skip_share: float, big_share: float, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulated batches are averaged
-        self.shares = {"skip_share": skip_share, "big_share": big_share}
-        self.add_callback(_GoesOn(self))
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Next-token loss in nats under random routes; the step is the seed, so a resumed run draws the same."""
-        tokens = inputs["tokens"]
-        seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
-        generator = torch.Generator().manual_seed(seed)
-        inputs, layers = tokens[:, :-1], self.accelerator.unwrap_model(model).num_layers
-        routes = random_routes(inputs.numel(), layers, **self.shares, generator=generator)
-        output = model(input_ids=inputs, routes=routes.view(*inputs.shape, layers).to(inputs.device))
-        loss = next_token_loss(output.logits, tokens[:, 1:])
-        return (loss, output) if return_outputs else loss
-
-    def log(self, logs, start_time=None) -> None:
-        """Log; the mean loss of the training includes the steps before it was stopped."""
-        if "train_loss" in logs:
-            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
-        super().log(logs, start_time)
-
-    def _save_checkpoint(self, model, trial) -> None:
-        losses = {
-            "total": self._total_loss_scalar,
-            "since": self._tr_loss.item(),
-            "logged": self._globalstep_last_logged,
-        }
-        write_json(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _LOSSES, losses)
-        super()._save_checkpoint(model, trial)  # writes trainer_state.json last
-
-    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """Mean loss in nats of all-small and all-big on the evaluation windows."""
-        model = self.accelerator.unwrap_model(self.model)
-        windows = cast(_Windows, self.eval_dataset).windows
-        found = constant_losses(model, windows, batch=self.args.eval_batch_size)
-        metrics = {f"{metric_key_prefix}_{name}": loss for name, loss in found.items()}
-        self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
-        return metrics
-
-
-class _GoesOn(TrainerCallback):
-    """Gives a resumed trainer the losses in its checkpoint."""
-
-    def __init__(self, trainer: StageOneTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, **kwargs) -> None:
-        """Set the losses; the trainer has just set them to 0."""
-        path = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _LOSSES
-        if state.global_step and path.is_file():
-            losses = json.loads(path.read_text())
-            self.trainer._total_loss_scalar = losses["total"]
-            self.trainer._tr_loss += losses["since"]
-            self.trainer._globalstep_last_logged = losses["logged"]
-
-
-class _Events(TensorBoardCallback):
-    """TensorBoard events that stay open after the training, for the evaluation."""
-
-    def on_train_end(self, args, state, control, **kwargs) -> None:
-        """Flush, but do not close."""
-        self.tb_writer.flush()
-
-
-def last_checkpoint(folder: Path) -> Path | None:
-    """The last complete checkpoint in a folder; those without trainer_state.json are incomplete and removed."""
-    whole: dict[int, Path] = {}
-    for checkpoint in folder.glob("checkpoint-*"):
-        try:
-            whole[json.loads((checkpoint / "trainer_state.json").read_text())["global_step"]] = checkpoint
-        except (OSError, ValueError, KeyError):
-            shutil.rmtree(checkpoint)
-    return whole[max(whole)] if whole else None
 
 
 def backbone_config(settings: dict[str, Any], **more: Any) -> PreTrainedConfig:
@@ -291,14 +188,14 @@ class Pretraining:
             except Exception as error:  # of many kinds, for the options are
                 raise ValueError(f"training: {type(error).__name__}: {error}") from error
 
-    def _trainer(self, arguments: TrainingArguments) -> StageOneTrainer:
-        return StageOneTrainer(
+    def _trainer(self, arguments: TrainingArguments) -> RoutingTrainer:
+        return RoutingTrainer(
             model=self.model,
             args=arguments,
-            train_dataset=_Windows(self.training),
-            eval_dataset=_Windows(self.held_out[: self.options.evaluation_windows]),
-            skip_share=self.options.skip_share,
-            big_share=self.options.big_share,
+            train_dataset=WindowSet(self.training),
+            eval_dataset=WindowSet(self.held_out[: self.options.evaluation_windows]),
+            objective=NextToken(self.options.skip_share, self.options.big_share),
+            measure=partial(constant_losses, batch=arguments.eval_batch_size),
         )
 
     def run(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
@@ -313,30 +210,10 @@ class Pretraining:
         Args:
             callbacks: callbacks of the Trainer.
         """
-        checkpoint = last_checkpoint(self.out / "checkpoints") if self.resume else None
         trainer = self._trainer(self.arguments)
-        self._journal(trainer, checkpoint)
-        for callback in callbacks:
-            trainer.add_callback(callback)
-        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        trainer.evaluate()
+        trainer.run(self.out, callbacks, resume=self.resume)
         save(self.model, self.tokenizer, self.out, self.precisions)
         write_json(self.out / "history.json", trainer.state.log_history)
-
-    def _journal(self, trainer: Trainer, checkpoint: Path | None) -> None:
-        """Write TensorBoard events, if wanted: first those from before the checkpoint."""
-        if trainer.pop_callback(TensorBoardCallback) is None:
-            return
-        from torch.utils.tensorboard import SummaryWriter
-
-        shutil.rmtree(self.out / "tensorboard", ignore_errors=True)
-        writer = SummaryWriter(str(self.out / "tensorboard"))
-        state = json.loads((checkpoint / "trainer_state.json").read_text()) if checkpoint else {"log_history": []}
-        for logs in state["log_history"]:
-            step = logs.pop("step")
-            for tag, value in rewrite_logs(logs).items():
-                writer.add_scalar(tag, value, step)
-        trainer.add_callback(_Events(writer))
 
 
 def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArguments:

@@ -67,7 +67,7 @@ def save_small(model: DuoForCausalLM, folder: str | Path, base: Base | None = No
         raise ValueError("small networks are saved with the name of their base model: give base=find_base(...)")
     if any(weight.dtype == torch.float16 for ffn in model.stack.ffns for weight in ffn.big.parameters()):
         raise ValueError("float16 may have rounded the big networks: load the base model in float32 or bfloat16")
-    folder, weights = Path(folder), _small_weights(model)
+    folder, weights = Path(folder), small_weights(model)
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"the small networks are not saved: {broken[0]} holds numbers that are not finite")
     config = copy.deepcopy(model.config)
@@ -107,7 +107,7 @@ def join(kind: type[Duo], folder: Path, config: DuoConfig, *, dtype: torch.dtype
     if fingerprint(model) != record.get("fingerprint"):
         made = f"the small networks in {folder} were made for other big networks than those of {base}"
         raise ValueError(f"{made} here: give that base model, or make them anew with duorl convert")
-    _take_small(model, folder)
+    take_small(model, folder / WEIGHTS)
     cast_weights(model, wanted)
     config.dtype, model.name_or_path = wanted, str(folder)
     model.generation_config = loaded.generation_config
@@ -119,7 +119,8 @@ def small_folder(name: str, revision: str | None = None) -> Path:
     return Path(name) if Path(name).is_dir() else hub.snapshot(name, FILES, revision)
 
 
-def _small_weights(model: DuoForCausalLM) -> dict[str, Tensor]:
+def small_weights(model: DuoForCausalLM) -> dict[str, Tensor]:
+    """The weights of the small networks, named `LAYER.NAME`."""
     networks = enumerate(ffn.small for ffn in model.stack.ffns)
     return {
         f"{layer}.{name}": tensor.detach().cpu().contiguous()
@@ -128,9 +129,12 @@ def _small_weights(model: DuoForCausalLM) -> dict[str, Tensor]:
     }
 
 
-def _take_small(model: DuoForCausalLM, folder: Path) -> None:
-    """Give a model its small networks from their file, each on the device of big."""
-    path = folder / WEIGHTS
+def take_small(model: DuoForCausalLM, path: Path) -> None:
+    """Give a model its small networks from a file of `small_weights`, each on the device of big.
+
+    Raises:
+        ValueError: the file cannot be read, or holds the networks of another model, or numbers that are not finite.
+    """
     try:
         weights = load_file(path)
     except SafetensorError as problem:
@@ -141,7 +145,8 @@ def _take_small(model: DuoForCausalLM, folder: Path) -> None:
         for name, expected in ffn.small.state_dict().items():
             weight = weights.pop(f"{layer}.{name}", None)
             found[name] = _checked(f"{path}: {layer}.{name}", weight, expected).to(device)
-        ffn.small.load_state_dict(found, assign=True)
+        unmade = next(ffn.small.parameters()).is_meta  # has shapes only
+        ffn.small.load_state_dict(found, assign=unmade)
     if weights:
         raise ValueError(f"{path} holds {min(weights)}, which the model of its config.json does not have")
 

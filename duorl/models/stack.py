@@ -10,13 +10,15 @@ from __future__ import annotations
 
 from typing import cast
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 from duorl.models.calls import Arguments, BypassedFFN, GivenDecoderOutput, GivenStream, RecordedLayers, calling
-from duorl.models.families import family_of, find_layers
+from duorl.models.families import decoder_of, family_of, find_layers
 from duorl.models.ffn import DuoFFN
+from duorl.models.memory import active_memory
+from duorl.models.past import through_cache
 
 
 class DecoderStack:
@@ -35,7 +37,7 @@ class DecoderStack:
         self.family = family_of(backbone.config)
         self.layers = find_layers(backbone)
         self.ffns = [cast(DuoFFN, getattr(layer, self.family.ffn)) for layer in self.layers]
-        self._decoder = cast(nn.Module, backbone.base_model)
+        self._decoder = decoder_of(backbone, self.layers)
 
     def embed(self, input_ids: Tensor, positions: Tensor | None = None) -> tuple[Tensor, list[Arguments]]:
         """Input of layer 0, (B, P, d), and arguments of each layer.
@@ -52,10 +54,14 @@ class DecoderStack:
 
     def attend(self, layer: int, hidden: Tensor, arguments: Arguments) -> tuple[Tensor, Tensor]:
         """Run a layer up to its FFN: (the residual stream after attention, the FFN's input), both (B, P, d)."""
-        call = BypassedFFN()
+        call, memory = BypassedFFN(), active_memory()
+        if memory is not None and self.family.cache_argument:
+            arguments = through_cache(self.family, memory, hidden, arguments)
         with calling(call):
             output = self.layers[layer](hidden, *arguments[0], **arguments[1])
-        return (output[0] if isinstance(output, tuple) else output), call.captured
+        output = output[0] if isinstance(output, tuple) else output
+        ffn_input = call.captured.view_as(output)  # OPT's layers flatten it
+        return self.family.residual(self.layers[layer], output, ffn_input), ffn_input
 
     def complete(self, layer: int, residual: Tensor, ffn_output: Tensor) -> Tensor:
         """Output of the layer, (B, P, d): the FFN's output is added to the residual stream."""
@@ -63,8 +69,9 @@ class DecoderStack:
 
     def normalized(self, hidden: Tensor) -> Tensor:
         """Apply the model's final norm to a residual stream: (B, P, d) to (B, P, d)."""
+        embedded = hidden[..., : self.backbone.get_input_embeddings().embedding_dim]  # ignored; OPT 350M's are narrower
         with calling(GivenStream(hidden, in_tuple=self.family.layer_returns_tuple)):
-            return self._decoder(inputs_embeds=hidden, use_cache=False).last_hidden_state
+            return self._decoder(inputs_embeds=embedded, use_cache=False).last_hidden_state
 
     def head(self, normalized: Tensor) -> Tensor:
         """Apply the model's head to a normalized stream: (B, P, d) to (B, P, V)."""

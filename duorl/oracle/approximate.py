@@ -59,6 +59,7 @@ def beam(
     price: float = 0.0,
     context: Literal["reference", "routed"] = "reference",
     actions: Sequence[str] = ("small", "big"),
+    memory_limit: int = MEMORY_LIMIT,
 ) -> Found:
     """Beam search: in each layer, keep the best `width` prefixes (routes so far) of each token.
 
@@ -72,11 +73,12 @@ def beam(
         price: nats per all-big pass.
         context: `reference` or `routed`, see `exhaustive`.
         actions: names of the allowed actions.
+        memory_limit: bytes for everything that the search allocates.
     """
     require_positive(width=width)
     codes = action_ids(actions).to(model.device)
     strategy = partial(_beam, codes=codes, width=width, price=price)
-    return _search(f"beam {width}", strategy, model, tokens, context)
+    return _search(f"beam {width}", strategy, model, tokens, context, memory_limit, width * len(codes))
 
 
 def _beam(walk: RoutedPass, *, codes: Tensor, width: int, price: float) -> tuple[Tensor, Tensor]:
@@ -106,38 +108,43 @@ def descent(
     model: DuoForCausalLM,
     tokens: Tensor,
     *,
-    start: Sequence[int],
+    start: Sequence[int] | Sequence[Sequence[int]],
     rounds: int = 2,
     price: float = 0.0,
     context: Literal["reference", "routed"] = "reference",
     actions: Sequence[str] = ("small", "big"),
+    memory_limit: int = MEMORY_LIMIT,
 ) -> Found:
     """Coordinate descent: change one layer's action at a time, if this lowers loss + price * compute.
 
     Args:
         model: a duo model.
         tokens: (B, T+1).
-        start: L action codes with which every token starts, for example the best fixed pattern (`fixed_patterns`).
+        start: L action codes with which every token starts, for example the best fixed pattern (`fixed_patterns`); or
+            several of these, and every token starts with its best one.
         rounds: number of sweeps over the layers; the search ends early if no token changes.
         price: nats per all-big pass.
         context: `reference` or `routed`, see `exhaustive`.
         actions: names of the allowed actions.
+        memory_limit: bytes for everything that the search allocates.
 
     Raises:
-        ValueError: `start` has another length, or an action that is not allowed.
+        ValueError: `start` has another length, or an action that is not allowed; or the memory limit is too small.
     """
     require_positive(rounds=rounds)
     codes = action_ids(actions).to(model.device)
-    if len(start) != model.num_layers or not set(start) <= set(codes.tolist()):
-        raise ValueError(f"start must be {model.num_layers} codes out of {codes.tolist()}, not {list(start)}")
-    route = torch.tensor(list(start), device=model.device)
-    strategy = partial(_descent, codes=codes, start=route, rounds=rounds, price=price)
-    return _search(f"descent {rounds}", strategy, model, tokens, context)
+    starts = [start] if not start or isinstance(start[0], int) else start
+    for route in starts:
+        if len(route) != model.num_layers or not set(route) <= set(codes.tolist()):
+            raise ValueError(f"start must be {model.num_layers} codes out of {codes.tolist()}, not {list(route)}")
+    routes = torch.tensor([list(route) for route in starts], device=model.device)
+    strategy = partial(_descent, codes=codes, starts=routes, rounds=rounds, price=price)
+    return _search(f"descent {rounds}", strategy, model, tokens, context, memory_limit)
 
 
-def _descent(walk: RoutedPass, *, codes: Tensor, start: Tensor, rounds: int, price: float) -> tuple[Tensor, Tensor]:
-    choice = torch.searchsorted(codes, start).expand(*walk.targets.shape, -1).clone()  # (B, P, L), indices into codes
-    losses, cost = _complete(walk.fork(), codes[choice], price)
+def _descent(walk: RoutedPass, *, codes: Tensor, starts: Tensor, rounds: int, price: float) -> tuple[Tensor, Tensor]:
+    best, losses, cost = _best_among(walk, starts, price)
+    choice = torch.searchsorted(codes, starts)[best]  # (B, P, L), indices into codes
     for _ in range(rounds):
         before, taken = choice.clone(), walk.fork()
         while not taken.done:
@@ -162,7 +169,9 @@ def _complete(walk: RoutedPass, routes: Tensor, price: float) -> tuple[Tensor, T
     return losses, losses + price * walk.compute
 
 
-def descent_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, *, rounds: int = 2) -> float:
+def descent_flops(
+    model: DuoForCausalLM, actions: Sequence[str], positions: float, *, rounds: int = 2, starts: int = 1
+) -> float:
     """Maximum FLOPs of `descent` for one token: every layer is big, and no round ends early.
 
     Args:
@@ -170,11 +179,12 @@ def descent_flops(model: DuoForCausalLM, actions: Sequence[str], positions: floa
         actions: names of the A allowed actions.
         positions: number of positions that the token attends to.
         rounds: number of sweeps over the layers.
+        starts: number of routes of which every token starts with its best.
     """
     rest = completion_flops(model, actions, positions)
     steps = rest[0] - model.flops.head  # of the pass that the trials start from
     first = model.flops.attention(0, positions)
-    return first + rest[0] + rounds * ((len(actions) - 1) * sum(rest) + steps)
+    return starts * (first + rest[0]) + rounds * ((len(actions) - 1) * sum(rest) + steps)
 
 
 def best_of_random(
@@ -186,6 +196,7 @@ def best_of_random(
     price: float = 0.0,
     context: Literal["reference", "routed"] = "reference",
     actions: Sequence[str] = ("small", "big"),
+    memory_limit: int = MEMORY_LIMIT,
 ) -> Found:
     """Take the best of `count` random routes for each token; all tokens try the same routes (Duo-LLM, Fig. 4a).
 
@@ -197,21 +208,29 @@ def best_of_random(
         price: nats per all-big pass.
         context: `reference` or `routed`, see `exhaustive`.
         actions: names of the allowed actions.
+        memory_limit: bytes for everything that the search allocates.
     """
     require_positive(count=count)
     codes = action_ids(actions)
     drawn = codes[torch.randint(len(codes), (count, model.num_layers), generator=generator)].to(model.device)
-    return _search(f"random {count}", partial(_best_of, routes=drawn, price=price), model, tokens, context)
+    strategy = partial(_best_of, routes=drawn, price=price)
+    return _search(f"random {count}", strategy, model, tokens, context, memory_limit)
 
 
 def _best_of(walk: RoutedPass, *, routes: Tensor, price: float) -> tuple[Tensor, Tensor]:
+    best, losses, _ = _best_among(walk, routes, price)
+    return routes[best], losses
+
+
+def _best_among(walk: RoutedPass, routes: Tensor, price: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The best of some routes (R, L) for each token: its index, loss and cost, all (B, P)."""
     losses = torch.empty(len(routes), *walk.targets.shape, device=routes.device)
     cost = torch.empty_like(losses)
     for index, done in along(walk, routes):
         losses[index] = done.losses()
         cost[index] = losses[index] + price * done.compute
     best = cost.argmin(0, keepdim=True)
-    return routes[best[0]], losses.gather(0, best)[0]
+    return best[0], losses.gather(0, best)[0], cost.gather(0, best)[0]
 
 
 def _search(
@@ -220,8 +239,10 @@ def _search(
     model: DuoForCausalLM,
     tokens: Tensor,
     context: Literal["reference", "routed"],
+    memory_limit: int = MEMORY_LIMIT,
+    branches: int = 1,
 ) -> Found:
-    """Run a search on all tokens: window by window in the reference context, token by token in the routed one."""
+    """Run a search on all tokens: some windows at once in the reference context, token by token in the routed one."""
     if context not in ("reference", "routed"):
         raise ValueError(f"unknown context {context!r}: an approximate search needs reference or routed")
     tokens, tally, started = tokens.to(model.device), Tally(), time.perf_counter()
@@ -233,13 +254,14 @@ def _search(
         routes[rows, columns], losses[rows, columns] = strategy(walk)
         return routes[rows, columns]
 
+    at_once = states_within(memory_limit, model, len(tokens), losses.shape[1], 1)
     with torch.no_grad():
         if context == "reference":
-            for row in range(len(tokens)):
-                window = tokens[row : row + 1]
-                search(RoutedPass(model, window, context="reference", tally=tally), slice(row, row + 1), 0)
+            size = max(1, at_once // (branches * losses.shape[1]))
+            for row in range(0, len(tokens), size):
+                rows = slice(row, row + size)
+                search(RoutedPass(model, tokens[rows], context="reference", tally=tally), rows, 0)
         else:
-            at_once = states_within(MEMORY_LIMIT, model, len(tokens), losses.shape[1], 1)
             token_by_token(model, tokens, search, at_once=at_once, tally=tally)
     routes, losses = routes.cpu(), losses.cpu()  # waits for an accelerator, so that the time is right
     seconds = time.perf_counter() - started

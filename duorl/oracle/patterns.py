@@ -8,7 +8,7 @@ order of L patterns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Literal, get_args
@@ -16,7 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from duorl.costs import action_ids
+from duorl.costs import BIG, action_ids
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.search import all_routes, completion_flops, count_routes, route_compute, tree_flops
 from duorl.routed_pass import RoutedPass, along
@@ -25,6 +25,7 @@ Budget = tuple[int, ...]
 """Number of layers with each allowed action, in the order of codes: (6, 2) is six small and two big."""
 Route = tuple[int, ...]
 PatternMethod = Literal["enumeration", "program", "greedy"]
+STARTS = 12
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,19 @@ def search_patterns(
     return trials.found
 
 
+def spread(tried: Mapping[Route, float]) -> list[Route]:
+    """The best patterns of at most `STARTS` numbers of big layers, from which a descent can start.
+
+    Args:
+        tried: losses in nats by pattern.
+    """
+    best: dict[int, Route] = {}
+    for route in sorted(tried, key=tried.__getitem__):
+        best.setdefault(route.count(BIG), route)
+    step = -(-len(best) // STARTS)
+    return [best[count] for count in sorted(best)[::step]]
+
+
 def pattern_count(layers: int, actions: Sequence[str], method: PatternMethod) -> int:
     """Maximum number of patterns that a method tries.
 
@@ -139,14 +153,13 @@ def pattern_count(layers: int, actions: Sequence[str], method: PatternMethod) ->
     dearer = len(action_ids(actions)) - 1
     if method == "program":  # there are C(l + A - 1, A - 1) budgets before layer l
         return 1 + dearer * sum(comb(layer + dearer, dearer) for layer in range(layers))
-    changes = (2 + _ROUNDS) * layers * dearer
-    return 2 + changes + _greedy_others(layers, dearer)
+    return 2 + _SWEEPS * layers * dearer + _greedy_others(layers, dearer)
 
 
 def _greedy_others(layers: int, dearer: int) -> int:
     """Number of patterns of the greedy search that come from chains and swaps, not from single changes."""
-    chains = 2 * ((layers - 1) + (layers * dearer if dearer > 1 else 0))
-    return chains + _SWAPS * (layers - 1)
+    chains = _ORDERS * (layers + (layers * dearer * (dearer + 1) // 2 if dearer > 1 else 0))
+    return chains + 2 * (1 + _LEAST) * _MOST * (layers - 1)
 
 
 def patterns_flops(model: DuoForCausalLM, actions: Sequence[str], positions: float, method: PatternMethod) -> float:
@@ -161,8 +174,8 @@ def patterns_flops(model: DuoForCausalLM, actions: Sequence[str], positions: flo
     layers, dearer = model.num_layers, len(action_ids(actions)) - 1
     if method != "greedy" or not dearer:
         return tree_flops(model, actions, positions, routes=pattern_count(layers, actions, method))
-    changes = (2 + _ROUNDS) * dearer * sum(completion_flops(model, actions, positions))  # they share the layers before
-    others = max(1, _greedy_others(layers, dearer))
+    changes = _SWEEPS * dearer * sum(completion_flops(model, actions, positions))  # they share the layers before
+    others = max(1, _greedy_others(layers, dearer) // 2)  # about half of them were tried before
     return changes + tree_flops(model, actions, positions, routes=others)
 
 
@@ -204,27 +217,41 @@ def _program(trials: _Trials, codes: list[int]) -> None:
         best = list(_best_per_budget(codes, dict(zip(routes, losses, strict=True))).values())
 
 
-_SWAPS = 4  # exchanges that the greedy search tries per budget
-_ROUNDS = 2  # rounds of single changes of the best pattern
+_MOST, _LEAST = 3, 2  # layers that the greedy search tries to change in one pattern; to swap out
+_ROUNDS = 2  # of single changes of the best pattern
+_MIDDLE = (1 / 3, 2 / 3)  # shares of dearest layers at which damages are measured again
+_ORDERS = 2 + len(_MIDDLE)
+_SWEEPS = _ORDERS + _ROUNDS  # over all layers, one changed at a time
 
 
 class _Greedy:
-    """The greedy search: orders layers by their damage, from all-cheapest and from all-dearest; then improves."""
+    """The greedy search: orders layers by their damage, from four patterns; then improves the best of every budget."""
 
     def __init__(self, trials: _Trials, codes: list[int]):
         self.trials, self.codes = trials, codes
         self.layers = trials.model.num_layers
         self.spent = trials.model.flops.compute[:, codes].double()  # (L, A)
+        self.damages: dict[int, Tensor] = {}  # per number of dearest layers, (L, A)
 
     def search(self, price: float) -> None:
         """Try the patterns; the results are in `trials`."""
-        damages = [self._damage((code,) * self.layers) for code in (self.codes[0], self.codes[-1])]
-        chains = [*map(self._chain, damages)]
-        if len(self.codes) > 2:
-            chains += [*map(self._hull, damages)]
-        self.trials.losses(route for chain in chains for route in chain)
-        self._swap((damages[0] + damages[1]) / 2)
+        for count in (0, self.layers):
+            self._order((self.codes[-1] if count else self.codes[0],) * self.layers)
+        for share in _MIDDLE:
+            self._order(self._best()[round(share * self.layers)])
+        self._walk(-1)
+        self._walk(1)
         self._refine(price)
+
+    def _order(self, base: Route) -> None:
+        """Measure the damages at a pattern, and try the patterns that follow from their order."""
+        damage = self._damage(base)
+        self.damages[base.count(self.codes[-1])] = damage
+        if base == (self.codes[0],) * self.layers:
+            base = tuple(self._others(damage))
+        self.trials.losses(self._chain(base, damage))
+        if len(self.codes) > 2:
+            self.trials.losses(self._hull(damage))
 
     def _damage(self, base: Route) -> Tensor:
         """Change of the loss if one layer takes another action, (L, A)."""
@@ -232,47 +259,75 @@ class _Greedy:
         losses = torch.tensor(self.trials.losses([base, *routes]), dtype=torch.float64)
         return (losses[1:] - losses[0]).view(self.layers, -1)
 
-    def _need(self, damage: Tensor) -> Tensor:
-        """Increase of the loss if a layer does not take the dearest action, (L,)."""
-        return damage[:, :-1].min(1).values - damage[:, -1]
+    def _damage_near(self, count: int) -> Tensor:
+        """The damages for a number of dearest layers, interpolated between those that were measured, (L, A)."""
+        low = max(known for known in self.damages if known <= count)
+        high = min(known for known in self.damages if known >= count)
+        share = (count - low) / (high - low) if high > low else 0.0
+        return self.damages[low].lerp(self.damages[high], share)
 
-    def _chain(self, damage: Tensor) -> list[Route]:
-        """For each number of dearest layers: layers with the largest need take it, the rest the best other action."""
-        order = self._need(damage).argsort(descending=True)
-        choice, chain = damage[:, :-1].argmin(1), []
-        for layer in [None, *order.tolist()]:
-            if layer is not None:
-                choice[layer] = len(self.codes) - 1
-            chain.append(self._route(choice))
-        return chain
+    def _others(self, damage: Tensor) -> list[int]:
+        """The best action of each layer but the dearest, L codes."""
+        return [self.codes[index] for index in damage[:, :-1].argmin(1).tolist()]
+
+    def _split(self, route: Route, damage: Tensor) -> tuple[list[int], list[int]]:
+        """Layers with the dearest action, those that need it least first; and the others, in the same order."""
+        need = damage[:, :-1].min(1).values - damage[:, -1]
+        order = need.argsort().tolist()
+        inside = [layer for layer in order if route[layer] == self.codes[-1]]
+        return inside, [layer for layer in order if route[layer] != self.codes[-1]]
+
+    def _chain(self, base: Route, damage: Tensor) -> list[Route]:
+        """Take the dearest action from layer after layer of the base, and give it to layer after layer."""
+        inside, outside = self._split(base, damage)
+        others, down, up = self._others(damage), [base], [base]
+        for layer in inside:
+            down.append(_changed(down[-1], layer, others[layer]))
+        for layer in reversed(outside):
+            up.append(_changed(up[-1], layer, self.codes[-1]))
+        return down + up
 
     def _hull(self, damage: Tensor) -> list[Route]:
         """The best patterns at all prices, from the highest to 0, if the damages of layers added up."""
         loss, spent = damage[:, :, None] - damage[:, None], self.spent[:, None] - self.spent[:, :, None]
         slopes = (loss / spent)[(loss > 0) & (spent > 0)].sort(descending=True).values
         prices = [slopes[:1] * 2, (slopes[:-1] + slopes[1:]) / 2, slopes[-1:] / 2]
-        routes = [self._route((damage + price * self.spent).argmin(1)) for price in torch.cat(prices).tolist()]
-        return list(dict.fromkeys(routes))
+        choices = [(damage + price * self.spent).argmin(1).tolist() for price in torch.cat(prices).tolist()]
+        return list(dict.fromkeys(tuple(self.codes[index] for index in choice) for choice in choices))
 
-    def _route(self, choice: Tensor) -> Route:
-        return tuple(self.codes[index] for index in choice.tolist())
-
-    def _swap(self, damage: Tensor) -> None:
-        """In the best pattern per number of dearest layers, exchange layers of least need with others."""
-        dearest, need = self.codes[-1], self._need(damage).tolist()
+    def _best(self) -> dict[int, Route]:
+        """The best pattern per number of dearest layers."""
         best: dict[int, Route] = {}
         for route, loss in self.trials.found.items():
-            count = route.count(dearest)
+            count = route.count(self.codes[-1])
             if count not in best or loss < self.trials.found[best[count]]:
                 best[count] = route
-        self.trials.losses(swap for route in best.values() for swap in self._swaps(route, need))
+        return best
 
-    def _swaps(self, route: Route, need: list[float]) -> list[Route]:
-        dearest = self.codes[-1]
-        inside = sorted((layer for layer in range(self.layers) if route[layer] == dearest), key=need.__getitem__)
-        outside = sorted((layer for layer in range(self.layers) if route[layer] != dearest), key=need.__getitem__)
-        pairs = [(out, into) for out in inside[:2] for into in outside[:-3:-1]]
-        return [_changed(_changed(route, into, dearest), out, route[into]) for out, into in pairs]
+    def _walk(self, step: int) -> None:
+        """Improve the best pattern of every number of dearest layers, upwards (1) or downwards (-1)."""
+        for count in range(1, self.layers)[::step]:
+            self.trials.losses(self._changes(count - step, step))
+            self.trials.losses(self._swaps(count))
+
+    def _changes(self, count: int, step: int) -> list[Route]:
+        """The best pattern with a number of dearest layers, with one more or less."""
+        best, inside, outside, others = self._at(count)
+        if step > 0:
+            return [_changed(best, layer, self.codes[-1]) for layer in outside]
+        return [_changed(best, layer, others[layer]) for layer in inside]
+
+    def _swaps(self, count: int) -> list[Route]:
+        """The best pattern with a number of dearest layers, in which two layers exchange their actions."""
+        best, inside, outside, _ = self._at(count)
+        pairs = [(out, into) for out in inside[:_LEAST] for into in outside]
+        return [_changed(_changed(best, into, self.codes[-1]), out, best[into]) for out, into in pairs]
+
+    def _at(self, count: int) -> tuple[Route, list[int], list[int], list[int]]:
+        """The best pattern, layers inside with the least need, layers outside with the most, and the other actions."""
+        best, damage = self._best()[count], self._damage_near(count)
+        inside, outside = self._split(best, damage)
+        return best, inside[:_MOST], outside[: -_MOST - 1 : -1], self._others(damage)
 
     def _refine(self, price: float) -> None:
         """Change single layers of the best pattern at the price, while this improves it."""

@@ -7,6 +7,7 @@ first while the states fit into the memory limit, then depth first.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from typing import get_args
 
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor
 
 from duorl.costs import Tally, action_ids
-from duorl.models.attention import Memory
 from duorl.models.families import inner_size
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.table import RouteTable, SearchContext, cheapest
@@ -211,10 +211,12 @@ def token_by_token(
     for start in range(0, len(tokens), size):
         rows = slice(start, start + size)
         windows = tokens[rows]
-        stored = remember(model, windows).stored  # allocates memory: every position is overwritten before it is read
+        memory = remember(model, windows)  # allocates it: every position is overwritten before it is read
         for position in range(length):
             here = torch.full((len(windows), 1), position, device=tokens.device)
-            reader, writer = (Memory(here, stored, mode, position + 1) for mode in ("read", "commit"))
+            reader, writer = (
+                replace(memory, positions=here, mode=mode, length=position + 1) for mode in ("read", "commit")
+            )
             chosen = search(RoutedPass(model, windows, memory=reader, tally=tally), rows, position)
             walk = RoutedPass(model, windows, memory=writer, tally=tally)
             while walk.layer < model.num_layers - 1:  # no later token reads the output of the last layer

@@ -11,13 +11,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import comb, inf
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from scipy.stats import t
 
 from duorl.evaluation.statistics import Statistic, estimate, holm
+from duorl.paper.measures import LOWER_BOUND
 
 Numbers = dict[str, Any]
 Interval = Sequence[float]
@@ -45,6 +46,8 @@ class Claim:
         text: text of the measurement.
         measured: the measurement, with intervals.
         verdict: `agrees`, `disagrees` or `open`, by its own interval.
+        oracle: `below` if it says that the oracle's loss is below something; `routes` if it is about the oracle's
+            routes, or about differences of its losses; None if it is not about the oracle.
         holds: with 95 % confidence for all verdicts of the table together.
     """
 
@@ -53,6 +56,7 @@ class Claim:
     text: str
     measured: str
     verdict: Verdict
+    oracle: Literal["below", "routes"] | None = None
     holds: bool = False
 
     @property
@@ -65,9 +69,32 @@ def claims(figures: Mapping[str, Numbers]) -> list[Claim]:
     """All claims about the given figures."""
     found = [*_oracle_claims(figures), *_schedule_claims(figures), *_pattern_claims(figures)]
     found += [*_router_claims(figures), *_difficulty_claims(figures), *_scaling_claims(figures)]
+    if is_bound(figures):
+        found = [_of_a_bound(claim) for claim in found]
     held = holm([_p(claim.verdict, _freedom(figures, claim.text)) for claim in found])
     found = [replace(claim, holds=holds) for claim, holds in zip(found, held, strict=True)]
     return sorted(found, key=lambda claim: claim.figure)  # a stable sort: claims of one figure stay together
+
+
+def is_bound(figures: Mapping[str, Numbers]) -> bool:
+    """Whether a search takes the oracle's place."""
+    return figures["4b"].get("bound") == "lower bound"
+
+
+BOUND_NOTE = (
+    f"The routes of this model are too many to enumerate, so a search takes the oracle's place: a {LOWER_BOUND}. "
+    "That the oracle is below something can then agree but not disagree, and claims about the oracle's routes stay "
+    "open. The oracle in the routed context is left out."
+)
+
+
+def _of_a_bound(claim: Claim) -> Claim:
+    """What a claim is worth if the oracle may be better than what was measured in its place."""
+    if claim.oracle is None:
+        return claim
+    sure = claim.oracle == "below" and claim.verdict.name == "agrees"
+    measured = f"with a {LOWER_BOUND} in place of the oracle: {claim.measured}"
+    return replace(claim, measured=measured, verdict=claim.verdict if sure else Verdict("open", 0.0))
 
 
 def _p(verdict: Verdict, freedom: float) -> float:
@@ -101,6 +128,7 @@ def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> 
         f"over {'files' if known else 'windows'}. The verdict is read off the interval: *open* where it includes the",
         "border. ^ it holds with 95 % confidence for all verdicts of the table together (Holm).",
         f"The paper has 12 layers; its budgets stand for the same shares of the layers here. {counts}.",
+        *([BOUND_NOTE] if is_bound(figures) else []),
         "",
         "| figure | the paper | text | measured here | verdict |",
         "|---|---|---|---|---|",
@@ -182,6 +210,7 @@ def _oracle_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             f"one for all tokens, minus oracle: {_number(lead)} (far: more than all-big gains over all-small, "
             f"{worth:.3f})",
             _verdict(lead["mean_interval"], above=worth),
+            "below",
         )
     for text, found in figures["4b"]["texts"].items():
         curve, half = found["reference"]["oracle"], figures["4b"]["layers"] / 2
@@ -196,6 +225,7 @@ def _oracle_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             f"best at {best['big']} of {figures['4b']['layers']} big; there minus no big layer {_number(arms[0])}, "
             f"minus all-big {_number(arms[1])}; best within one layer of half minus best elsewhere {_number(lead)}",
             _all([_verdict(one["mean_interval"], below=0) for one in (*arms, lead)]),
+            "routes",
         )
         yield Claim(
             "4b",
@@ -203,6 +233,7 @@ def _oracle_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             text,
             f"minus all-big: {_number(curve[1], 'minus_all_big')}",
             _verdict(curve[1]["minus_all_big_interval"], below=0),
+            "below",
         )
 
 
@@ -217,6 +248,7 @@ def _schedule_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
                 f"{schedule['big'][0]} to {schedule['big'][-1]} big minus constant {found['constant']['big'][0]}: "
                 f"{_number(schedule, 'minus_constant')}",
                 _verdict(schedule["minus_constant_interval"], above=0),
+                "routes",
             )
 
 
@@ -234,7 +266,7 @@ def _pattern_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
                 verdict = _verdict(late["mean_interval"], **({"above": 0} if where == "late" else {"below": 0}))
                 measured = f"mean layer of big minus the middle, {numbers['big']} big: {_number(late)}"
             claim = f"with {_SHARES[letter]} of the layers big the oracle puts them {where}"
-            yield Claim(f"2{letter}", claim, text, measured, verdict)
+            yield Claim(f"2{letter}", claim, text, measured, verdict, "routes")
     for text, found in figures["2d"]["texts"].items():
         shares = found["per_layer"]
         layer = min(range(len(shares["mean"])), key=lambda index: shares["mean"][index])
@@ -247,6 +279,7 @@ def _pattern_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             f"layer {layer} is skipped by {1 - shares['mean'][layer]:.1%} ({low:.1%}, {high:.1%}) of the tokens "
             "(almost always: 90 %)",
             _verdict((low, high), above=0.9),
+            "routes",
         )
         exits = found["early_exits"]
         low, high = exits["mean_interval"]
@@ -258,6 +291,7 @@ def _pattern_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             f"{exits['mean']:.1%} ({low:.1%}, {high:.1%}) of the routes skip all layers after the first skipped one "
             f"(none shows: under twice chance, {border:.1%})",
             _verdict((low, high), below=border),
+            "routes",
         )
 
 
@@ -275,6 +309,7 @@ def _router_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             f"soft router minus fixed patterns of the same compute: {_number(found['soft_minus_fixed'])}; the oracle "
             f"is {lead:.3f} below them (near: within a tenth of that)",
             _within(found["soft_minus_fixed"]["mean_interval"], 0.1 * lead),
+            "below",
         )
     for text, found in figures["4b"]["texts"].items():
         curves = found["routed"]
@@ -310,6 +345,7 @@ def _difficulty_claims(figures: Mapping[str, Numbers]) -> Iterator[Claim]:
             f"of the tenth of tokens with the largest loss {overlap['mean']:.0%} are in the tenth of the largest "
             f"difficulty (not those: under 80 %); rank correlation of the two {_number(found['rank_correlation'])}",
             _verdict(overlap["mean_interval"], below=0.8),
+            "routes",
         )
 
 

@@ -26,8 +26,9 @@ from duorl.corpus import Windows, read_windows
 from duorl.evaluation.statistics import estimate
 from duorl.models import DuoForCausalLM, load, load_tokenizer
 from duorl.models.families import inner_size, inner_size_name
-from duorl.models.pretrain import Pretraining, backbone_config, random_routes
+from duorl.models.pretrain import Pretraining, backbone_config
 from duorl.models.recipe import PretrainOptions
+from duorl.models.trainer import random_routes
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,15 @@ STUDIED = (*(f"{number}{letter}" for number in "23" for letter in "abcd"), "4a",
 """The figures that a study measures; the 8th is in `duorl.paper.dense`."""
 
 
+LOWER_BOUND = "lower bound of the oracle's return"
+"""The name of a search that takes the oracle's place, in every table and figure."""
+
+
+def name_of(kind: str, numbers: Numbers) -> str:
+    """The name of a curve in a figure; the oracle's is another one where a search takes its place."""
+    return LOWER_BOUND if kind == "oracle" and numbers.get("bound") == "lower bound" else kind
+
+
 def on_cpu(table: RouteTable) -> RouteTable:
     """The same table on the CPU."""
     tensors: dict[str, Any] = {name: value.cpu() for name, value in vars(table).items() if isinstance(value, Tensor)}

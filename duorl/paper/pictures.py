@@ -14,9 +14,11 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from duorl.costs import ACTIONS
 from duorl.files import write_json, writing
+from duorl.paper.measures import name_of
 
 Numbers = dict[str, Any]
 _ACTION_COLORS = ListedColormap(["0.92", "tab:blue", "tab:orange"])
@@ -47,13 +49,25 @@ def _panels(names: Sequence[str], size: tuple[float, float], *, below: bool = Fa
     return figure, list(axes.flat)
 
 
+def layers_axis(axis: Axes) -> None:
+    """Name the layers on the y axis, by whole numbers."""
+    axis.set_ylabel("layer")
+    axis.yaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+
+
+def _height(numbers: Numbers, least: float) -> float:
+    """Inches of a panel with all layers."""
+    return max(least, 0.7 + 0.09 * numbers["layers"])
+
+
 def _heat_maps(numbers: Numbers) -> Figure:
-    figure, axes = _panels(list(numbers["texts"]), (9, 4.5), below=True)
+    height = _height(numbers, 2.25) * len(numbers["texts"])
+    figure, axes = _panels(list(numbers["texts"]), (9, height), below=True)
     for axis, text in zip(axes, numbers["texts"].values(), strict=True):
         image = axis.imshow(
             text["share_of_big"], aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest"
         )
-        axis.set_ylabel("layer")
+        layers_axis(axis)
     axes[-1].set_xlabel(
         f"position; {numbers['router']}, {numbers['big']} of {numbers['layers']} big, {numbers['context']} context"
     )
@@ -71,7 +85,7 @@ def _random_patterns(numbers: Numbers) -> Figure:
             ("best_fixed", "tab:green"),
             ("soft", "tab:red"),
         ):
-            axis.axvline(text[key]["mean"], color=color, label=key.replace("_", " "))
+            axis.axvline(text[key]["mean"], color=color, label=name_of(key, numbers).replace("_", " "))
         axis.set_xlabel(f"loss (nats), {numbers['big']} of {numbers['layers']} big, reference context")
     axes[0].legend(fontsize=7)
     return figure
@@ -89,7 +103,8 @@ def _curves(numbers: Numbers) -> Figure:
         for kind, points in numbers["texts"][text][context].items():
             points = sorted(points, key=lambda point: point["compute"])
             paired = [p | {"loss_interval": around(p, "loss", "minus_all_big")} for p in points]
-            line(axis, [p["compute"] for p in points], paired, "loss", _STYLES.get(kind, "-^"), _LABELS.get(kind, kind))
+            label = _LABELS.get(kind, name_of(kind, numbers))
+            line(axis, [p["compute"] for p in points], paired, "loss", _STYLES.get(kind, "-^"), label)
         axis.set_xlabel("compute (FFN FLOPs / all-big); bands: paired difference to all-big")
         axis.set_ylabel("loss (nats)")
         axis.grid(alpha=0.2)
@@ -132,7 +147,8 @@ def _difficulty(numbers: Numbers) -> Figure:
     for axis, text in zip(axes, numbers["texts"].values(), strict=True):
         tokens = text["tokens"][:_LINE_TOKENS]
         for key, style in (("all_small", "-"), ("all_big", "-"), ("oracle", "k-"), ("difficulty", "r:")):
-            axis.plot([token[key] for token in tokens], style, label=key.replace("_", "-"), lw=1.2)
+            label = name_of(key, numbers).replace("_", "-")
+            axis.plot([token[key] for token in tokens], style, label=label, lw=1.2)
         axis.set_xticks(range(len(tokens)), [shown(token["token"]) for token in tokens], rotation=90, fontsize=6)
         axis.set_ylabel("nats")
         axis.margins(x=0.01)
@@ -181,7 +197,7 @@ def _single_routes(numbers: Numbers) -> Figure:
     figure, axes = plt.subplots(
         len(numbers["texts"]) * len(kinds),
         1,
-        figsize=(12, 2 * len(numbers["texts"]) * len(kinds)),
+        figsize=(12, _height(numbers, 2.0) * len(numbers["texts"]) * len(kinds)),
         layout="constrained",
     )
     norm = BoundaryNorm([-0.5, 0.5, 1.5, 2.5], 3)
@@ -189,8 +205,9 @@ def _single_routes(numbers: Numbers) -> Figure:
     for axis, (name, kind) in zip(axes, panels, strict=True):
         text = numbers["texts"][name]
         image = axis.imshow(text["routes"][kind], aspect="auto", origin="lower", cmap=_ACTION_COLORS, norm=norm)
-        axis.set_title(f"{name}, {kind}, {'reference' if kind == 'oracle' else 'routed'} context", fontsize=9)
-        axis.set_ylabel("layer")
+        context = "reference" if kind == "oracle" else "routed"
+        axis.set_title(f"{name}, {name_of(kind, numbers)}, {context} context", fontsize=9)
+        layers_axis(axis)
         axis.set_xticks(range(len(text["tokens"])), [shown(token) for token in text["tokens"]], rotation=90, fontsize=6)
     bar = figure.colorbar(image, ax=axes, ticks=range(3), shrink=0.3)
     bar.ax.set_yticklabels(ACTIONS)

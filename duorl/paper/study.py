@@ -4,12 +4,14 @@ The paper's model has 12 layers, and its budgets are 4, 6 and 8 big layers. Here
 a third, a half and two thirds of L. Oracle and learned routers are compared in the `reference` context, on the same
 tokens, unless a number says `routed`. The paper does not name its context. Patterns and routers are from the router
 split, all numbers from the evaluation split.
+
+Where the routes of a model are too many to enumerate, a search takes the oracle's place. It is named a lower bound of
+the oracle's return in every figure, and the oracle in the routed context is left out (Fig. 4b).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -19,16 +21,17 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from duorl.corpus import Windows
-from duorl.costs import ACTIONS, BIG
+from duorl.costs import ACTIONS, BIG, action_ids
 from duorl.evaluation.baseline import Baseline
-from duorl.evaluation.difficulty import token_difficulty, token_names
+from duorl.evaluation.difficulty import token_names
 from duorl.evaluation.measure import Measurement, measure
 from duorl.evaluation.options import EvaluationOptions
 from duorl.evaluation.statistics import Statistic, estimate
 from duorl.models import DuoForCausalLM
-from duorl.oracle import RouteTable, exhaustive
-from duorl.oracle.search import MOST_ROUTES
-from duorl.paper.measures import early_exits, lateness, on_cpu, quarters, rank_correlation, top_overlap
+from duorl.oracle import all_routes, descent, exhaustive
+from duorl.oracle.search import MOST_ROUTES, route_compute
+from duorl.paper.measures import LOWER_BOUND, early_exits, lateness, on_cpu, quarters, rank_correlation, top_overlap
+from duorl.paper.searches import Exhaustive, Search, Searched
 from duorl.paper.size import StudySize
 from duorl.routed_pass import remember
 from duorl.routers import PatternRouter, Router
@@ -57,7 +60,7 @@ class Study:
     """Measures the figures of one duo model.
 
     Args:
-        model: a frozen duo model whose routes can be enumerated.
+        model: a frozen duo model.
         tokenizer: its tokenizer.
         training: (W, T+1) of the router split, all texts together, for the choice of patterns and the training.
         texts: evaluation windows by the text's name.
@@ -65,6 +68,7 @@ class Study:
         soft: trains the paper's soft router for a budget.
         size: see `StudySize`.
         seed: seed of all random generators.
+        exact: all routes are enumerated; false: they are searched.
         progress: called with the next step.
     """
 
@@ -79,21 +83,24 @@ class Study:
         soft: SoftLearner,
         size: StudySize,
         seed: int,
+        exact: bool = True,
         progress: Callable[[str], None] = lambda note: None,
     ):
         self.model, self.tokenizer, self.training = model, tokenizer, training
         self.texts = {name: windows.tokens[: size.windows] for name, windows in texts.items()}
         self.files = {name: windows.files[: size.windows] for name, windows in texts.items()}
         self.learners, self.soft, self.size, self.seed = learners, soft, size, seed
-        self.progress = progress
+        self.exact, self.progress = exact, progress
         self.depth = model.num_layers
+        self._oracle = "oracle" if exact else LOWER_BOUND
 
     def run(self) -> dict[str, Numbers]:
         """The numbers of all figures except the 8th (`duorl.paper.dense`), by the figure's name: `2a`, ..., `7`."""
         figures: dict[str, Numbers] = {}
         for letter, big in zip("abc", self.budgets, strict=True):
             self.progress(f"heat maps, {big} of {self.depth} big")
-            figures[f"2{letter}"] = self._heat_maps("oracle", big, self._oracle_routes(big))
+            best = {name: search.routes(big) for name, search in self.searches.items()}
+            figures[f"2{letter}"] = self._heat_maps(self._oracle, big, best)
             figures[f"3{letter}"] = self._heat_maps("soft router", big, self._router_routes(self._soft(big)))
         figures |= self._with_skip()
         for name, make in (
@@ -106,7 +113,8 @@ class Study:
         ):
             self.progress(f"figure {name}")
             figures[name] = make()
-        return dict(sorted(figures.items()))
+        bound = "exact" if self.exact else "lower bound"
+        return {name: {**numbers, "bound": bound} for name, numbers in sorted(figures.items())}
 
     @cached_property
     def budgets(self) -> list[int]:
@@ -114,23 +122,26 @@ class Study:
         return [max(1, round(self.depth * share)) for share in (1 / 3, 1 / 2, 2 / 3)]
 
     @cached_property
-    def tables(self) -> dict[str, RouteTable]:
-        """The search of all routes with small and big, in the reference context."""
-        return {name: on_cpu(exhaustive(self.model, windows)) for name, windows in self.texts.items()}
+    def searches(self) -> dict[str, Search]:
+        """The best routes with small and big for each number of big layers, in the reference context."""
+        return {name: self._search(windows, ("small", "big"), self.budgets) for name, windows in self.texts.items()}
+
+    def _search(self, windows: Tensor, actions: Sequence[str], bases: Sequence[int]) -> Search:
+        if self.exact:
+            return Exhaustive(self.model, windows, actions)
+        low = int(action_ids(actions)[0])
+        patterns = {big: [a if a == BIG else low for a in route] for big, route in self.patterns.items()}
+        return Searched(self.model, windows, patterns, bases, actions, _BATCH)
 
     @cached_property
     def patterns(self) -> dict[int, list[int]]:
         """The best fixed pattern for each number of big layers, chosen on the router split in two rounds."""
         rounds = EvaluationOptions(fixed_windows=self.size.pattern_windows, final_windows=self.size.final_windows)
-        more: dict[str, Any] = {"method": "enumeration", "actions": ("small", "big"), "price": 0.0, "options": rounds}
+        more: dict[str, Any] = {"actions": ("small", "big"), "price": 0.0, "options": rounds}
+        more["method"] = "enumeration" if self.exact else "greedy"
         return Baseline(self.model, self.training, **more).per_big()
 
     # Figures 2 and 3
-
-    def _oracle_routes(self, big: int) -> dict[str, Tensor]:
-        return {
-            name: table.routes[table.best(allowed=table.with_big(big))].cpu() for name, table in self.tables.items()
-        }
 
     def _router_routes(self, router: Router) -> dict[str, Tensor]:
         return {name: self._in_reference(router, name).routes for name in self.texts}
@@ -155,9 +166,8 @@ class Study:
         self.progress("heat maps, big or skip")
         actions, routes = ("skip", "big"), {}
         for name, windows in self.texts.items():
-            table = on_cpu(exhaustive(self.model, windows, actions=actions))
-            routes[name] = table.routes[table.best(allowed=table.with_big(big))].cpu()
-        oracle = self._heat_maps("oracle, big or skip", big, routes)
+            routes[name] = self._search(windows, actions, [big]).routes(big)
+        oracle = self._heat_maps(f"{self._oracle}, big or skip", big, routes)
         for name, found in routes.items():
             exits = early_exits(found).float().mean(1)
             skipped = (found != BIG).float().mean(1)
@@ -172,13 +182,10 @@ class Study:
         """Random patterns (each for all tokens) with half of the layers big, and the oracle (Fig. 4a)."""
         big, generator = self.budgets[1], torch.Generator().manual_seed(self.seed)
         texts = {}
-        for name, table in self.tables.items():
-            allowed = table.with_big(big)
-            drawn = allowed.nonzero()[:, 0].cpu()
-            drawn = drawn[torch.randint(len(drawn), (self.size.random_patterns,), generator=generator)]
-            patterns = table.losses[..., drawn.unique()].mean(1)  # (W, patterns)
-            fixed = table.losses[..., table.index_of(torch.tensor(self.patterns[big]))].mean(1)
-            oracle = table.loss(table.best(allowed=allowed)).mean(1)
+        for name, search in self.searches.items():
+            patterns = search.of_patterns(search.draw(big, self.size.random_patterns, generator))  # (W, patterns)
+            fixed = search.of_patterns(torch.tensor([self.patterns[big]]))[:, 0]
+            oracle = search.losses(big).mean(1)
             soft = self._in_reference(self._soft(big), name)
             texts[name] = {
                 "patterns": patterns.mean(0).tolist(),
@@ -195,9 +202,8 @@ class Study:
 
     def _against_fixed(self, name: str, measured: Measurement) -> Numbers:
         """Loss minus that of the fixed patterns at the same compute (interpolated between budgets)."""
-        table = self.tables[name]
-        index = table.index_of(torch.tensor([self.patterns[big] for big in sorted(self.patterns)]))
-        losses, compute = table.losses[..., index].mean(1), table.compute[index].numpy()  # (W, L + 1), (L + 1,)
+        routes = torch.tensor([self.patterns[big] for big in sorted(self.patterns)])
+        losses, compute = self.searches[name].of_patterns(routes), self._compute(routes).numpy()  # (W, L + 1), (L + 1,)
         columns = torch.cat([measured.loss.mean(1)[:, None], measured.compute.mean(1)[:, None], losses], 1)
         return self._with_interval(
             name, columns, statistic=lambda means: means[0] - np.interp(means[1], compute, means[2:])
@@ -229,32 +235,38 @@ class Study:
 
     def _all_big(self, name: str) -> Tensor:
         """Losses of all-big, (W,); they are the same in both contexts."""
-        table = self.tables[name]
-        return table.losses[..., table.index_of(torch.full((self.depth,), BIG))].mean(1)
+        return self.searches[name].losses(self.depth).mean(1)
 
     def _oracle_and_fixed(self, name: str) -> dict[str, list[_Measured]]:
-        table, oracle, fixed = self.tables[name], [], []
-        for big, route in sorted(self.patterns.items()):
-            oracle.append(self._chosen(table, table.best(allowed=table.with_big(big)), big))
-            index = table.index_of(torch.tensor(route))
-            fixed.append(self._chosen(table, index.expand(table.losses.shape[:2]), big))
-        return {"oracle": oracle, "fixed": fixed}
+        search, budgets = self.searches[name], sorted(self.patterns)
+        routes = torch.tensor([self.patterns[big] for big in budgets])
+        fixed, compute = search.of_patterns(routes), self._compute(routes)
+        return {
+            "oracle": [self._chosen(big, search.routes(big), search.losses(big)) for big in budgets],
+            "fixed": [_Measured(*point) for point in zip(budgets, compute.tolist(), fixed.T, strict=True)],
+        }
 
     def _routed_oracle_and_fixed(self, name: str) -> dict[str, list[_Measured]]:
         """The oracle in the routed context, for the paper's budgets and for one big layer; all fixed patterns."""
-        oracle = []
+        patterns = [route for _, route in sorted(self.patterns.items())]
+        fixed = {"fixed": [self._measured(self._routed(PatternRouter(route), name)) for route in patterns]}
+        return {"oracle": self._routed_oracle(name), **fixed} if self.exact else fixed
+
+    def _routed_oracle(self, name: str) -> list[_Measured]:
+        found = []
         for big in sorted({1, *self.budgets}):
-            allowed = self.tables[name].with_big(big)
-            allowed = allowed.to(self.model.device)
+            allowed = all_routes(self.depth, ("small", "big")).to(self.model.device)
+            allowed = (allowed == BIG).sum(1) == big
             table = on_cpu(exhaustive(self.model, self.texts[name], context="routed", allowed=allowed))
             assert table.committed is not None
-            oracle.append(self._chosen(table, table.committed, big))
-        patterns = [route for _, route in sorted(self.patterns.items())]
-        return {"oracle": oracle, "fixed": [self._measured(self._routed(PatternRouter(r), name)) for r in patterns]}
+            found.append(self._chosen(big, table.routes[table.committed], table.loss(table.committed)))
+        return found
 
-    @staticmethod
-    def _chosen(table: RouteTable, index: Tensor, big: int) -> _Measured:
-        return _Measured(big, table.compute[index].mean().item(), table.loss(index).mean(1))
+    def _chosen(self, big: int, routes: Tensor, losses: Tensor) -> _Measured:
+        return _Measured(big, self._compute(routes).mean().item(), losses.mean(1))
+
+    def _compute(self, routes: Tensor) -> Tensor:
+        return route_compute(self.model, routes.to(self.model.device)).cpu()
 
     def _measured(self, measured: Measurement) -> _Measured:
         big = (measured.routes == BIG).float().mean().item() * self.depth
@@ -271,11 +283,11 @@ class Study:
         """A budget that falls or rises along the sequence, and a constant one with the same mean (Fig. 4c)."""
         middle, spread = self.budgets[0], max(1, round(self.depth / 6))
         texts: dict[str, Numbers] = {}
-        for name, table in self.tables.items():
+        for name, search in self.searches.items():
             length = self.texts[name].shape[1] - 1
             falling = torch.linspace(middle + spread, middle - spread, length).round().long().clamp(0, self.depth)
             budgets = {"constant": torch.full((length,), middle), "falling": falling, "rising": falling.flip(0)}
-            losses = {kind: self._losses_of_schedule(table, budget) for kind, budget in budgets.items()}
+            losses = {kind: search.losses(budget).mean(1) for kind, budget in budgets.items()}
             texts[name] = {
                 kind: {
                     "big": budgets[kind].tolist(),
@@ -287,17 +299,13 @@ class Study:
             }
         return {"context": "reference", "layers": self.depth, "texts": texts}
 
-    @staticmethod
-    def _losses_of_schedule(table: RouteTable, budget: Tensor) -> Tensor:
-        return table.loss(table.best(allowed=table.with_big(budget))).mean(1)
-
     # Figures 5, 6 and 7
 
     def difficulty(self) -> Numbers:
         """Loss under all-small, all-big and the oracle, token by token of the first window (Fig. 5)."""
         texts = {}
         for name, windows in self.texts.items():
-            rows = token_difficulty(self.tables[name], windows, self.tokenizer)
+            rows = self.searches[name].difficulty(len(windows), self.tokenizer)
             small, hard = (
                 torch.tensor([getattr(row, key) for row in rows]).view(len(windows), -1)
                 for key in ("all_small", "difficulty")
@@ -312,10 +320,8 @@ class Study:
     def coloured_text(self) -> Numbers:
         """Two windows of each text, for colours by loss and by difficulty (Fig. 6)."""
         texts = {}
-        for name, windows in self.texts.items():
-            table = self.tables[name]
-            few = replace(table, losses=table.losses[:2])
-            rows = token_difficulty(few, windows[:2], self.tokenizer)
+        for name, search in self.searches.items():
+            rows = search.difficulty(2, self.tokenizer)
             texts[name] = [{key: getattr(row, key) for key in ("token", "all_small", "difficulty")} for row in rows]
         return {"context": "reference", "texts": texts}
 
@@ -326,19 +332,25 @@ class Study:
         three actions give too many routes, the oracle has two.
         """
         texts = {}
-        actions = ACTIONS if len(ACTIONS) ** self.depth <= MOST_ROUTES else ("small", "big")
+        actions = ACTIONS if len(ACTIONS) ** self.depth <= MOST_ROUTES or not self.exact else ("small", "big")
         for name, windows in self.texts.items():
             first = windows[:1, : _SHOWN_TOKENS + 1]
-            table = on_cpu(exhaustive(self.model, first, actions=actions))
             routers = {"soft": self._soft(self.budgets[1])}
             routers |= {kind: self._learned(kind, self.size.prices[0]) for kind in self.learners}
-            routes = {"oracle": table.routes[table.best(_SMALL_PRICE)]}
+            routes = {"oracle": self._best_routes(first, actions)}
             routes |= {kind: measure(self.model, router, first).routes for kind, router in routers.items()}
             texts[name] = {
                 "tokens": token_names(first[0, 1:], self.tokenizer),
                 "routes": {kind: found[0].T.tolist() for kind, found in routes.items()},  # (L, T)
             }
         return {"actions": list(actions), "layers": self.depth, "oracle_price": _SMALL_PRICE, "texts": texts}
+
+    def _best_routes(self, windows: Tensor, actions: Sequence[str]) -> Tensor:
+        if not self.exact:
+            start, tokens = self.patterns[self.budgets[1]], windows.to(self.model.device)
+            return descent(self.model, tokens, start=start, price=_SMALL_PRICE, actions=actions).routes.cpu()
+        table = on_cpu(exhaustive(self.model, windows, actions=actions))
+        return table.routes[table.best(_SMALL_PRICE)]
 
     # Routers
 

@@ -24,7 +24,7 @@ from duorl.reports.charts import (
     heat_maps,
     route_maps,
 )
-from duorl.reports.figures import BOUNDS, HOLM, bound_of
+from duorl.reports.figures import BOUNDS, HOLM, bound_of, transfer_cell, transfer_lines
 
 _ACTION_COLORS = dict(zip(ACTIONS, ("#cccccc", "#1f77b4", "#ff7f0e"), strict=True))
 
@@ -80,11 +80,12 @@ _COLUMNS = {
     "perplexity": "perplexity",
     "compute": "compute",
     "flops_per_token": "FLOPs per token",
+    "top1_agreement": "top-1 agreement with all-big",
     "return": "return",
     "return_minus_fixed": "return minus best fixed",
     "loss_minus_fixed": "loss minus best fixed",
     "regret": "regret",
-    "agreement": "agreement",
+    "agreement": "agreement with the bound",
     "tokens_per_second": "tokens / s",
 }
 
@@ -93,16 +94,19 @@ def _comparison_table(comparison: Comparison) -> str:
     rows = []
     for row in comparison.rows:
         cells = "".join(
-            _cell(row[key], row[f"{key}_interval"], key, holds=row.get(f"{key}_holds", False)) for key in _COLUMNS
+            _cell(row.get(key), row.get(f"{key}_interval"), key, holds=row.get(f"{key}_holds", False))
+            for key in _COLUMNS  # older files have fewer
         )
         rows.append(f"<tr><td>{escape(row['router'])}{'*' if row['sees_label'] else ''}</td>{cells}</tr>")
     head = "".join(f"<th>{title}</th>" for title in ("router", *_COLUMNS.values()))
     note = (
-        "Routed context; regret and agreement in the reference context. Below each number its 95 % interval. "
+        "Routed context; regret and agreement with the bound in the reference context. Top-1 agreement: share of "
+        "the tokens whose most likely next token is all-big's. Below each number its 95 % interval. "
         f"{HOLM} * sees the label: a bound, not a rival. {BOUNDS[bound_of(comparison)]}"
     )
     body = f"<table id='routers'><tr>{head}</tr>{''.join(rows)}</table>"
-    return f"<div class='wide'>{body}</div><p class='note'>{note}</p>"
+    notes = "".join(f"<p class='note'>{escape(line)}.</p>" for line in transfer_lines(comparison))
+    return f"<div class='wide'>{body}</div><p class='note'>{note}</p>{notes}"
 
 
 def _cell(
@@ -136,12 +140,27 @@ def _budgets(text: str, found: Numbers) -> list[str]:
         chart(axes(figure, "compute (FFN FLOPs / all-big)", "loss (nats per token)")),
         _budget_table(found["rows"]),
         f"<p class='note'>{note}</p>",
+        _transfer(found.get("transfer")),
     ]
+
+
+def _transfer(found: Numbers | None) -> str:
+    """Loss and compute on a text that routers did not learn on, without and with a calibration there."""
+    if not found or found["learned"]:
+        return ""
+    rows = "".join(
+        f"<tr><td>{escape(row['router'])}</td><td>{row['target']:g}</td><td>{transfer_cell(row)}</td></tr>"
+        for row in found["rows"]
+    )
+    head = "<tr><th>router</th><th>for compute</th><th>loss at compute</th></tr>"
+    note = "No router learned on this text. As learned: calibrated to the compute on the text that it learned on."
+    return f"<table class='transfer'>{head}{rows}</table><p class='note'>{note}</p>"
 
 
 def _budget_table(rows: Sequence[Numbers]) -> str:
     names = list(dict.fromkeys(row["router"] for row in rows))
-    titles = ("router", "compute", "loss", *(f"minus {name}" for name in names))
+    more = {key: _COLUMNS[key] for key in ("top1_agreement", "flops_per_token", "tokens_per_second")}
+    titles = ("router", "compute", "loss", *(f"minus {name}" for name in names), *more.values())
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     lines = []
     for row in rows:
@@ -151,6 +170,8 @@ def _budget_table(rows: Sequence[Numbers]) -> str:
             against = row["minus"].get(name) or {"difference": None, "interval": None}
             holds = against.get("holds", False)
             cells.append(_cell(against["difference"], against["interval"], name, 4, holds=holds))
+        if row["loss"] is not None:
+            cells += [_cell(row.get(key), row.get(f"{key}_interval"), key) for key in more]  # older files have none
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return f"<div class='wide'><table class='budgets'><tr>{head}</tr>{''.join(lines)}</table></div>"
 

@@ -140,11 +140,38 @@ def _titles(comparison: Comparison) -> list[str]:
 
 
 def markdown(comparison: Comparison) -> str:
-    """The same table in Markdown."""
-    titles = _titles(comparison)
-    lines = [titles, ["---"] + ["---:"] * (len(titles) - 1), *map(_cells, comparison.rows)]
+    """The same table in Markdown, with the top-1 agreement."""
+    rows = [(_cells(row), _share(row, "top1_agreement")) for row in comparison.rows]
+    rows.insert(0, (_titles(comparison), "top-1 agreement with all-big"))
+    lines = [[*cells[:-2], share, *cells[-2:]] for cells, share in rows]
+    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-    return "\n".join([table, *_note(_holm(comparison.rows, "return_minus_fixed_holds"))])
+    notes = _note(_holm(comparison.rows, "return_minus_fixed_holds"))
+    return "\n".join([table, *notes, *(f"{line}.\n" for line in transfer_lines(comparison))])
+
+
+def transfer_lines(comparison: Comparison) -> list[str]:
+    """Sentences: how a router was calibrated, and what it spends on the text that it learned on."""
+    lines, settings = [], comparison.settings
+    if found := settings.get("calibration"):
+        where = f"the first {found['windows']} windows of the router split of {_listed(found['text'])}"
+        how = f"shifts of the logits {found['shifts']}" if "shifts" in found else f"price {found['price']:.4g}"
+        lines.append(
+            f"calibrated to compute {found['target_compute']:g} on {where}, without labels: {how}, "
+            f"compute there {found['compute']:.3f}"
+        )
+    for row in comparison.rows:
+        if old := row.get("learned_on"):
+            drift = _paired(old["drift"], old["drift_interval"], False, 3)
+            lines.append(
+                f"{row['router']} on {_listed(old['text'])}, which it learned on: loss {old['loss']:.3f}, compute "
+                f"{old['compute']:.3f}; here: loss {row['loss']:.3f}, compute {row['compute']:.3f}, drift {drift}"
+            )
+    return lines
+
+
+def _listed(texts: str | list[str]) -> str:
+    return texts if isinstance(texts, str) else ", ".join(texts)
 
 
 def _cells(row: dict) -> list[str]:
@@ -160,6 +187,14 @@ def _cells(row: dict) -> list[str]:
         "" if row["regret"] is None else f"{row['regret']:.3f}",
         "" if row["agreement"] is None else f"{100 * row['agreement']:.0f} %",
     ]
+
+
+def _share(row: dict, key: str) -> str:
+    """A share with its interval, in percent; nothing if it is not measured."""
+    if row.get(key) is None:
+        return ""
+    ends = [f"{100 * end:.1f}" for end in row[f"{key}_interval"] or ()]
+    return f"{100 * row[key]:.1f} %" + (f" ({', '.join(ends)})" if ends else "")
 
 
 def budget_table(rows: list[dict[str, float]], title: str) -> Table:
@@ -250,7 +285,46 @@ def _budget_table(text: str, found: dict) -> str:
         losses = [cells[name, target] for target in targets]
         end = ["never" if level is None else f"{100 * level:.0f} %", f"{router['hypervolume']:.4f}"]
         lines.append(f"| {' | '.join([name, str(router['seeds']), *losses, *end])} |")
-    return "\n".join(lines) + "\n"
+    more = [*_agreement_and_speed(found["rows"], targets), *_transfer(found.get("transfer"), targets)]
+    return "\n".join([*lines, "", *more])
+
+
+def _agreement_and_speed(rows: list[dict], targets: list[float]) -> list[str]:
+    """Lines of a table with top-1 agreement and speed at each target; none for files of older versions."""
+    if not any(row.get("top1_agreement") for row in rows):
+        return []
+    cells = {(row["router"], row["target"]): _share(row, "top1_agreement") for row in rows}
+    for row in rows:
+        if row["tokens_per_second"] is not None:
+            cells[row["router"], row["target"]] += f", {row['tokens_per_second']:,.0f} tokens/s"
+    flops = {row["target"]: row["flops_per_token"] for row in rows}
+    head = ["top-1 agreement with all-big", *(f"at {100 * t:g} %: {flops[t]:.3g} FLOPs per token" for t in targets)]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    for name in dict.fromkeys(row["router"] for row in rows):
+        lines.append(f"| {' | '.join([name, *(cells[name, target] for target in targets)])} |")
+    return [*lines, ""]
+
+
+def transfer_cell(row: dict) -> str:
+    """What a router spends and loses, by the calibration on the text that it learned on, and on this one."""
+    said = []
+    for key, name in (("as_learned", "as learned"), ("calibrated", "calibrated here")):
+        found = row[key]
+        said.append(f"{name}: " + ("out of reach" if not found else f"{found['loss']:.3f} at {found['compute']:.3f}"))
+    return "; ".join(said)
+
+
+def _transfer(found: dict | None, targets: list[float]) -> list[str]:
+    """Lines of a table with loss and compute on a text that routers did not learn on; none for other texts."""
+    if not found or found["learned"]:
+        return []
+    cells = {(row["router"], row["target"]): transfer_cell(row) for row in found["rows"]}
+    lines = [["not learned on: loss at compute", *(f"for {100 * target:g} %" for target in targets)]]
+    lines.append(["---"] * len(lines[0]))
+    lines += [
+        [name, *(cells[name, t] for t in targets)] for name in dict.fromkeys(row["router"] for row in found["rows"])
+    ]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
 
 
 def _budget_cell(row: dict) -> str:

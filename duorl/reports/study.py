@@ -9,8 +9,8 @@ from pathlib import Path
 
 from plotly.graph_objects import Figure
 
-from duorl.paper.claims import claims
-from duorl.paper.measures import STUDIED
+from duorl.paper.claims import BOUND_NOTE, claims, is_bound
+from duorl.paper.measures import STUDIED, name_of
 from duorl.paper.pictures import around
 from duorl.reports.charts import (
     Numbers,
@@ -35,17 +35,24 @@ def study_page(folder: Path) -> str:
     settings = json.loads((folder / "settings.json").read_text())
     if missing := [name for name in STUDIED if name not in figures]:
         raise FileNotFoundError(f"{folder} lacks figure-{missing[0]}.json")
-    parts = ["<h2>The paper's claims</h2>", _claims_table(figures), "<h2>Loss against compute (4b)</h2>"]
+    parts = [
+        "<h2>The paper's claims</h2>",
+        _claims_table(figures),
+        *_notes(figures),
+        "<h2>Loss against compute (4b)</h2>",
+    ]
     for text, contexts in figures["4b"]["texts"].items():
         for context in ("reference", "routed"):
             parts += [f"<h3>{escape(text)}, {context} context; bars: paired difference to all-big</h3>"]
-            parts += [chart(_curves(contexts[context]))]
+            kinds = {name_of(kind, figures["4b"]): points for kind, points in contexts[context].items()}
+            parts += [chart(_curves(kinds))]
     parts += ["<h2>Share of big by layer and position (2, 3)</h2>", chart(heat_maps(_paper_maps(figures), "position"))]
     parts += ["<h2>Random patterns (4a)</h2>", chart(_histograms(figures["4a"]))]
     parts += ["<h2>Budgets along the sequence (4c)</h2>", chart(_schedules(figures["4c"]))]
     for text, found in figures["7"]["texts"].items():
         parts += [f"<h2>Routes of one sequence (7): {escape(text)}</h2>"]
-        parts += [chart(route_maps(found["routes"], found["tokens"]))]
+        routes = {name_of(kind, figures["7"]): matrix for kind, matrix in found["routes"].items()}
+        parts += [chart(route_maps(routes, found["tokens"]))]
     for text, rows in figures["6"]["texts"].items():
         parts += [f"<h2>Token difficulty (6): {escape(text)}</h2>", both_colourings(rows)]
     for name in ("8a", "8b", "8c"):
@@ -62,6 +69,10 @@ def _claims_table(figures: Mapping[str, Numbers]) -> str:
     )
     head = "".join(f"<th>{title}</th>" for title in ("figure", "the paper", "text", "measured here", "verdict"))
     return f"<div class='wide'><table id='claims'><tr>{head}</tr>{rows}</table></div>"
+
+
+def _notes(figures: Mapping[str, Numbers]) -> list[str]:
+    return [f"<p class='note'>{escape(BOUND_NOTE)}</p>"] if is_bound(figures) else []
 
 
 def _curves(kinds: Mapping[str, Sequence[Numbers]]) -> Figure:
@@ -95,7 +106,7 @@ def _histograms(numbers: Numbers) -> Figure:
     for text, found in numbers["texts"].items():
         figure.add_histogram(x=found["patterns"], name=f"{text}: random patterns", opacity=0.6)
         for key in ("oracle", "best_random", "best_fixed", "soft"):
-            name = f"{text}: {key.replace('_', ' ')}"
+            name = f"{text}: {name_of(key, numbers).replace('_', ' ')}"
             figure.add_scatter(x=[found[key]["mean"]] * 2, y=[0, 8], mode="lines", name=name)
     return axes(figure, "loss (nats per token)", "patterns")
 

@@ -1,5 +1,6 @@
 from .base import LogitRouter, Router
 from .budget import BudgetRouter
+from .calibration import ShiftedRouter, price_for, spent
 from .card import describe
 from .ensemble import EnsembleRouter
 from .heads import HeadRouter
@@ -19,6 +20,9 @@ __all__ = [
     "RandomRouter",
     "ReplayRouter",
     "Router",
+    "ShiftedRouter",
     "describe",
     "load",
+    "price_for",
+    "spent",
 ]

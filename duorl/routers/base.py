@@ -80,6 +80,24 @@ class Router(nn.Module):
         router.config = {**self.config, "price": float(price)}
         return router
 
+    def calibrated(self, model: DuoForCausalLM, windows: Tensor, *, compute: float) -> Router:
+        """A router that spends a given compute on some text; no labels are needed.
+
+        For a router for a range of prices, the price is found by bisection. Where no price meets the compute, and for
+        routers without a price, a constant times the cost of an action is subtracted from its logit.
+
+        Args:
+            model: a duo model.
+            windows: (W, T+1), text of the kind that the router will meet.
+            compute: target of the mean compute, in (0, 1).
+
+        Raises:
+            ValueError: the router has neither a range of prices nor logits, or cannot spend so little or so much.
+        """
+        from duorl.routers.calibration import calibrated
+
+        return calibrated(self, model, windows, compute)
+
     def sizes(self) -> tuple[int | None, int | None]:
         """Number of layers and hidden size of the models that it can decide for; None for any."""
         return None, None

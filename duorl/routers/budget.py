@@ -9,11 +9,11 @@ from torch import Tensor
 
 from duorl.costs import BIG
 from duorl.inputs import View
-from duorl.routers import base
 from duorl.routers.base import LogitRouter
+from duorl.routers.wrapped import WrappedRouter
 
 
-class BudgetRouter(LogitRouter):
+class BudgetRouter(WrappedRouter):
     """Takes the most probable action of a router among those that still allow exactly k big layers.
 
     Args:
@@ -26,43 +26,19 @@ class BudgetRouter(LogitRouter):
     """
 
     def __init__(self, router: LogitRouter | dict[str, Any], big_layers: int):
-        inner = base.rebuilt(router) if isinstance(router, dict) else router
-        if not isinstance(inner, LogitRouter) or "layers" not in inner.config:
-            raise ValueError(f"a budget needs a LogitRouter with an option `layers`, not {type(inner).__name__}")
-        super().__init__(router=base.described(inner), big_layers=big_layers)
-        self.layers = inner.config["layers"]
-        if not 0 <= big_layers <= self.layers:
-            raise ValueError(f"big_layers must be in 0 to {self.layers}, not {big_layers}")
-        if BIG not in inner.codes or len(inner.codes) < 2:
+        super().__init__(router, big_layers=big_layers)
+        layers = self.router.sizes()[0]
+        if layers is None:
+            raise ValueError(f"a budget needs a router with an option `layers`, not {type(self.router).__name__}")
+        if not 0 <= big_layers <= layers:
+            raise ValueError(f"big_layers must be in 0 to {layers}, not {big_layers}")
+        if BIG not in self.codes or len(self.codes) < 2:
             raise ValueError("a budget of big layers needs a router that can take big and another action")
-        self.router, self.big_layers = inner, big_layers
-
-    @property
-    def trained_for(self) -> dict[str, Any] | None:  # type: ignore[override]
-        """What the router's is."""
-        return self.router.trained_for
-
-    @trained_for.setter
-    def trained_for(self, record: dict[str, Any] | None) -> None:
-        self.router.trained_for = record
-
-    def sizes(self) -> tuple[int | None, int | None]:
-        """The router's."""
-        return self.router.sizes()
-
-    @property
-    def takes_price(self) -> bool:
-        """See `Router.takes_price`."""
-        return self.router.takes_price
+        self.layers, self.big_layers = layers, big_layers
 
     def at(self, *, price: float) -> BudgetRouter:
         """The same budget for the router at a price; see `Router.at`."""
         return BudgetRouter(cast(LogitRouter, self.router.at(price=price)), self.big_layers)
-
-    @property
-    def codes(self) -> Tensor:  # type: ignore[override]
-        """(A,) int64, the codes of the router."""
-        return self.router.codes
 
     def logits(self, view: View) -> Tensor:
         """The logits of the router, -inf for actions that the budget forbids: (..., A).

@@ -24,7 +24,8 @@ import yaml
 from duorl.files import PART, write_text
 
 MARK, CONFIG = ".duorl", "config.yaml"
-_FREE = {"resume", "overwrite", "out", "config", "save_every", "processes"}  # do not change the results
+# Options that do not change the results.
+_FREE = {"resume", "overwrite", "out", "config", "save_every", "processes", "threads", "until", "whole"}
 
 
 def check(out: str | None, *, resume: bool = False, overwrite: bool = False) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from duorl.devices import threads_for
 from duorl.files import is_no_room, write_json, write_text
 from duorl.runs import interrupts
 
@@ -124,11 +125,11 @@ def described(error: Exception) -> JobError:
     return JobError(line, "".join(traceback.format_exception(error)))
 
 
-def executor(processes: int, threads: int) -> Executor:
-    """An executor for this number of jobs at the same time; they share the threads."""
+def executor(processes: int, threads: int | None = None) -> Executor:
+    """An executor for this number of jobs at the same time, each with a number of threads; by default they share."""
     from duorl.runs.processes import SideBySide
 
-    return InProcess() if processes == 1 else SideBySide(processes, max(1, threads // processes))
+    return InProcess() if processes == 1 else SideBySide(processes, threads_for(processes, threads))
 
 
 def run(jobs: Sequence[Job], place: Executor, folder: Path, tell: Callable[[Job, dict[str, Any]], None]) -> list[Job]:

@@ -1,0 +1,153 @@
+"""`duorl convert`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+from rich.table import Table
+from torch import Tensor
+
+from duorl.cli.console import console, say, typed_command
+from duorl.cli.trainings import finish_all
+from duorl.corpus import load_windows, source_names
+from duorl.devices import pick_device, pick_dtype
+from duorl.evaluation.choice import duration
+from duorl.models.bases import Base, cast_weights, find_base
+from duorl.models.card import write_small_card
+from duorl.models.conversion import convert
+from duorl.models.families import inner_size
+from duorl.models.loading import check_windows, load
+from duorl.models.modeling import DuoForCausalLM
+from duorl.models.shared import WEIGHTS, save_small, take_small
+from duorl.runs.jobs import InProcess, Job, Tell
+from duorl.runs.pretraining import Saving
+from duorl.smalls import ConvertOptions, Making, held_out_losses
+from duorl.smalls.recipe import Stage
+
+_SAVE_EVERY = 120.0
+_SAVED = torch.bfloat16  # precision of the small networks in their file
+_CARD_WINDOWS = 64  # of the evaluation split of each text
+_CARD_COLUMNS = ("minutes", "all_small", "half_big", "all_big")
+_SAYS = {
+    "choose": "takes the most useful neurons of big and fits the last map",
+    "regress": "learns big's outputs, layer by layer",
+    "distil": "learns all small networks together under random routing",
+}
+
+
+def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+    """The folder, and the function that makes the small networks in it.
+
+    Raises:
+        ValueError, OSError: the model cannot be found or converted, or the text cannot be used.
+    """
+    settings = ConvertOptions(**{name: getattr(options, name) for name in ConvertOptions.__dataclass_fields__})
+    base = find_base(settings.model)
+    tokenizer = base.tokenizer()
+    read = partial(load_windows, tokenizer=tokenizer, length=settings.window)
+    sources = source_names(settings.corpus)
+    training, held_out = (torch.cat([read(name, split=split) for name in sources]) for split in ("model", "router"))
+    texts = {name: read(name, split="evaluation") for name in sources}
+    device = pick_device(options.device)
+    model = convert(base.load(), small_ratio=settings.small_ratio)
+    cast_weights(model, pick_dtype(options.dtype, device, model.hidden_size))
+    model.to(device)
+    for windows in (training, held_out, *texts.values()):
+        check_windows(model, windows)
+    making = Making(model, settings, training, held_out)
+
+    def work(folder: Path) -> None:
+        jobs = _jobs(making, folder)
+        _say_costs(making, [job for job in jobs if not job.finished])
+        finish_all(jobs, InProcess(), folder)
+        _finish(making, base, texts, jobs, folder)
+
+    return "convert", work
+
+
+def _jobs(making: Making, folder: Path) -> list[Job]:
+    jobs: list[Job] = []
+    for stage in making.options.stages:
+        before = jobs[-1] if jobs else None
+        place = folder / "stages" / stage
+        function = partial(_run, making, stage, place, before.place if before else None)
+        jobs.append(Job(stage, place, function, after=(before.name,) if before else ()))
+    return jobs
+
+
+def _run(making: Making, stage: Stage, place: Path, after: Path | None, tell: Tell) -> dict[str, Any]:
+    """The function of a stage's job."""
+    started = time.monotonic()
+    losses = making.run(stage, place, tell, after=after, callbacks=[Saving(tell, _SAVE_EVERY)])
+    words = ", ".join(f"{name.replace('_', '-')} {loss:.3f}" for name, loss in losses.items())
+    tell(line=f"held-out loss {words} nats per token")
+    return {**losses, "minutes": round((time.monotonic() - started) / 60, 1)}
+
+
+def _say_costs(making: Making, jobs: list[Job]) -> None:
+    """What each stage reads and about how long it takes on this machine."""
+    for job in jobs:
+        tokens, seconds = making.cost(job.name)[0], making.seconds(job.name)
+        say(f"{job.name}: {_SAYS[job.name]}; {tokens:,} tokens, about {duration(seconds)}")
+
+
+def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job], folder: Path) -> None:
+    """Write the small networks, or the whole model, and the card with losses on the evaluation split."""
+    model, settings = making.model, making.options
+    take_small(model, jobs[-1].place / WEIGHTS)
+    _round_small(model, _SAVED)
+    save_small(model, folder, base)
+    _round_small(model, model.dtype)  # what is measured is what was saved
+    losses = {name: _measured(model, windows) for name, windows in texts.items()}
+    if settings.whole:
+        load(folder, dtype=base.load(None).dtype).save_pretrained(folder)
+        base.tokenizer().save_pretrained(folder)
+        (folder / WEIGHTS).unlink()
+    write_small_card(folder, facts=_facts(making, base, jobs), losses=losses)
+    _print(losses)
+    say(f"wrote {folder}/: load it with --model {folder}")
+
+
+def _round_small(model: DuoForCausalLM, dtype: torch.dtype) -> None:
+    for ffn in model.stack.ffns:
+        ffn.small.requires_grad_(False).to(dtype)
+
+
+def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:
+    """What the card says."""
+    model, settings = making.model, making.options
+    stages = [
+        {"stage": job.name, "tokens": making.cost(job.name)[0], **{name: job.result[name] for name in _CARD_COLUMNS}}
+        for job in jobs
+    ]
+    return {
+        "name": f"Small networks for {base}",
+        "base": str(base),
+        "command": typed_command(),
+        "inner size of big and small": f"{inner_size(model.config.backbone)}, {model.config.small_size}",
+        "layers, hidden size": f"{model.num_layers}, {model.hidden_size}",
+        "text": ", ".join(source_names(settings.corpus)),
+        "tokens per window": settings.window,
+        "stages": stages,
+    }
+
+
+def _measured(model: DuoForCausalLM, windows: Tensor) -> dict[str, float]:
+    windows = windows[:_CARD_WINDOWS]
+    return {"tokens": windows[:, 1:].numel(), **held_out_losses(model, windows)}
+
+
+def _print(losses: dict[str, dict[str, float]]) -> None:
+    table = Table(title="Loss in nats per token on the evaluation split")
+    for name in ("text", "tokens", "all-small", "half big, at random", "all-big"):
+        table.add_column(name, justify="left" if name == "text" else "right")
+    for text, found in losses.items():
+        cells = [f"{found[name]:.3f}" for name in ("all_small", "half_big", "all_big")]
+        table.add_row(text, f"{found['tokens']:,}", *cells)
+    console.print(table)

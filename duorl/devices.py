@@ -1,0 +1,115 @@
+"""Where a model runs, in which precision, with how many threads, and how much memory this takes."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+_WIDE = 512  # hidden size from which products, which bfloat16 halves, are most of a pass
+_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions:
+    """Where a command runs its model.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `auto` is CUDA if the machine has it, else MPS, else the
+            processor.
+        dtype: precision of the model. `auto` is bfloat16 if the device computes in it and the hidden size is at least
+            512, and float32 otherwise. Routers, losses and rewards are always in float32.
+        threads: threads of torch, in every training process; by default all cores, shared by the processes.
+    """
+
+    device: str = "auto"
+    dtype: Dtype = "auto"
+    threads: int | None = None
+
+
+def pick_device(name: str = "auto") -> torch.device:
+    """The device of a name.
+
+    Args:
+        name: see `DeviceOptions`.
+
+    Raises:
+        ValueError: the name is unknown, or the machine has no such device.
+    """
+    counts = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if name == "auto":
+        name = next(kind for kind in ("cuda", "mps", "cpu") if counts[kind])
+    kind, colon, number = name.partition(":")
+    if kind not in counts or (colon and not (kind == "cuda" and number.isdecimal())):
+        raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    if int(number or 0) >= counts[kind]:
+        there = [kind if kind != "cuda" else f"cuda:{n}" for kind, count in counts.items() for n in range(count)]
+        raise ValueError(f"device {name} is not there: this machine has {', '.join(there)}")
+    return torch.device(name)
+
+
+def pick_dtype(name: Dtype, device: torch.device, width: int) -> torch.dtype:
+    """The precision of a name.
+
+    Args:
+        name: see `DeviceOptions`.
+        device: the device of the model.
+        width: the model's hidden size.
+    """
+    if name == "auto":
+        return torch.bfloat16 if width >= _WIDE and _computes_bfloat16(device) else torch.float32
+    return getattr(torch, name)
+
+
+def _computes_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products in bfloat16; without them, bfloat16 is slower than float32."""
+    if device.type == "cpu":
+        return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def processes_for(device: torch.device, threads: int | None) -> int:
+    """Number of trainings at the same time, if none is given: as many as the processor has cores for, one elsewhere."""
+    if device.type != "cpu":
+        return 1
+    return torch.get_num_threads() if threads is None else max(1, (os.cpu_count() or 1) // threads)
+
+
+def threads_for(processes: int, threads: int | None) -> int:
+    """Threads of torch in each of several processes: the given number, or a share of the present one."""
+    return threads or max(1, torch.get_num_threads() // processes)
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a device can still give; beside a processor, what is available, within the container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    limit = _GROUP_LIMIT.read_text().strip() if _GROUP_LIMIT.is_file() else "max"
+    return min(_available(), int(limit) if limit.isdecimal() else _available())
+
+
+def _available() -> int:
+    known = Path("/proc/meminfo")
+    if known.is_file():
+        for line in known.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return 1024 * int(line.split()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def require_memory(needed: float, device: torch.device, what: str, fix: str) -> None:
+    """Refuse what does not fit into a device's free memory.
+
+    Raises:
+        ValueError: says what needs how much, and what to change.
+    """
+    free = free_bytes(device)
+    if needed > free:
+        size = f"about {needed / 2**30:,.1f} GiB, and {device} has {free / 2**30:,.1f} GiB free"
+        raise ValueError(f"{what} do not fit into memory: they take {size}; {fix}")

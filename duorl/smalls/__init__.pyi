@@ -1,0 +1,9 @@
+from .choose import choose as choose
+from .making import Making as Making
+from .objectives import Distil as Distil
+from .objectives import held_out_losses as held_out_losses
+from .objectives import regress as regress
+from .recipe import ChooseOptions as ChooseOptions
+from .recipe import ConvertOptions as ConvertOptions
+from .recipe import DistilOptions as DistilOptions
+from .recipe import RegressOptions as RegressOptions

@@ -1,0 +1,186 @@
+"""The three stages that make small networks, each a job that can be stopped and continued.
+
+making = Making(model, options, training, held_out)
+making.run("choose", folder / "choose", tell)
+making.run("regress", folder / "regress", tell, after=folder / "choose")
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerCallback, TrainingArguments
+
+from duorl.files import write_json, writing
+from duorl.models.modeling import DuoForCausalLM
+from duorl.models.shared import WEIGHTS, small_weights, take_small
+from duorl.models.trainer import Objective, RoutingTrainer, WindowSet
+from duorl.smalls.choose import choose, last_map
+from duorl.smalls.objectives import Distil, held_out_losses, regress
+from duorl.smalls.recipe import STAGES, ConvertOptions, DistilOptions, RegressOptions, Stage
+from duorl.smalls.recording import big_passes
+
+_TRAINERS = "model.safetensors"  # where the Trainer looks for weights in a checkpoint
+_WARM_UP = 0.05  # of the updates
+
+Progress = Callable[..., None]
+"""Called with completed=, total=, note=."""
+
+
+class SmallTrainer(RoutingTrainer):
+    """Trains the small networks only, and keeps only these in its checkpoints."""
+
+    def _save(self, output_dir: str | None = None, state_dict=None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(small_weights(self.accelerator.unwrap_model(self.model)), folder / _TRAINERS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        take_small(self.accelerator.unwrap_model(self.model), Path(resume_from_checkpoint) / _TRAINERS)
+
+
+class Making:
+    """Makes the small networks of a model, in place.
+
+    Args:
+        model: a duo model with new small networks. Its big networks are frozen. In bfloat16 or float16 it computes in
+            this precision, and the small networks are trained in float32.
+        options: see `ConvertOptions`.
+        training: (W, T+1), text to learn from.
+        held_out: (W, T+1), text for the losses after and during the stages.
+
+    Raises:
+        ValueError: the text is shorter than an update, a network has no single last map, or its output is not finite.
+    """
+
+    def __init__(self, model: DuoForCausalLM, options: ConvertOptions, training: Tensor, held_out: Tensor):
+        self.model, self.options = model, options
+        order = torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed))
+        self.training = training[order]  # so the windows that `choose` records are of all texts
+        self.held_out = held_out[:: max(1, len(held_out) // options.evaluation_windows)][: options.evaluation_windows]
+        model.requires_grad_(False).eval()
+        for ffn in model.stack.ffns:
+            ffn.small.float().requires_grad_(True)
+            last_map(ffn)
+        needed = max(self._batch(stage) for stage in STAGES[1:])
+        if len(training) < needed:
+            raise ValueError(f"the text gives {len(training)} windows, but an update takes {needed}: give more text")
+        for _ in big_passes(model, training[:1].to(model.device)):
+            pass
+
+    def cost(self, stage: Stage) -> tuple[int, float]:
+        """Tokens that a stage reads, and its approximate FLOPs."""
+        window, parts = self.options.window, self.model.flops
+        small, big = (parts.token(torch.tensor(share), window).item() for share in (0.0, 1.0))
+        if stage == "choose":
+            return self._windows() * window, 2 * (big - parts.head) * self._windows() * window
+        tokens = self._updates(stage) * self._batch(stage) * window
+        if stage == "regress":
+            return tokens, (big - parts.head + 3 * (small - parts.head)) * tokens
+        return tokens, (big + 3 * (small + big) / 2) * tokens
+
+    def _options(self, stage: Stage) -> RegressOptions | DistilOptions:
+        return self.options.regress if stage == "regress" else self.options.distil
+
+    def _windows(self) -> int:
+        return min(max(1, self.options.choose.tokens // self.options.window), len(self.training))
+
+    def _batch(self, stage: Stage) -> int:
+        return max(1, self._options(stage).tokens_per_update // self.options.window)
+
+    def _updates(self, stage: Stage) -> int:
+        return max(1, self._options(stage).tokens // (self._batch(stage) * self.options.window))
+
+    def seconds(self, stage: Stage) -> float:
+        """Estimated seconds of a stage, from its FLOPs and the time of one all-big pass over a window."""
+        window, parts = self.training[:1].to(self.model.device), self.model.flops
+        for _ in range(2):  # the first is a warm-up
+            started = time.perf_counter()
+            for *_, written in big_passes(self.model, window):
+                written.sum().item()
+            seconds = time.perf_counter() - started
+        body = parts.token(torch.tensor(1.0), self.options.window).item() - parts.head
+        return self.cost(stage)[1] * seconds / (body * window[:, 1:].numel())
+
+    def run(
+        self,
+        stage: Stage,
+        place: Path,
+        tell: Progress,
+        *,
+        after: Path | None = None,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> dict[str, float]:
+        """Run one stage, from its last checkpoint if there is one.
+
+        Args:
+            stage: its name.
+            place: its folder, in which it leaves `small.safetensors`.
+            tell: called after every pass or update.
+            after: the folder of the stage before it.
+            callbacks: callbacks of the Trainer, for checkpoints and signals.
+
+        Returns:
+            The losses on the held-out windows.
+        """
+        if after is not None:
+            take_small(self.model, after / WEIGHTS)
+        if stage == "choose":
+            self._choose(tell)
+        else:
+            self._train(stage, place, callbacks)
+        with writing(place / WEIGHTS) as beside:
+            save_file(small_weights(self.model), beside)
+        return held_out_losses(self.model, self.held_out)
+
+    def _choose(self, tell: Progress) -> None:
+        windows, read = self.training[: self._windows()], 0
+
+        def step(tokens: int) -> None:
+            nonlocal read
+            read += tokens
+            tell(completed=read, total=2 * windows[:, 1:].numel())
+
+        choose(self.model, windows, tell=step)
+
+    def _train(self, stage: Stage, place: Path, callbacks: Sequence[TrainerCallback]) -> None:
+        objective: Objective = regress if stage == "regress" else Distil(self.options.distil.target)
+        trainer = SmallTrainer(
+            model=self.model,
+            args=self._arguments(stage, place / "checkpoints"),
+            train_dataset=WindowSet(self.training),
+            eval_dataset=WindowSet(self.held_out),
+            objective=objective,
+            measure=held_out_losses,
+        )
+        trainer.run(place, callbacks, resume=True)
+        write_json(place / "history.json", trainer.state.log_history)
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+
+    def _arguments(self, stage: Stage, checkpoints: Path) -> TrainingArguments:
+        updates = self._updates(stage)
+        return TrainingArguments(
+            output_dir=str(checkpoints),
+            max_steps=updates,
+            per_device_train_batch_size=self._batch(stage),
+            learning_rate=self._options(stage).learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=round(_WARM_UP * updates),
+            weight_decay=0.0,
+            logging_steps=max(1, updates // 100),
+            eval_strategy="steps",
+            eval_steps=max(1, updates // 10),
+            save_strategy="no",  # a callback saves every few minutes
+            save_total_limit=2,
+            seed=self.options.seed + STAGES.index(stage),
+            use_cpu=self.model.device.type == "cpu",
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            report_to="tensorboard",
+        )

@@ -1,0 +1,83 @@
+"""The losses of the stages `regress` and `distil`, and the losses that both are judged by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from duorl.costs import BIG, SMALL
+from duorl.models.modeling import DuoForCausalLM
+from duorl.models.trainer import random_routes
+from duorl.routed_pass import RoutedPass
+from duorl.smalls.recording import big_passes, in_own_precision, token_weights
+
+Target = Literal["teacher", "text"]
+"""What `distil` comes closer to: the all-big distribution, or the next token of the text."""
+
+
+def regress(model: DuoForCausalLM, tokens: Tensor, generator: torch.Generator) -> Tensor:
+    """Relative squared error of small against big on big's own inputs, mean of tokens and layers, scalar.
+
+    Every layer is fitted by itself, so derivatives pass through one small network only. 0 is a copy of big, 1 is what
+    a network that writes zeros has. See `token_weights` for the weights.
+
+    Args:
+        model: a duo model.
+        tokens: (B, T+1).
+        generator: not used; all objectives have the same arguments.
+    """
+    losses = []
+    for layer, read, written in big_passes(model, tokens):
+        with in_own_precision(model):
+            made = model.stack.ffns[layer].run(read, SMALL)
+        error = (made.float() - written.float()).square().sum(-1)
+        losses.append((error * token_weights(written)).mean())
+    return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class Distil:
+    """All small networks together, under random routing with a new share of big in every batch.
+
+    Args:
+        target: `teacher` is KL(all-big || routed) in nats per token; `text` is the next-token loss.
+    """
+
+    target: Target = "teacher"
+
+    def __call__(self, model: DuoForCausalLM, tokens: Tensor, generator: torch.Generator) -> Tensor:
+        """The loss of windows (B, T+1), scalar."""
+        share = torch.rand((), generator=generator).item()
+        routes = random_routes(tokens[:, 1:].numel(), model.num_layers, big_share=share, generator=generator)
+        routes = routes.view(*tokens[:, 1:].shape, -1).to(tokens.device)
+        with in_own_precision(model):
+            walk = RoutedPass(model, tokens)
+            teacher = walk.fork()
+            while not walk.done:
+                walk.step(routes[..., walk.layer])
+            if self.target == "text":
+                return walk.losses().mean()
+            with torch.no_grad():
+                while not teacher.done:
+                    teacher.take(BIG)
+            return walk.divergences(teacher).mean()
+
+
+@torch.no_grad()
+def held_out_losses(model: DuoForCausalLM, windows: Tensor, *, batch: int = 4, seed: int = 0) -> dict[str, float]:
+    """Mean next-token loss in nats of `all_small`, `half_big` (at random) and `all_big` on windows (W, T+1)."""
+    totals = dict.fromkeys(("all_small", "half_big", "all_big"), 0.0)
+    generator = torch.Generator().manual_seed(seed)
+    for tokens in windows.to(model.device).split(batch):
+        shape = (*tokens[:, 1:].shape, model.num_layers)
+        half = random_routes(tokens[:, 1:].numel(), model.num_layers, generator=generator).view(shape)
+        for name, routes in zip(totals, (SMALL, half.to(tokens.device), BIG), strict=True):
+            with in_own_precision(model):
+                walk = RoutedPass(model, tokens)
+                while not walk.done:
+                    walk.take(routes) if isinstance(routes, int) else walk.step(routes[..., walk.layer])
+                totals[name] += walk.losses().sum().item()
+    return {name: total / windows[:, 1:].numel() for name, total in totals.items()}

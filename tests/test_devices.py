@@ -1,0 +1,167 @@
+"""Where a model runs: names of devices, precision, threads, memory, and what an accelerator must not wait for."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+import yaml
+from conftest import make_duo
+from torch.nn.functional import one_hot
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import duorl
+from duorl import agents, devices, envs
+from duorl.cli.parser import parse
+from duorl.devices import free_bytes, pick_device, pick_dtype, processes_for, require_memory, threads_for
+from duorl.models.ffn import DuoFFN
+from duorl.models.footprint import peak_bytes, weight_bytes
+from duorl.routed_pass import RoutedPass
+from duorl.runs.folders import CONFIG, check_same_options
+
+CPU = torch.device("cpu")
+
+
+def with_cuda(monkeypatch, count, bfloat16=True):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bfloat16)
+
+
+def test_auto_takes_an_accelerator_if_there_is_one(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with_cuda(monkeypatch, 0)
+    assert pick_device("auto") == pick_device("cpu") == CPU
+    with_cuda(monkeypatch, 2)
+    assert pick_device("auto") == torch.device("cuda") and pick_device("cuda:1") == torch.device("cuda:1")
+    with_cuda(monkeypatch, 0)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert pick_device("auto") == torch.device("mps")
+
+
+@pytest.mark.parametrize("name", ["gpu", "", "cpu:0", "mps:1", "cuda:", "cuda:-1", "cuda:x", "CUDA", "auto:0"])
+def test_an_unknown_device_is_refused(name):
+    with pytest.raises(ValueError, match="device must be auto, cpu, cuda, cuda:N or mps, not"):
+        pick_device(name)
+
+
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with_cuda(monkeypatch, 1)
+    with pytest.raises(ValueError, match="device cuda:1 is not there: this machine has cpu, cuda:0"):
+        pick_device("cuda:1")
+
+
+def test_auto_is_bfloat16_where_the_device_computes_in_it_and_the_model_is_wide(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": False}, raising=False)
+    assert pick_dtype("auto", CPU, 576) == torch.bfloat16
+    assert pick_dtype("auto", CPU, 192) == torch.float32  # duo-tiny: the numbers in the docs
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True}, raising=False)
+    assert pick_dtype("auto", CPU, 4096) == torch.float32 and pick_dtype("float16", CPU, 8) == torch.float16
+    with_cuda(monkeypatch, 1, bfloat16=False)
+    assert pick_dtype("auto", torch.device("cuda"), 4096) == torch.float32
+
+
+def test_processes_share_the_threads_that_are_not_given(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(devices.os, "cpu_count", lambda: 8)
+    assert [threads_for(n, None) for n in (1, 3, 16)] == [8, 2, 1] and threads_for(3, 4) == 4
+    assert processes_for(CPU, None) == 8 and processes_for(CPU, 4) == 2 and processes_for(CPU, 16) == 1
+    assert processes_for(torch.device("cuda"), None) == 1
+
+
+def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch, tokens):
+    assert 0 < free_bytes(CPU) < 2**50
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 3 * 2**30)
+    require_memory(3 * 2**30, CPU, "they", "buy more")
+    said = "they do not fit into memory: they take about 4.5 GiB, and cpu has 3.0 GiB free; buy more"
+    with pytest.raises(ValueError, match=said):
+        require_memory(4.5 * 2**30, CPU, "they", "buy more")
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 2**18)
+    with pytest.raises(ValueError, match=r"the weights in .* do not fit into memory"):
+        duorl.load("duo-tiny")
+    duo = make_duo("llama").requires_grad_(False)
+    lockstep = envs.Lockstep(duo, tokens, windows_per_batch=2, group_size=2)
+    with pytest.raises(ValueError, match=r"28 tokens at once .* lower group_size \(2\) or windows_per_batch"):
+        agents.ReinMax(lockstep)
+
+
+def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(devices, "_GROUP_LIMIT", tmp_path / "memory.max")
+    unlimited = free_bytes(CPU)
+    devices._GROUP_LIMIT.write_text("max\n")
+    assert free_bytes(CPU) == pytest.approx(unlimited, rel=0.5)
+    devices._GROUP_LIMIT.write_text("1048576\n")
+    assert free_bytes(CPU) == 2**20
+
+
+def test_a_run_keeps_its_device_and_precision_and_may_change_its_threads(tmp_path):
+    _, text = parse("train", ["--threads", "3"])
+    kept = yaml.safe_load(text)
+    assert (kept["device"], kept["dtype"], kept["threads"]) == (str(pick_device()), "auto", 3)
+    (tmp_path / CONFIG).write_text(text)
+    check_same_options(str(tmp_path), parse("train", ["--device", str(pick_device())])[1])
+    with pytest.raises(ValueError, match="was made with dtype auto, not bfloat16"):
+        check_same_options(str(tmp_path), parse("train", ["--dtype", "bfloat16"])[1])
+
+
+def test_a_model_is_loaded_in_a_precision_by_its_name():
+    assert duorl.load("duo-tiny", dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+    assert duorl.load("duo-tiny", dtype="auto", device="auto").dtype == torch.float32
+
+
+def test_weights_and_activations_are_what_is_stated():
+    model = duorl.load("duo-tiny")
+    own = sum(weight.numel() * weight.itemsize for weight in model.parameters())
+    assert weight_bytes(model.config, torch.float32) == pytest.approx(own, rel=0.01)
+    one, two = (peak_bytes(model.config, tokens, torch.float32, keeps="states") for tokens in (10_000, 20_000))
+    held = 8 * 192 * 4  # the states of all layers, which heads learn from
+    assert 10_000 * held < two - one < 10_000 * 8 * held
+    everything = peak_bytes(model.config, 10_000, torch.float32, keeps="everything")
+    assert everything > one > peak_bytes(model.config, 10_000, torch.bfloat16)
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes the host wait for an accelerator."""
+
+    waits = ("_local_scalar_dense", "nonzero", "bincount", "unique", "is_nonzero", "equal")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.__name__.partition(".")[0]
+        assert name not in self.waits and not name.startswith("unique"), f"{name} waits"
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_small_groups_are_never_waited_for_beside_a_processor(differentiable, tokens, monkeypatch):
+    duo = make_duo("llama").requires_grad_(False)
+    actions = torch.randint(1 if differentiable else 0, 3, (3, *tokens[:, 1:].shape))
+    grouped = walked(duo, tokens, actions, differentiable, nullcontext())
+    monkeypatch.setattr(DuoFFN, "cheaper_than_waiting", lambda ffn, tokens: True)
+    selected = walked(duo, tokens, actions, differentiable, NoWaiting())
+    for one, other in zip(grouped, selected, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def walked(duo, tokens, actions, differentiable, watch):
+    """Losses along routes, and their derivatives by the choices; all layers run under a watch.
+
+    The begin and the end of a pass are not watched: there transformers makes masks, for which it waits.
+    """
+    walk = RoutedPass(duo, tokens)
+    choices = [one_hot(taken - 1, 2).float().requires_grad_() for taken in actions] if differentiable else []
+    with watch:
+        while not walk.done:
+            if choices:
+                walk.mix(choices[walk.layer], (1, 2), hard=True)
+            else:
+                walk.step(actions[walk.layer])
+    losses = walk.losses()
+    return [losses.detach(), *(torch.autograd.grad(losses.sum(), choices) if choices else ())]
+
+
+def test_large_groups_are_waited_for():
+    ffn = make_duo("llama").stack.ffns[0]
+    for count, cheap in ((1, True), (10**9, False)):
+        assert ffn.cheaper_than_waiting(torch.empty(count, 32, device="meta")) == cheap
+    assert not ffn.cheaper_than_waiting(torch.empty(1, 32))

@@ -1,0 +1,258 @@
+"""Making small networks: against closed forms, naive computation, and an uninterrupted run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_duo
+from torch.nn.functional import kl_div
+
+import duorl
+from duorl.costs import BIG
+from duorl.models.shared import WEIGHTS, small_weights
+from duorl.models.trainer import random_routes
+from duorl.routed_pass import RoutedPass
+from duorl.runs import interrupts
+from duorl.runs.pretraining import Saving
+from duorl.smalls import ChooseOptions, ConvertOptions, Distil, DistilOptions, Making, RegressOptions, choose, regress
+from duorl.smalls.choose import last_map
+from duorl.smalls.recording import big_passes, token_weights
+
+FAMILIES = ["llama", "phi3", "gpt2", "opt", "bloom", "falcon", "gemma2"]  # gated, fused, biases, Conv1D, adapters
+
+
+def tokens_of(model, windows=4, length=12, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(model.config.vocab_size, (windows, length + 1), generator=generator)
+
+
+def make_trainable(family="llama"):
+    model = make_duo(family)
+    for ffn in model.stack.ffns:
+        ffn.small.requires_grad_(True)
+    return model
+
+
+@torch.no_grad()
+def use_few_neurons(ffn):
+    """Make most neurons of big write nothing, so that the small network can be equal to it."""
+    last = last_map(ffn)
+    weight = last.weight if type(last).__name__ == "Conv1D" else last.weight.T  # (inner, d)
+    kept = torch.randperm(len(weight), generator=torch.Generator().manual_seed(1))[: len(weight) // 4]
+    mask = torch.zeros(len(weight), 1)
+    mask[kept] = 1
+    weight *= mask
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_neurons_that_write_are_chosen_and_nothing_is_lost(family):
+    model = make_duo(family)
+    for ffn in model.stack.ffns:
+        use_few_neurons(ffn)
+    tokens = tokens_of(model, 24)
+    before = {name: weight.clone() for name, weight in model.named_parameters() if ".small." not in name}
+    choose(model, tokens)
+    for layer, read, written in big_passes(model, tokens):
+        made = model.stack.ffns[layer].small(read)
+        assert (made - written).norm() < 0.02 * written.norm()  # the ridge moves it a little
+    assert all(torch.equal(before[name], weight) for name, weight in model.named_parameters() if name in before)
+
+
+def test_the_last_map_is_the_weighted_least_squares_fit():
+    model = make_duo("gpt2")
+    tokens = tokens_of(model, 24)
+    choose(model, tokens)
+    layer, read, written = next(iter(big_passes(model, tokens)))
+    small = model.stack.ffns[layer].small
+    inner = small.act(small.c_fc(read))
+    scale = token_weights(written).sqrt()[:, None]
+    columns = torch.cat([inner, torch.ones(len(inner), 1)], dim=1) * scale
+    fitted = torch.linalg.lstsq(columns, written * scale).solution
+
+    def error(solution):
+        return (columns @ solution - written * scale).square().sum()
+
+    ours = torch.cat([small.c_proj.weight, small.c_proj.bias[None]])
+    assert error(fitted) <= error(ours) <= 1.01 * error(fitted)
+
+
+def test_no_token_rules():
+    written = torch.randn(101, 8)
+    written[0] *= 1e4
+    weights = token_weights(written)
+    shares = weights * written.square().sum(-1)
+    assert shares.max() <= 1 + 1e-5 and shares[0] == pytest.approx(1, rel=1e-4)
+    assert weights.max() == weights[written.norm(dim=-1) <= written.norm(dim=-1).median()].min()
+
+
+def test_regress_is_0_for_a_copy_and_learns_each_layer_by_itself():
+    model, coins = make_trainable(), torch.Generator()
+    tokens = tokens_of(model)
+    loss = regress(model, tokens, coins)
+    loss.backward()
+    for ffn in model.stack.ffns:
+        assert all(weight.grad.abs().sum() > 0 for weight in ffn.small.parameters())
+        assert all(weight.grad is None for weight in ffn.big.parameters())
+    naive = []
+    for layer, read, written in big_passes(model, tokens):
+        error = (model.stack.ffns[layer].small(read) - written).square().sum(-1)
+        sizes = written.norm(dim=-1)
+        naive.append((error / sizes.clamp(min=sizes.median()) ** 2).mean())
+    assert loss.item() == pytest.approx(sum(naive).item() / len(naive), rel=1e-5)
+    for ffn in model.stack.ffns:
+        ffn.small = ffn.big
+    assert regress(model, tokens, coins).item() == 0
+
+
+def test_distil_is_the_distance_to_all_big_under_random_routes():
+    model = make_trainable()
+    tokens = tokens_of(model)
+    loss = Distil()(model, tokens, torch.Generator().manual_seed(3))
+    coins = torch.Generator().manual_seed(3)
+    share = torch.rand((), generator=coins).item()
+    routes = random_routes(tokens[:, 1:].numel(), model.num_layers, big_share=share, generator=coins)
+    routes = routes.view(*tokens[:, 1:].shape, -1)
+    inputs = tokens[:, :-1]
+    teacher, own = model(input_ids=inputs).logits.log_softmax(-1), model(input_ids=inputs, routes=routes).logits
+    naive = kl_div(own.log_softmax(-1), teacher.detach(), reduction="none", log_target=True).sum(-1).mean()
+    assert 0 < share < 1 and BIG in routes
+    assert loss.item() == pytest.approx(naive.item(), rel=1e-4)
+    weights = list(small_weights(model).values())
+    parameters = [weight for ffn in model.stack.ffns for weight in ffn.small.parameters()]
+    for ours, expected in zip(
+        torch.autograd.grad(loss, parameters), torch.autograd.grad(naive, parameters), strict=True
+    ):
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-6)
+    assert len(weights) == len(parameters)
+
+
+def test_distil_can_follow_the_text():
+    model = make_trainable()
+    tokens = tokens_of(model)
+    loss = Distil("text")(model, tokens, torch.Generator().manual_seed(3))
+    walk, coins = RoutedPass(model, tokens), torch.Generator().manual_seed(3)
+    share = torch.rand((), generator=coins).item()
+    routes = random_routes(tokens[:, 1:].numel(), model.num_layers, big_share=share, generator=coins)
+    while not walk.done:
+        walk.step(routes.view(*tokens[:, 1:].shape, -1)[..., walk.layer])
+    assert loss.item() == walk.losses().mean().item()
+
+
+def options(**given):
+    stages = {
+        "choose": ChooseOptions(48),
+        "regress": RegressOptions(288, 48, 1e-2),
+        "distil": DistilOptions(288, 48, 1e-2),
+    }
+    return ConvertOptions(model="m", out="o", window=12, evaluation_windows=2, **{**stages, **given})
+
+
+def test_every_stage_comes_closer_to_all_big(tmp_path):
+    torch.manual_seed(0)
+    model = make_duo("llama")
+    making = Making(model, options(distil=DistilOptions(4800, 96, 3e-3)), tokens_of(model, 64), tokens_of(model, 4))
+    losses = [Distil()(model, making.held_out, torch.Generator().manual_seed(0)).item()]
+    place = None
+    for stage in ("choose", "regress", "distil"):
+        found = making.run(stage, tmp_path / stage, lambda **said: None, after=place)
+        assert set(found) == {"all_small", "half_big", "all_big"}
+        place = tmp_path / stage
+        losses.append(Distil()(model, making.held_out, torch.Generator().manual_seed(0)).item())
+    assert losses[1] < losses[0] and losses[3] < losses[2]
+
+
+def test_a_stage_that_was_stopped_goes_on_to_the_same_bit(tmp_path, monkeypatch):
+    def run(folder, stop_at=None):
+        model = make_duo("llama")
+        making = Making(model, options(), tokens_of(model, 16), tokens_of(model, 4))
+        done = []
+
+        def tell(**said):
+            done.append(said)
+            if len(done) == stop_at:
+                monkeypatch.setattr(interrupts, "pending", lambda: True)
+                monkeypatch.setattr(interrupts, "check", stop)
+
+        def stop():
+            raise interrupts.Interrupted(2)
+
+        try:
+            making.run("distil", folder, tell, callbacks=[Saving(tell, 1e9)])
+        finally:
+            monkeypatch.undo()
+        return model
+
+    whole = run(tmp_path / "whole")
+    with pytest.raises(interrupts.Interrupted):
+        run(tmp_path / "parts", stop_at=3)
+    kept = next((tmp_path / "parts" / "checkpoints").glob("checkpoint-*"))
+    assert kept.name == "checkpoint-3" and (kept / "model.safetensors").stat().st_size < 60_000  # small networks alone
+    resumed = run(tmp_path / "parts")
+    for name, weight in small_weights(whole).items():
+        assert torch.equal(weight, small_weights(resumed)[name])
+    assert (tmp_path / "parts" / WEIGHTS).is_file() and not (tmp_path / "parts" / "checkpoints").exists()
+
+
+def test_activations_that_are_no_numbers_are_refused():
+    model = make_duo("llama")
+    model.stack.ffns[1].big.down_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match="layer 1: the big network gives numbers that are not finite"):
+        Making(model, options(), tokens_of(model, 16), tokens_of(model, 4))
+
+
+@pytest.fixture
+def place(tmp_path, small_corpus, monkeypatch):
+    """A folder with a language model of transformers and its tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    LlamaForCausalLM(LlamaConfig(vocab_size=2048, **sizes)).save_pretrained("original")
+    duorl.load_tokenizer().save_pretrained("original")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_command_stops_after_a_stage_and_goes_on(place, small_corpus, capsys):
+    from duorl.cli import main
+
+    words = ["convert", "--model", "original", "--out", "small", "--corpus", str(small_corpus), "--window", "16"]
+    words += ["--choose.tokens=256", "--regress.tokens=128", "--regress.tokens_per_update=64"]
+    words += ["--distil.tokens=128", "--distil.tokens_per_update=64", "--evaluation_windows=2"]
+    main([*words, "--until", "choose"])
+    assert "choose: takes" in capsys.readouterr().out
+    assert not Path("small/stages/regress").exists() and duorl.load("small").num_layers == 2
+    main([*words, "--resume"])
+    said = capsys.readouterr().out
+    assert "regress: learns" in said and "choose: takes" not in said
+    card = Path("small/README.md").read_text()
+    assert "# Small networks for original" in card and "| distil | 128 |" in card
+    assert Path("small/small.safetensors").is_file() and not Path("small/model.safetensors").exists()
+    apart = duorl.load("small")
+    main([*words[:4], "whole", *words[5:], "--whole"])
+    assert Path("whole/model.safetensors").is_file() and not Path("whole/small.safetensors").exists()
+    for (name, weight), (_, other) in zip(
+        duorl.load("whole").named_parameters(), apart.named_parameters(), strict=True
+    ):
+        assert torch.equal(weight, other), name
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--model", "nowhere"], "no base model 'nowhere'"),
+        (["--model", "."], "config.json"),
+        (["--model", "original", "--corpus", "nothing.txt"], "nothing.txt"),
+        (["--model", "original", "--small_ratio", "0"], "small_ratio must be at least 1"),
+        (["--model", "original", "--distil.learning_rate", "0"], "learning_rate must be above 0"),
+    ],
+)
+def test_bad_input_is_one_line(place, small_corpus, capsys, words, line):
+    from duorl.cli import main
+
+    corpus = [] if "--corpus" in words else ["--corpus", str(small_corpus)]
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "--out", "small", "--window", "16", *corpus, *words])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and line in said and said.count("\n") == 1 and not Path("small").exists()
