@@ -39,7 +39,7 @@ def test_small_networks_and_their_base_make_the_same_model(folders, duo, tokens)
     assert duorl.load_tokenizer(folders[1]).get_vocab() == duorl.load_tokenizer().get_vocab()
 
 
-@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3"])
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "falcon", "phi3", "opt", "bloom"])
 def test_every_family_is_put_together(family, tmp_path, tokens):
     duo = make_duo(family)
     make_original(family).save_pretrained(tmp_path / "base")

@@ -73,7 +73,7 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
             config = DuoConfig.from_pretrained(config or name, **given)
         if config is None or config.base is None:
             return super().from_pretrained(name, *args, **kwargs)
-        dtype = kwargs.get("dtype")
+        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
         dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
         more = {option: kwargs[option] for option in ("device_map",) if option in kwargs}
         return join(cls, small_folder(name, kwargs.get("revision")), config, dtype=dtype, **more)
