@@ -1,5 +1,7 @@
 """Compares approximate oracles and pattern searches with the exhaustive ones: `python benchmarks/approximate.py`.
 
+With `--model FOLDER`, it compares the pattern searches of a deep model with each other.
+
 It uses held-out text and duo-tiny in the reference context, where the exact optimum is known. Regrets are in nats of
 return at a price, with a 95 % interval over files. Costs are FLOPs and processor seconds, divided by those of the
 exhaustive search. Fixed patterns are also searched in a random model of 12 layers, in which layers depend on each other
@@ -8,7 +10,9 @@ more than in a trained one.
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Sequence
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -21,6 +25,7 @@ from duorl.oracle.patterns import pattern_losses
 from duorl.runs.allocator import keep_freed_memory
 
 _WINDOWS, _PATTERN_WINDOWS, _LENGTH = 16, 32, 128
+_FEW = 4  # windows for a deep model
 _PRICES = (0.0, 0.3)
 
 
@@ -63,23 +68,26 @@ def approximate_oracles(model: duorl.DuoForCausalLM, windows: Windows, starts: l
         print(f"| {name} | {' | '.join(regrets)} | {costs} |")
 
 
-def patterns(name: str, model: duorl.DuoForCausalLM, windows: torch.Tensor, held_out: torch.Tensor) -> None:
-    """Print the table of fixed patterns per number of big layers."""
+def patterns(
+    name: str, model: duorl.DuoForCausalLM, windows: torch.Tensor, held_out: torch.Tensor, methods: Sequence[str]
+) -> None:
+    """Print the table of fixed patterns per number of big layers; differences are to the first method."""
     times, found = [], []
-    methods = ("enumeration", "program", "greedy")
     for method in methods:
         started = time.process_time()
         found.append({p.budget[1]: p for p in fixed_patterns(model, windows, method=method)})
         times.append(time.process_time() - started)
-    shares = [seconds / times[0] for seconds in times]
-    print(f"\n{name}: time of the program / enumeration {shares[1]:.2f}, of greedy {shares[2]:.2f}\n")
-    head = [*methods, "regret of program", "of greedy", *(f"{method}, held out" for method in methods)]
-    print(f"| big layers | {' | '.join(head)} |\n|{'---:|' * (len(head) + 1)}")
+    first, *others = methods
+    shares = [f"{method} {seconds / times[0]:.2f}" for method, seconds in zip(others, times[1:], strict=True)]
+    print(f"\n{name}: time as a share of {first}: {', '.join(shares)}\n")
+    minus = [f"{method} - {first}" for method in others]
+    print(f"| big layers | {' | '.join([*methods, *minus, *(f'{method}, held out' for method in methods)])} |")
+    print(f"|{'---:|' * (2 * len(methods) + len(others) + 1)}")
     for big in sorted(found[0]):
         losses = [one[big].loss for one in found]
         deployed = pattern_losses(model, held_out, torch.tensor([one[big].route for one in found])).tolist()
-        cells = [*losses, losses[1] - losses[0], losses[2] - losses[0], *deployed]
-        print(f"| {big} | {' | '.join(f'{cell:.4f}' for cell in cells)} |")
+        cells = [*losses, *(loss - losses[0] for loss in losses[1:]), *deployed]
+        print(f"| {big} | {' | '.join(f'{cell:.4f}' for cell in cells)} |", flush=True)
 
 
 def random_model() -> tuple[duorl.DuoForCausalLM, torch.Tensor]:
@@ -96,12 +104,19 @@ def random_model() -> tuple[duorl.DuoForCausalLM, torch.Tensor]:
 def main() -> None:
     """Measure and print tables in Markdown."""
     keep_freed_memory()
-    model, tokenizer = duorl.load("duo-tiny"), duorl.load_tokenizer("duo-tiny")
+    parser = argparse.ArgumentParser(description=__doc__.split(":")[0])
+    parser.add_argument("--model", default="duo-tiny", help="a duo model; if it is not duo-tiny, only patterns")
+    name = parser.parse_args().model
+    model, tokenizer = duorl.load(name), duorl.load_tokenizer(name)
     read = lambda split: read_windows("stdlib-code", tokenizer, split=split, length=_LENGTH)  # noqa: E731
     router, held_out = read("router").tokens[:_PATTERN_WINDOWS], read("evaluation").first(_WINDOWS)
-    patterns("duo-tiny", model, router, held_out.tokens)
+    if name != "duo-tiny":
+        patterns(name, model, router[:_FEW], held_out.tokens[:_FEW], ("greedy", "program"))
+        return
+    methods = ("enumeration", "program", "greedy")
+    patterns(name, model, router, held_out.tokens, methods)
     random, tokens = random_model()
-    patterns("12 random layers", random, tokens[:2], tokens[2:])
+    patterns("12 random layers", random, tokens[:2], tokens[2:], methods)
     approximate_oracles(model, held_out, [p.route for p in fixed_patterns(model, router, method="greedy")])
 
 

@@ -20,7 +20,8 @@ class EvaluationOptions:
         finalists: number of the best patterns that are measured again on `final_windows` windows of the router split.
         final_windows: see `finalists`.
         baseline: search of the best fixed pattern: `enumeration` of all, the dynamic `program`, or `greedy`. `auto`
-            enumerates if this costs less than the training, and is greedy otherwise.
+            enumerates if this costs less than the training, and is greedy otherwise; the program costs as much as the
+            greedy search and finds worse patterns.
         bound: the bound of routers: the `exhaustive` oracle, coordinate `descent` (a lower bound of the oracle), or
             `none`. `auto` is the first of these that costs less than the training. With `auto`, the number of windows
             may be lowered, so that the evaluation does not take longer than the training.
