@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_i
 from duorl.cli.commands import COMMANDS, fail
 from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
 
-_COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "transfer", "knowable")
+_COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "reach_targets", "transfer", "knowable")
 _TRAIN_ONLY = ("target_compute",)
 _FLAGS = {
     "overwrite": "replace the run in the output folder",
