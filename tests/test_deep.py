@@ -110,24 +110,36 @@ def test_train_and_evaluate(said_before):
     assert again["train/router"]["compute"] == pytest.approx(rows["PPO"]["compute"])
 
 
-def test_compare_with_two_seeds_also_on_a_text_that_was_not_learned_on(said_before):
+def test_compare_with_two_seeds(said_before):
     few = ["--rivals", "[]", "--seeds", "2", "--processes", "1", "--total_decisions", "1500"]
     agents = '{"REINFORCE": "REINFORCE", "Soft": {"class_path": "Soft", "init_args": {"updates": 2}}}'
-    Path("other.txt").write_text("".join(f"{count} whales in the sea, and no code.\n" for count in range(3000)))
-    budgets = ["--env.prices", "[0.1, 1.0]", "--targets", "[0.5, 0.7]", "--transfer", '["other.txt"]']
-    before = said_before("compare", "--config", "tiny.yaml", "--agents", agents, *few, *budgets, "--out", "compare")
+    before = said_before("compare", "--config", "tiny.yaml", "--agents", agents, *few, "--out", "compare")
     rows = assert_bounded_below("compare", before)
     assert rows["REINFORCE"]["seeds"] == rows["Soft"]["seeds"] == 2
     for seed in (0, 1):
         assert routers.load(f"compare/routers/REINFORCE/seed-{seed}").config["layers"] == LAYERS
-    learned, other = json.loads(Path("compare/budgets.json").read_text())["texts"].values()
+
+
+def test_all_targets_are_reached_also_on_a_text_that_was_not_learned_on():
+    """With three layers, because many routers are calibrated and measured."""
+    save_model("three", layers=3)
+    Path("other.txt").write_text("".join(f"{count} whales in the sea, and no code.\n" for count in range(3000)))
+    options = ["--model", "three", "--agents", "{REINFORCE: REINFORCE}", "--rivals", "[]", "--total_decisions", "800"]
+    budgets = ["--env.prices", "[0.1, 1.0]", "--targets", "[0.4, 0.8]", "--reach_targets", "true"]
+    where = ["--transfer", '["other.txt"]', "--processes", "1", "--out", "budgets"]
+    main(["compare", "--config", "tiny.yaml", *options, *budgets, *where])
+    learned, other = json.loads(Path("budgets/budgets.json").read_text())["texts"].values()
     assert (learned["transfer"]["learned"], other["transfer"]["learned"]) == (True, False)
-    assert [row["target"] for row in other["transfer"]["rows"]] == [0.5] * 3 + [0.7] * 3
-    fixed = next(row for row in other["rows"] if row["router"] == "best fixed")
-    assert fixed["loss"] > 0 and 0 <= fixed["top1_agreement"] <= 1 and fixed["flops_per_token"] > 0
-    assert Path("compare/figures/budgets-other.txt.png").is_file()
-    assert "not learned on" in Path("compare/budgets.md").read_text()
-    assert "No router learned on this text" in Path("compare/report.html").read_text()
+    for row in learned["rows"]:
+        assert row["loss"] > 0 and 0 <= row["top1_agreement"] <= 1 and row["flops_per_token"] > 0
+    for router in learned["routers"]:
+        spent = [step["compute"] for step in router["frontier"]]
+        assert spent == sorted(spent) and len(spent) == {"best fixed": 4, "REINFORCE": 7 + 4}[router["router"]]
+    assert [row["target"] for row in other["transfer"]["rows"]] == [0.4, 0.4, 0.8, 0.8]
+    assert all(0 < row["calibrated"]["compute"] < 1 for row in other["transfer"]["rows"])
+    assert Path("budgets/figures/budgets-other.txt.png").is_file()
+    assert "not learned on" in Path("budgets/budgets.md").read_text()
+    assert "No router learned on this text" in Path("budgets/report.html").read_text()
 
 
 def test_a_target_compute(said_before):

@@ -143,7 +143,7 @@ def test_a_report_without_an_oracle_says_so(bound, said, duo, tmp_path):
     (tmp_path / "traces.json").write_text(json.dumps(comparer.traces(Names())))
     page = report.write(tmp_path).read_text()
     assert page.count(said) >= 2 and "oracle per number" not in page
-    assert ("lower bound*" in page) == (bound == "descent") == ("Token difficulty" in page)
+    assert ("lower bound of the oracle&#x27;s return*" in page) == (bound == "descent") == ("Token difficulty" in page)
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path):

@@ -54,8 +54,9 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         raise ValueError("targets compares routers over a range of prices: give env.prices, the lowest and highest")
     if not all(0 < target < 1 for target in options.targets):
         raise ValueError(f"targets must be computes between 0 and 1, not {options.targets}")
-    if options.transfer and not options.targets:
-        raise ValueError("transfer compares routers on further texts at targets: give targets, for instance '[0.5]'")
+    for name in ("transfer", "reach_targets"):
+        if options[name] and not options.targets:
+            raise ValueError(f"{name} is about the comparison at targets: give targets, for instance '[0.5]'")
     bench = Workbench(options, config)
     check_evaluation(options, bench.model, bench.training, bench.held_out)
     if options.targets:

@@ -82,6 +82,8 @@ class RunOptions:
         seeds: number of trainings of every learner, with seeds `seed`, `seed + 1`, ...
         processes: number of trainings at the same time; they share the machine's cores. By default one per core.
         targets: values of the compute at which all routers are compared; needs `env.prices`.
+        reach_targets: every router is also measured calibrated to each of the targets, so that it reaches those that no
+            price of `env.prices` meets: costs are then subtracted from its logits. See docs/budgets.md.
         transfer: further texts, as for `corpus`, on which no router learns. All routers are compared on them at
             `targets`, also after a calibration without labels on the first `evaluation.fixed_windows` windows of their
             router split. See docs/budgets.md.
@@ -109,6 +111,7 @@ class RunOptions:
     seeds: int = 1
     processes: int | None = None
     targets: list[float] = field(default_factory=list)
+    reach_targets: bool = False
     transfer: list[str] = field(default_factory=list)
     knowable: int = 0
     out: str | None = None

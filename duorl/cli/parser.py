@@ -19,7 +19,7 @@ from duorl.cli.commands import COMMANDS, fail
 from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
 from duorl.devices import DeviceOptions, pick_device
 
-_COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "transfer", "knowable")
+_COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "reach_targets", "transfer", "knowable")
 _TRAIN_ONLY = ("target_compute",)
 _FLAGS = {
     "overwrite": "replace the run in the output folder",

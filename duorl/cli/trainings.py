@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from duorl.runs import interrupts
 from duorl.runs.jobs import Executor, Job, Tell, run
 
 _STEPS = 7  # prices at which a router is measured
+_BEYOND = 0.05  # of the compute
 
 
 class JobsFailed(Exception):
@@ -103,6 +105,8 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
     low, high = bench.prices or (0.0, 0.0)
     falling = (high * (low / high) ** (step / (_STEPS - 1)) for step in range(_STEPS))  # so compute rises
     steps = [loaded.at(price=price) for price in falling]
+    if bench.options.reach_targets:
+        steps += [_calibrated(bench, loaded, target, steps[-1]) for target in _around(bench.options.targets)]
     for done, (text, windows) in enumerate(texts.items()):
         tell(completed=done, total=len(texts), note=text)
         with writing(ladder_path(Path(router), text)) as beside:
@@ -111,6 +115,21 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
     return {}
 
 
+def _around(targets: Sequence[float]) -> list[float]:
+    """Targets, and one beyond each end: on other text a router spends a little less or more."""
+    beyond = [min(targets) - _BEYOND, max(targets) + _BEYOND]
+    return [*targets, *(target for target in beyond if 0 < target < 1)]
+
+
+def _calibrated(bench: Workbench, router: Router, target: float, otherwise: Router) -> Router:
+    """The router calibrated on router text that no training uses; another one where it cannot spend so much."""
+    try:
+        return router.calibrated(bench.model, bench.validation, compute=target)
+    except ValueError:  # the table says what the router spends
+        return otherwise
+
+
+@lru_cache(maxsize=1)
 def held_out_texts(bench: Workbench) -> dict[str, Windows]:
     """The first windows of the evaluation split of each text, by its name: texts that were learned on, then others."""
     options = bench.options
@@ -118,6 +137,7 @@ def held_out_texts(bench: Workbench) -> dict[str, Windows]:
     return {name: bench.read([name], split="evaluation").first(options.evaluation.windows) for name in names}
 
 
+@lru_cache
 def router_text(bench: Workbench, text: str) -> Tensor | None:
     """The first windows of a text's router split, to calibrate on; None without texts that were not learned on."""
     if not bench.options.transfer:

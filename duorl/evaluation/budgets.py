@@ -241,7 +241,5 @@ def _steps(seeds: Sequence[Ladder], files: Tensor | None) -> list[Row]:
     losses = torch.stack([ladder.losses for ladder in seeds]).unbind(1)  # (S, W) each
     found = [estimate(step, files) for step in losses]
     compute = _mean(seeds)[0].tolist()
-    return [
-        {"compute": spent, "loss": loss.value, "interval": loss.interval}
-        for spent, loss in zip(compute, found, strict=True)
-    ]
+    points = sorted(zip(compute, found, strict=True), key=lambda point: point[0])
+    return [{"compute": spent, "loss": loss.value, "interval": loss.interval} for spent, loss in points]

@@ -108,7 +108,7 @@ def _curves(numbers: Numbers) -> Figure:
         axis.set_xlabel("compute (FFN FLOPs / all-big); bands: paired difference to all-big")
         axis.set_ylabel("loss (nats)")
         axis.grid(alpha=0.2)
-    axes[0, 1].legend(fontsize=7)
+    axes[0, 0].legend(fontsize=7)  # this context has all curves
     return figure
 
 

@@ -46,7 +46,7 @@ def heat_maps(maps: Mapping[str, Sequence[Sequence[float]]], x: str) -> Figure:
     for place, matrix in enumerate(maps.values()):
         figure.add_heatmap(z=matrix, zmin=0, zmax=1, colorscale="Viridis", visible=place == 0)
     choice(figure, list(maps), 1)
-    return axes(figure, x, "layer")
+    return by_layer(figure, x, len(next(iter(maps.values()), ())))
 
 
 def route_maps(routes: Mapping[str, Sequence[Sequence[int]]], tokens: Sequence[str]) -> Figure:
@@ -65,7 +65,7 @@ def route_maps(routes: Mapping[str, Sequence[Sequence[int]]], tokens: Sequence[s
             visible=place == 0,
         )
     choice(figure, list(routes), 1)
-    return axes(figure, "token", "layer")
+    return by_layer(figure, "token", len(next(iter(routes.values()), ())))
 
 
 def choice(figure: Figure, names: Sequence[str], traces_each: int) -> None:
@@ -87,6 +87,17 @@ def axes(figure: Figure, x: str, y: str) -> Figure:
     return figure.update_xaxes(title=x).update_yaxes(title=y)
 
 
+def by_layer(figure: Figure, x: str, layers: int) -> Figure:
+    """The style of charts with one row per layer: room for each, and numbers that do not touch."""
+    axes(figure, x, "layer").update_layout(height=max(420, 100 + 15 * layers))
+    return figure.update_yaxes(dtick=layer_step(layers))
+
+
+def layer_step(layers: int) -> int:
+    """Every how many layers an axis has a number."""
+    return 1 if layers <= 16 else 5
+
+
 def coloured_text(rows: Sequence[Numbers], key: str) -> str:
     """Tokens with a colour for `key`, from white (0 nats) to dark red (6 nats or more); tooltips have the numbers."""
     scale, spans = colormaps["OrRd"], []
@@ -99,11 +110,14 @@ def coloured_text(rows: Sequence[Numbers], key: str) -> str:
     return f"<div class='coloured'>{''.join(spans)}</div>"
 
 
-def both_colourings(rows: Sequence[Numbers]) -> str:
-    """The same text twice: by the loss under all-small, and by difficulty (Duo-LLM, Fig. 6)."""
+def both_colourings(rows: Sequence[Numbers], *, exact: bool = True) -> str:
+    """The same text twice: by the loss under all-small, and by difficulty (Duo-LLM, Fig. 6), or its lower bound."""
+    difficulty = (
+        "difficulty (reference loss - oracle loss)" if exact else "a lower bound of difficulty, without an oracle"
+    )
     return (
         f"<h3>(a) coloured by the loss under all-small</h3>{coloured_text(rows, 'all_small')}"
-        f"<h3>(b) coloured by difficulty (reference loss - oracle loss)</h3>{coloured_text(rows, 'difficulty')}"
+        f"<h3>(b) coloured by {difficulty}</h3>{coloured_text(rows, 'difficulty')}"
     )
 
 

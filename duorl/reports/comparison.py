@@ -22,10 +22,12 @@ from duorl.reports.charts import (
     document,
     error_bars,
     heat_maps,
+    layer_step,
     route_maps,
 )
-from duorl.reports.figures import BOUNDS, HOLM, bound_of, transfer_cell, transfer_lines
+from duorl.reports.figures import BOUNDS, HOLM, bound_of, called, transfer_cell, transfer_lines
 
+_COLORS = 10  # of plotly, before they come again
 _ACTION_COLORS = dict(zip(ACTIONS, ("#cccccc", "#1f77b4", "#ff7f0e"), strict=True))
 
 
@@ -48,7 +50,7 @@ def comparison_page(folder: Path) -> str:
         for text, found in json.loads((folder / "budgets.json").read_text())["texts"].items():
             parts += _budgets(text, found)
     if (folder / "traces.json").is_file():
-        parts += _traces(json.loads((folder / "traces.json").read_text()))
+        parts += _traces(json.loads((folder / "traces.json").read_text()), exact=bound_of(comparison) == "exact")
     return document("Comparison of routers", settings, parts)
 
 
@@ -61,15 +63,15 @@ def _frontier(comparison: Comparison) -> Figure:
         hover = [f"{point['big']} big" for point in points]
         line = {"dash": dash, "color": "#999"}
         figure.add_scatter(x=column(points, "compute"), y=column(points, "loss"), name=label, text=hover, line=line)
-    for row in comparison.rows:
+    for place, row in enumerate(comparison.rows):
         low, high = around(row, "loss", "loss_minus_fixed")
         figure.add_scatter(
             x=[row["compute"]],
             y=[row["loss"]],
             error_y=error_bars([row["loss"]], [low], [high]),
-            name=row["router"],
+            name=called(row["router"]),
             mode="markers",
-            marker={"size": 10},
+            marker={"size": 10, "symbol": "circle" if place < _COLORS else "diamond"},
             visible=True if row["loss"] < comparison.frontiers["fixed"][0]["loss"] + 0.5 else "legendonly",
         )
     return axes(figure, "compute (FFN FLOPs / all-big)", "loss (nats per token)")
@@ -97,7 +99,7 @@ def _comparison_table(comparison: Comparison) -> str:
             _cell(row.get(key), row.get(f"{key}_interval"), key, holds=row.get(f"{key}_holds", False))
             for key in _COLUMNS  # older files have fewer
         )
-        rows.append(f"<tr><td>{escape(row['router'])}{'*' if row['sees_label'] else ''}</td>{cells}</tr>")
+        rows.append(f"<tr><td>{escape(called(row['router']))}{'*' if row['sees_label'] else ''}</td>{cells}</tr>")
     head = "".join(f"<th>{title}</th>" for title in ("router", *_COLUMNS.values()))
     note = (
         "Routed context; regret and agreement with the bound in the reference context. Top-1 agreement: share of "
@@ -176,11 +178,15 @@ def _budget_table(rows: Sequence[Numbers]) -> str:
     return f"<div class='wide'><table class='budgets'><tr>{head}</tr>{''.join(lines)}</table></div>"
 
 
-def _traces(traces: Numbers) -> list[str]:
-    routers = traces["routers"]
+def _traces(traces: Numbers, *, exact: bool) -> list[str]:
+    routers = {called(name): found for name, found in traces["routers"].items()}
     maps = {name: found["share_of_big"] for name, found in routers.items()}
     routes = {name: found["routes"] for name, found in routers.items()}
-    difficulty = ["<h2>Token difficulty</h2>", both_colourings(traces["difficulty"])] if traces["difficulty"] else []
+    difficulty = (
+        ["<h2>Token difficulty</h2>", both_colourings(traces["difficulty"], exact=exact)]
+        if traces["difficulty"]
+        else []
+    )
     return [
         "<h2>Action shares per layer</h2>",
         chart(_shares({name: found["per_layer"] for name, found in routers.items()})),
@@ -198,5 +204,6 @@ def _shares(routers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         for action, shares in per_layer.items():
             figure.add_bar(y=shares, name=action, marker_color=_ACTION_COLORS[action], visible=place == 0)
     choice(figure, list(routers), len(ACTIONS))
+    layers = max((len(shares) for per_layer in routers.values() for shares in per_layer.values()), default=0)
     figure.update_layout(barmode="stack")
-    return axes(figure, "layer", "share of the tokens")
+    return axes(figure, "layer", "share of the tokens").update_xaxes(dtick=layer_step(layers))

@@ -12,12 +12,14 @@ from torch import Tensor
 
 from duorl.costs import ACTIONS, BIG
 from duorl.evaluation import Comparison
-from duorl.paper.pictures import around
+from duorl.evaluation.bound import ROWS
+from duorl.paper.measures import LOWER_BOUND
+from duorl.paper.pictures import around, layers_axis
 
 
 def frontier(comparison: Comparison) -> Figure:
     """Loss against compute: every router with its 95 % interval, the fixed frontier, and the oracle's if known."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(10, 5), layout="constrained")
     axes = figure.subplots()
     for name, label, style, color in (
         ("fixed", "best fixed pattern per budget (routed)", "o-", "0.55"),
@@ -29,15 +31,17 @@ def frontier(comparison: Comparison) -> Figure:
     limit = max(point["loss"] for point in comparison.frontiers["fixed"]) + 0.15
     off = [row["router"] for row in comparison.rows if row["loss"] > limit]  # all-skip would make the rest too small
     rivals = [row for row in comparison.rows if row["loss"] <= limit and not row["sees_label"]]
-    for row in rivals:
+    for place, row in enumerate(rivals):
         low, high = around(row, "loss", "loss_minus_fixed")
         spread = [[max(0.0, row["loss"] - low)], [max(0.0, high - row["loss"])]]
-        axes.errorbar(row["compute"], row["loss"], yerr=spread, fmt="D", label=row["router"], capsize=3)
+        mark = "D" if place < 10 else "s"  # ten colours, then again
+        axes.errorbar(row["compute"], row["loss"], yerr=spread, fmt=mark, label=called(row["router"]), capsize=3)
     axes.set_xlabel("compute (FFN FLOPs / all-big)")
     axes.set_ylabel("loss (nats per token)")
     titles = ["Held-out loss; bars: 95 % interval of the paired difference to best fixed", BOUNDS[bound_of(comparison)]]
     axes.set_title("\n".join(filter(None, titles)), fontsize=9)
-    axes.legend(fontsize=8, title=f"above the picture: {', '.join(off)}" if off else None, title_fontsize=8)
+    title = "above the picture:\n" + "\n".join(off) if off else None
+    axes.legend(fontsize=8, title=title, title_fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     axes.grid(alpha=0.2)
     return figure
 
@@ -48,6 +52,11 @@ BOUNDS = {
     None: "No oracle, and no bound in its place.",
 }
 """Sentence in pictures and pages if there is no oracle."""
+
+
+def called(router: str) -> str:
+    """The name of a row in figures and reports; that of a bound in full."""
+    return LOWER_BOUND if router == ROWS["descent"] else router
 
 
 def bound_of(comparison: Comparison) -> str | None:
@@ -63,11 +72,11 @@ def _searched(comparison: Comparison) -> int:
 def heat_map(routes: Tensor, title: str) -> Figure:
     """Share of big per layer and position (Duo-LLM, Fig. 2 and 3): routes (W, T, L)."""
     share = (routes == BIG).float().mean(0).T.cpu()  # (L, T)
-    figure = Figure(figsize=(8, 2.5), layout="constrained")
+    figure = Figure(figsize=(8, max(2.5, 0.9 + 0.09 * len(share))), layout="constrained")
     axes = figure.subplots()
     image = axes.imshow(share, aspect="auto", origin="lower", vmin=0, vmax=1, cmap="viridis", interpolation="nearest")
     axes.set_xlabel("position in the window")
-    axes.set_ylabel("layer")
+    layers_axis(axes)
     axes.set_title(title, fontsize=9)
     figure.colorbar(image, ax=axes, label="share of big")
     return figure
@@ -178,7 +187,7 @@ def _cells(row: dict) -> list[str]:
     holds = row.get("return_minus_fixed_holds", False)
     difference = _paired(row["return_minus_fixed"], row["return_minus_fixed_interval"], holds, 3)
     return [
-        row["router"] + ("*" if row["sees_label"] else ""),
+        called(row["router"]) + ("*" if row["sees_label"] else ""),
         f"{row['loss']:.3f}",
         f"{row['compute']:.2f}",
         "/".join(f"{100 * row['actions'][action]:.0f}" for action in ACTIONS),

@@ -54,7 +54,7 @@ def study_page(folder: Path) -> str:
         routes = {name_of(kind, figures["7"]): matrix for kind, matrix in found["routes"].items()}
         parts += [chart(route_maps(routes, found["tokens"]))]
     for text, rows in figures["6"]["texts"].items():
-        parts += [f"<h2>Token difficulty (6): {escape(text)}</h2>", both_colourings(rows)]
+        parts += [f"<h2>Token difficulty (6): {escape(text)}</h2>", both_colourings(rows, exact=not is_bound(figures))]
     for name in ("8a", "8b", "8c"):
         for text, models in figures.get(name, {"texts": {}})["texts"].items():
             parts += [f"<h2>Dense models and frozen big ({name}): {escape(text)}</h2>", chart(_scaling(models))]
