@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 
@@ -22,7 +22,7 @@ _MANY_LOGITS = 2**26  # on an accelerator, to bound its memory
 _LEAST_ROWS = 256  # each part reads the head's weights again
 _FLOAT = 4  # bytes of float32: of norms, logits, and what heads read
 _STATES, _INNER, _FLOATS = 8, 4, 8  # tensors of hidden size, of inner size and in float32 that a layer has at a time
-_KEPT_STATES, _KEPT_INNER, _KEPT_FLOATS = 5, 3, 3  # those that derivatives need later
+_KEPT_STATES, _KEPT_INNER, _KEPT_FLOATS = 5, 4, 4  # those that derivatives need later
 
 
 def head_rows(vocabulary: int, device: torch.device) -> int:
@@ -72,8 +72,10 @@ def peak_bytes(
         "everything": size * (_KEPT_STATES * width + heads + _KEPT_INNER * inner) + _KEPT_FLOATS * _FLOAT * width,
     }
     rows = min(tokens, head_rows(backbone.vocab_size, device or torch.device("cpu")))
-    logits = rows * backbone.vocab_size * (size + 2 * _FLOAT)
-    return tokens * (layer + backbone.num_hidden_layers * kept[keeps]) + logits
+    head = rows * backbone.vocab_size * (size + 2 * _FLOAT)
+    if size < _FLOAT:
+        head += backbone.vocab_size * width * size  # a product in low precision reorders its weights
+    return tokens * (layer + backbone.num_hidden_layers * kept[keeps]) + head
 
 
 def require_room(model: DuoForCausalLM, tokens: int, keeps: Keeps, fix: str) -> None:
@@ -87,7 +89,7 @@ def require_room(model: DuoForCausalLM, tokens: int, keeps: Keeps, fix: str) -> 
     Raises:
         ValueError: says how much is needed and how much is free.
     """
-    needed = peak_bytes(model.config, tokens, model.dtype, keeps=keeps, device=model.device)
+    needed = peak_bytes(cast("DuoConfig", model.config), tokens, model.dtype, keeps=keeps, device=model.device)
     require_memory(needed, model.device, f"{tokens:,} tokens at once", fix)
 
 
