@@ -256,3 +256,23 @@ def test_bad_input_is_one_line(place, small_corpus, capsys, words, line):
         main(["convert", "--out", "small", "--window", "16", *corpus, *words])
     said = capsys.readouterr().err
     assert stop.value.code == 2 and line in said and said.count("\n") == 1 and not Path("small").exists()
+
+
+def test_a_model_names_the_price_of_its_commands(tmp_path):
+    from duorl.cli.parser import parse
+
+    (tmp_path / "config.json").write_text('{"price": 1.25}')
+    model = ["--model", str(tmp_path)]
+
+    def price(*words):
+        options = parse(words[0], words[1:])[0]
+        return options.price if words[0] == "evaluate" else options.reward.price
+
+    assert price("train", *model) == 1.25 and price("evaluate", "--router=r", *model) == 1.25
+    assert (
+        price("train", *model, "--reward.price=0.5") == 0.5
+        and price("evaluate", "--router=r", *model, "--price=0.5") == 0.5
+    )
+    assert price("train") == 0.3 and price("train", "--model=nowhere") == 0.3
+    (tmp_path / "config.json").write_text('{"price": "much"}')
+    assert price("train", *model) == 0.3

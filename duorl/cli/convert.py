@@ -32,6 +32,7 @@ from duorl.smalls.recipe import Stage
 
 _SAVE_EVERY = 120.0
 _SAVED = torch.bfloat16  # precision of the small networks in their file
+_PRICE = 0.75  # of the loss between all-small and all-big: there routers spend about half of the compute
 _CARD_WINDOWS = 64  # of the evaluation split of each text
 _CARD_COLUMNS = ("minutes", "all_small", "half_big", "all_big")
 _SAYS = {
@@ -105,6 +106,8 @@ def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job
     model = making.model
     take_small(model, jobs[-1].place / WEIGHTS)
     _round_small(model, _SAVED)
+    gap = jobs[-1].result["all_small"] - jobs[-1].result["all_big"]
+    model.config.price = round(_PRICE * gap, 2) if gap > 0.01 else None
     save_small(model, folder, base)
     _round_small(model, model.dtype)  # what is measured is what was saved
     losses = {name: _measured(model, windows) for name, windows in texts.items()}

@@ -18,6 +18,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_i
 from duorl.cli.commands import COMMANDS, fail
 from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
 from duorl.devices import DeviceOptions, pick_device
+from duorl.models.loading import price_of_model
 
 _COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "reach_targets", "transfer", "knowable")
 _TRAIN_ONLY = ("target_compute",)
@@ -64,12 +65,13 @@ def _condensed(message: str) -> str:
     return f"{before}{' or '.join(map(_condensed, reasons))} (given:{value})" if reasons else message
 
 
-def build_parser(name: str, without: Collection[str] = ()) -> _Parser:
+def build_parser(name: str, without: Collection[str] = (), price: float | None = None) -> _Parser:
     """The parser of a command.
 
     Args:
         name: name of the command.
         without: the options among `agent` and `reward` that get no default.
+        price: the price of a default reward; None: that of the command line.
     """
     command = COMMANDS[name]
     parser = _Parser(
@@ -88,17 +90,19 @@ def build_parser(name: str, without: Collection[str] = ()) -> _Parser:
     if {"device", "threads"} & set(command.flags):
         parser.add_class_arguments(DeviceOptions, skip=set() if "device" in command.flags else {"device", "dtype"})
     if name in ("train", "compare"):
-        _add_defaults(parser, name, without)
+        _add_defaults(parser, name, without, price)
+    elif price is not None and name == "evaluate":
+        parser.set_defaults({"price": price})
     return parser
 
 
-def _add_defaults(parser: _Parser, name: str, without: Collection[str]) -> None:
+def _add_defaults(parser: _Parser, name: str, without: Collection[str], price: float | None) -> None:
     from duorl.cli.options import DEFAULT_PRICE
     from duorl.rewards import LossImprovement
 
     parser.epilog = _rewards_section()
     parser.set_defaults(
-        {"reward": None if "reward" in without else lazy_instance(LossImprovement, price=DEFAULT_PRICE)}
+        {"reward": None if "reward" in without else lazy_instance(LossImprovement, price=price or DEFAULT_PRICE)}
     )
     if name == "train":
         learners = f"the learner, {', '.join(LEARNERS)}, or an import path"
@@ -140,8 +144,9 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
     parser = build_parser(name)
     parsed = parser.parse_args(list(words))
     # The parser would keep the default class's options for another class, e.g. PPO's learning rate for REINFORCE.
-    if replaced := _replaced(parsed, parser.get_defaults()):
-        parser = build_parser(name, without=replaced)
+    replaced, price = _replaced(parsed, parser.get_defaults()), price_of_model(parsed.get("model") or "")
+    if replaced or price is not None:
+        parser = build_parser(name, without=replaced, price=price)
         parsed = parser.parse_args(list(words))
     if "device" in parsed:
         parsed.device = str(pick_device(parsed.device))  # a run is resumed on the device of its beginning

@@ -22,6 +22,7 @@ class DuoConfig(PreTrainedConfig):
             cases, because the decision and later tokens need it. So both have the same compute.
         base: in a folder of small networks alone, their base model: its `name` and `revision`, and the `fingerprint`
             of its big networks (`duorl.models.shared`).
+        price: nats per all-big pass that commands take if no price is given; None: theirs.
     """
 
     model_type = "duo"
@@ -33,6 +34,7 @@ class DuoConfig(PreTrainedConfig):
         small_size: int = 48,
         skip: Skip = "ffn",
         base: dict[str, str | None] | None = None,
+        price: float | None = None,
         **kwargs,
     ):
         if backbone is None:
@@ -51,6 +53,7 @@ class DuoConfig(PreTrainedConfig):
         self.small_size = small_size
         self.skip = known_skip(skip)
         self.base = base
+        self.price = price
         self.backbone = backbone
         for name, value in theirs.items():
             setattr(self, name, value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,6 +53,16 @@ def model_folder(name: str | Path) -> Path:
     if small:
         find_recorded(small, folder / "config.json")
     return folder
+
+
+def price_of_model(name: str | Path) -> float | None:
+    """The price that a model's configuration names, nats per all-big pass; None without, or if there is no model."""
+    path = EMBEDDED.get(str(name), Path(name)) / "config.json"
+    try:
+        price = read_object(path).get("price")
+    except (OSError, ValueError):  # whoever loads the model will say it
+        return None
+    return price if isinstance(price, float) and isfinite(price) and price > 0 else None
 
 
 def _from_hub(name: str) -> Path:
