@@ -111,7 +111,7 @@ def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job
     save_small(model, folder, base)
     _round_small(model, model.dtype)  # what is measured is what was saved
     losses = {name: _measured(model, windows) for name, windows in texts.items()}
-    write_small_card(folder, facts=_facts(making, base, jobs), losses=losses)
+    write_small_card(folder, facts=_facts(making, base, jobs), losses=losses, header=base.header)
     _print(losses)
 
 

