@@ -126,6 +126,13 @@ def test_distil_is_the_distance_to_all_big_under_random_routes():
     assert len(weights) == len(parameters)
 
 
+def test_distil_has_something_to_learn_in_every_batch(monkeypatch):
+    model = make_trainable()
+    monkeypatch.setattr(torch, "rand", lambda *size, **given: torch.full(size, 1 - 2**-24))  # the largest share
+    Distil()(model, tokens_of(model), torch.Generator()).backward()
+    assert all(weight.grad is not None for weight in model.stack.ffns[0].small.parameters())
+
+
 def test_distil_can_follow_the_text():
     model = make_trainable()
     tokens = tokens_of(model)

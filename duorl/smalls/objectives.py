@@ -50,8 +50,9 @@ class Distil:
 
     def __call__(self, model: DuoForCausalLM, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of windows (B, T+1), scalar."""
-        share = torch.rand((), generator=generator).item()
-        routes = random_routes(tokens[:, 1:].numel(), model.num_layers, big_share=share, generator=generator)
+        count, share = tokens[:, 1:].numel(), torch.rand((), generator=generator).item()
+        share = min(share, 1 - 1.5 / count)  # without a token at small there would be nothing to learn
+        routes = random_routes(count, model.num_layers, big_share=share, generator=generator)
         routes = routes.view(*tokens[:, 1:].shape, -1).to(tokens.device)
         with in_own_precision(model):
             walk = RoutedPass(model, tokens)
