@@ -24,7 +24,7 @@ from duorl.models.conversion import convert
 from duorl.models.families import inner_size
 from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
-from duorl.models.shared import WEIGHTS, save_small, take_small
+from duorl.models.shared import WEIGHTS, remember_base, save_small, take_small
 from duorl.runs.jobs import InProcess, Job, Tell
 from duorl.runs.pretraining import Saving
 from duorl.smalls import ConvertOptions, Making, held_out_losses
@@ -57,6 +57,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     texts = {name: read(name, split="evaluation") for name in sources}
     device = pick_device(options.device)
     model = convert(base.load(), small_ratio=settings.small_ratio)
+    remember_base(model, base)
     cast_weights(model, pick_dtype(options.dtype, device, model.hidden_size))
     model.to(device)
     for windows in (training, held_out, *texts.values()):
@@ -108,7 +109,7 @@ def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job
     _round_small(model, _SAVED)
     gap = jobs[-1].result["all_small"] - jobs[-1].result["all_big"]
     model.config.price = round(_PRICE * gap, 2) if gap > 0.01 else None
-    save_small(model, folder, base)
+    save_small(model, folder)
     _round_small(model, model.dtype)  # what is measured is what was saved
     losses = {name: _measured(model, windows) for name, windows in texts.items()}
     write_small_card(folder, facts=_facts(making, base, jobs), losses=losses, header=base.header)

@@ -51,28 +51,42 @@ def fingerprint(model: DuoForCausalLM) -> str:
     return digest.hexdigest()
 
 
+def remember_base(model: DuoForCausalLM, base: Base) -> None:
+    """Let a model know its base model and the fingerprint: before its weights are rounded to float16 or trained.
+
+    Raises:
+        ValueError: it is in float16 already, which may have changed the big networks.
+    """
+    model.config.base = _identified(model, base)
+
+
+def _identified(model: DuoForCausalLM, base: Base) -> dict[str, str | None]:
+    if _is_half(model):
+        raise ValueError("float16 may have rounded the big networks: load the base model in float32 or bfloat16")
+    return {**base.record(), "fingerprint": fingerprint(model)}
+
+
 def save_small(model: DuoForCausalLM, folder: str | Path, base: Base | None = None) -> None:
     """Save the small networks, each weight in its precision: `small.safetensors`, and last `config.json`.
 
     Args:
         model: a duo model.
         folder: it is made if there is none.
-        base: the base model, whose networks are the big ones; by default the one with which the model was loaded.
+        base: the base model, whose networks are the big ones; by default the one that it was loaded with or remembers.
 
     Raises:
-        ValueError: a weight is not finite, the base model is not known, or big networks are in float16.
+        ValueError: a weight is not finite, the base model is not known, or the big networks are not its any more.
     """
-    record: Any = base.record() if base is not None else model.config.base
-    if record is None:
+    known = model.config.base if base is None else _identified(model, base)
+    if known is None:
         raise ValueError("small networks are saved with the name of their base model: give base=find_base(...)")
-    if any(weight.dtype == torch.float16 for ffn in model.stack.ffns for weight in ffn.big.parameters()):
-        raise ValueError("float16 may have rounded the big networks: load the base model in float32 or bfloat16")
+    if base is None and not _is_half(model) and fingerprint(model) != known["fingerprint"]:
+        raise ValueError(f"the big networks are not those of {known['name']} any more: save the whole model")
     folder, weights = Path(folder), small_weights(model)
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"the small networks are not saved: {broken[0]} holds numbers that are not finite")
     config = copy.deepcopy(model.config)
-    config.base = {"name": record["name"], "revision": record["revision"], "fingerprint": fingerprint(model)}
-    config.backbone._name_or_path = record["name"]  # no path of this machine
+    config.base, config.backbone._name_or_path = known, known["name"]  # no path of this machine
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     with writing(folder / WEIGHTS) as beside:
         save_file(weights, beside, {"format": "pt"})
@@ -112,6 +126,10 @@ def join(kind: type[Duo], folder: Path, config: DuoConfig, *, dtype: torch.dtype
     config.dtype, model.name_or_path = wanted, str(folder)
     model.generation_config = loaded.generation_config
     return model.eval()
+
+
+def _is_half(model: DuoForCausalLM) -> bool:
+    return any(weight.dtype == torch.float16 for ffn in model.stack.ffns for weight in ffn.big.parameters())
 
 
 def small_folder(name: str, revision: str | None = None) -> Path:
