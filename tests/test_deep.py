@@ -110,12 +110,17 @@ def test_train_and_evaluate(said_before):
     assert again["train/router"]["compute"] == pytest.approx(rows["PPO"]["compute"])
 
 
-def test_compare_with_two_seeds(said_before):
-    few = ["--rivals", "[]", "--seeds", "2", "--processes", "1", "--total_decisions", "1500"]
+def test_compare_with_two_seeds_and_one_router_for_all_prices(said_before):
+    few = ["--seeds", "2", "--processes", "1", "--total_decisions", "1500"]
+    few += ["--env.prices", "[0.1, 1.0]", "--targets", "[0.5]"]
+    few += ["--rivals", "{knn: {class_path: KNN, init_args: {windows: 1, neighbours: 4, base: small}}}"]
     agents = '{"REINFORCE": "REINFORCE", "Soft": {"class_path": "Soft", "init_args": {"updates": 2}}}'
     before = said_before("compare", "--config", "tiny.yaml", "--agents", agents, *few, "--out", "compare")
     rows = assert_bounded_below("compare", before)
-    assert rows["REINFORCE"]["seeds"] == rows["Soft"]["seeds"] == 2
+    assert rows["REINFORCE"]["seeds"] == rows["Soft"]["seeds"] == rows["knn"]["seeds"] == 2
+    (text,) = json.loads(Path("compare/budgets.json").read_text())["texts"].values()
+    fixed = next(row for row in text["routers"] if row["router"] == "best fixed")
+    assert len(fixed["frontier"]) == LAYERS + 1
     for seed in (0, 1):
         assert routers.load(f"compare/routers/REINFORCE/seed-{seed}").config["layers"] == LAYERS
 

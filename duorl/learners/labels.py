@@ -93,9 +93,8 @@ class Source:
         self, tokens: Tensor, prices: Sequence[float], generator: torch.Generator, inputs: Inputs | None = None
     ) -> Deviations:
         """Deviations from the routes of the base policy, see `deviated`."""
-        env = self.env
-        asked = {"base": self.policy, "generator": generator, "inputs": inputs}
-        return deviated(env.model, tokens, prices, env.actions, **asked)
+        model, actions = self.env.model, self.env.actions
+        return deviated(model, tokens, prices, actions, base=self.policy, generator=generator, inputs=inputs)
 
 
 def _loaded(base: str, env: Task) -> Router:

@@ -62,14 +62,21 @@ class Labels:
 
     def _priced(self) -> Decisions:
         """The search or the deviations are made once, and priced again if the price changes."""
-        model, prices, inputs = self.env.model, self.prices, Inputs(self.env.inputs)
+        prices, inputs = self.prices, Inputs(self.env.inputs)
         generator = torch.Generator().manual_seed(self.env.first_seed)
         if self._found is None:
             self._found = self.source.table(self.text) or self.source.deviations(self.text, prices, generator, inputs)
         if isinstance(self._found, Deviations):
             return self._found.decisions(None if self.env.prices else prices[0])
-        asked = {"prices": prices, "temperature": self.temperature, "generator": generator, "inputs": inputs}
-        return label(model, self.text, self._found, **asked)
+        return label(
+            self.env.model,
+            self.text,
+            self._found,
+            prices=prices,
+            temperature=self.temperature,
+            generator=generator,
+            inputs=inputs,
+        )
 
 
 class Taught(Learner):

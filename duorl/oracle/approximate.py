@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -133,7 +133,8 @@ def descent(
     """
     require_positive(rounds=rounds)
     codes = action_ids(actions).to(model.device)
-    starts = [start] if not start or isinstance(start[0], int) else start
+    single = all(isinstance(code, int) for code in start)
+    starts = cast(Sequence[Sequence[int]], [start] if single else start)
     for route in starts:
         if len(route) != model.num_layers or not set(route) <= set(codes.tolist()):
             raise ValueError(f"start must be {model.num_layers} codes out of {codes.tolist()}, not {list(route)}")
