@@ -150,9 +150,10 @@ def _titles(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The same table in Markdown, with the top-1 agreement."""
-    rows = [(_cells(row), _share(row, "top1_agreement")) for row in comparison.rows]
-    rows.insert(0, (_titles(comparison), "top-1 agreement with all-big"))
-    lines = [[*cells[:-2], share, *cells[-2:]] for cells, share in rows]
+    lines = [_titles(comparison), *map(_cells, comparison.rows)]
+    if all("top1_agreement" in row for row in comparison.rows):  # not in older files
+        shares = ["top-1 agreement with all-big", *(_share(row, "top1_agreement") for row in comparison.rows)]
+        lines = [[*cells[:-2], share, *cells[-2:]] for cells, share in zip(lines, shares, strict=True)]
     lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
     notes = _note(_holm(comparison.rows, "return_minus_fixed_holds"))
