@@ -40,7 +40,8 @@ class ReinMax(Agent):
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: the correction is not in [0, 1], or above 0 without copies; or the sharpness is below 1.
+        ValueError: the correction is not in [0, 1], or above 0 without copies; or the sharpness is below 1; or the
+            tokens of an episode do not fit into memory.
     """
 
     stateful = ("optimizer", "generator")

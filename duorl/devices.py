@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -68,7 +68,8 @@ def pick_dtype(name: Dtype, device: torch.device, width: int) -> torch.dtype:
 def _computes_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for products in bfloat16; without them, bfloat16 is slower than float32."""
     if device.type == "cpu":
-        return any(there for name, there in torch.cpu.get_capabilities().items() if "bf16" in name)
+        known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # older releases of torch do not tell
+        return any(there for name, there in known.items() if "bf16" in name)
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 

@@ -330,10 +330,10 @@ class Lockstep(RoutingDynamics):
         check_windows(model, windows)
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch
-        self.require_room()
         self.first_seed = seed
         self._known_losses = torch.full((len(windows), windows.shape[1] - 1), torch.nan)
         self.seed(seed)
+        self.require_room()
 
     def require_room(self, keeps: Keeps = "states") -> None:
         """Refuse more tokens at once than fit into memory.

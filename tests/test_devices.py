@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -15,11 +17,13 @@ import duorl
 from duorl import agents, devices, envs
 from duorl.cli.parser import parse
 from duorl.devices import free_bytes, pick_device, pick_dtype, processes_for, require_memory, threads_for
+from duorl.models.config import DuoConfig
 from duorl.models.ffn import DuoFFN
-from duorl.models.footprint import peak_bytes, weight_bytes
+from duorl.models.footprint import Keeps, peak_bytes, weight_bytes
 from duorl.routed_pass import RoutedPass
 from duorl.runs.folders import CONFIG, check_same_options
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 
 
@@ -119,6 +123,28 @@ def test_weights_and_activations_are_what_is_stated():
     assert 10_000 * held < two - one < 10_000 * 8 * held
     everything = peak_bytes(model.config, 10_000, torch.float32, keeps="everything")
     assert everything > one > peak_bytes(model.config, 10_000, torch.bfloat16)
+
+
+_SHAPES = {  # layers, hidden, inner, heads, key-value heads, vocabulary, tied
+    "SmolLM2-135M": (30, 576, 1536, 9, 3, 49152, True),
+    "1 B": (16, 2048, 8192, 32, 8, 128256, True),
+    "8 B": (32, 4096, 14336, 32, 8, 128256, False),
+}
+
+
+@pytest.mark.parametrize("name", _SHAPES)
+def test_the_page_states_what_is_computed(name):
+    keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+    backbone = dict(zip((*keys, "vocab_size", "tie_word_embeddings"), _SHAPES[name], strict=True))
+    config = DuoConfig({"model_type": "llama", **backbone}, small_size=backbone["intermediate_size"] // 16)
+
+    def peak(tokens, keeps):
+        return peak_bytes(config, tokens, torch.bfloat16, keeps=keeps)
+
+    weights = f"{weight_bytes(config, torch.bfloat16) / 1e9:.2f} GB"
+    head = f"{(2 * peak(512, 'nothing') - peak(1024, 'nothing')) / 1e9:.2f} GB"
+    each = [f"{(peak(1512, keeps) - peak(512, keeps)) / 1e6:,.0f} kB" for keeps in get_args(Keeps)]
+    assert " | ".join([f"| {name}", weights, head, *each]) in (ROOT / "docs" / "performance.md").read_text()
 
 
 class NoWaiting(TorchDispatchMode):

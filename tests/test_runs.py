@@ -274,7 +274,7 @@ def test_a_failed_job_is_told_and_the_others_finish(tmp_path, slots):
     if slots == 2:
         planned.append(jobs.Job("dead", tmp_path / "dead", die))
     said = []
-    left = jobs.run(planned, jobs.executor(slots, 2), tmp_path, lambda job, words: said.append((job.name, words)))
+    left = jobs.run(planned, jobs.executor(slots, 1), tmp_path, lambda job, words: said.append((job.name, words)))
     assert [job.name for job in left] == ["bad", "after bad", "dead"][: slots + 1]
     assert [job.result for job in planned if job.finished] == [{"answer": 1}, {"answer": 2}]
     errors = {name: words["error"] for name, words in said if "error" in words}

@@ -17,6 +17,7 @@ from torch.nn.functional import one_hot
 
 from duorl.checks import require_positive
 from duorl.learners.base import HeadLearner, Task
+from duorl.models.footprint import require_room
 from duorl.prices import draw_prices
 from duorl.routed_pass import RoutedPass
 
@@ -46,7 +47,7 @@ class Soft(HeadLearner):
 
     Raises:
         ValueError: a count is below 1, a sharpness is not above 0, the schedule is unknown, or there are both a budget
-            and a range of prices.
+            and a range of prices, or the tokens of an update do not fit into memory.
     """
 
     stateful = ("optimizer", "generator")
@@ -75,6 +76,8 @@ class Soft(HeadLearner):
             raise ValueError(f"unknown schedule {schedule!r}: choose from {', '.join(get_args(Schedule))}")
         if env.prices is not None and budget is not None:
             raise ValueError("give a budget or a range of prices, not both")
+        tokens = env.windows_per_batch * (env.windows.shape[1] - 1)
+        require_room(env.model, tokens, "everything", f"lower windows_per_batch ({env.windows_per_batch})")
         self.budget, self.alpha, self.updates = budget, alpha, updates
         self.first_sharpness, self.last_sharpness, self.schedule = first_sharpness, last_sharpness, schedule
         self.straight_through = straight_through
