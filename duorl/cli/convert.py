@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from jsonargparse import Namespace
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.trainings import finish_all
@@ -28,7 +28,7 @@ from duorl.models.shared import WEIGHTS, remember_base, save_small, take_small
 from duorl.runs.jobs import InProcess, Job, Tell
 from duorl.runs.pretraining import Saving
 from duorl.smalls import ConvertOptions, Making, held_out_losses
-from duorl.smalls.recipe import Stage
+from duorl.smalls.recipe import STAGES, Stage
 
 _SAVE_EVERY = 120.0
 _SAVED = torch.bfloat16  # precision of the small networks in their file
@@ -59,7 +59,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     model = convert(base.load(), small_ratio=settings.small_ratio)
     remember_base(model, base)
     cast_weights(model, pick_dtype(options.dtype, device, model.hidden_size))
-    model.to(device)
+    nn.Module.to(model, device)
     for windows in (training, held_out, *texts.values()):
         check_windows(model, windows)
     making = Making(model, settings, training, held_out)
@@ -97,9 +97,9 @@ def _run(making: Making, stage: Stage, place: Path, after: Path | None, tell: Te
 
 def _say_costs(making: Making, jobs: list[Job]) -> None:
     """What each stage reads and about how long it takes on this machine."""
-    for job in jobs:
-        tokens, seconds = making.cost(job.name)[0], making.seconds(job.name)
-        say(f"{job.name}: {_SAYS[job.name]}; {tokens:,} tokens, about {duration(seconds)}")
+    for stage in (stage for stage in STAGES if stage in {job.name for job in jobs}):
+        tokens, seconds = making.cost(stage)[0], making.seconds(stage)
+        say(f"{stage}: {_SAYS[stage]}; {tokens:,} tokens, about {duration(seconds)}")
 
 
 def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job], folder: Path) -> None:
@@ -132,8 +132,8 @@ def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:
     """What the card says."""
     model, settings = making.model, making.options
     stages = [
-        {"stage": job.name, "tokens": making.cost(job.name)[0], **{name: job.result[name] for name in _CARD_COLUMNS}}
-        for job in jobs
+        {"stage": stage, "tokens": making.cost(stage)[0], **{name: job.result[name] for name in _CARD_COLUMNS}}
+        for stage, job in zip(making.options.stages, jobs, strict=True)
     ]
     return {
         "name": f"Small networks for {base}",

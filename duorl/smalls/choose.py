@@ -136,7 +136,8 @@ def _refit(
     tell: Callable[[int], None],
 ) -> None:
     """Fit the last maps of the small networks by weighted least squares."""
-    grams, crosses = [0.0] * len(lasts), [0.0] * len(lasts)
+    grams: list[Tensor | float] = [0.0] * len(lasts)
+    crosses: list[Tensor | float] = [0.0] * len(lasts)
     for tokens in windows.to(model.device).split(batch):
         with _inner_activations(lasts) as inner:
             for layer, _, written in big_passes(model, tokens):
@@ -146,6 +147,7 @@ def _refit(
                 crosses[layer] = crosses[layer] + (read.T @ (written.float() * scale)).double()
         tell(tokens[:, 1:].numel())
     for ffn, last, gram, cross in zip(model.stack.ffns, lasts, grams, crosses, strict=True):
+        assert isinstance(gram, Tensor)
         ridge = _RIDGE * gram.diagonal().mean() * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
         fitted = torch.linalg.solve(gram + ridge, cross)
         small = _named(ffn.small, last, ffn.big)
