@@ -93,7 +93,7 @@ class _Calibration:
             router = router.calibrated(model, windows, compute=target)
             compute = spent(model, router, windows)
         found = {"target_compute": target, "text": options.corpus, "split": "router", "windows": len(windows)}
-        setting = {key: router.config[key] for key in ("price", "shifts") if key in router.config}
+        setting: dict[str, Any] = {key: router.config[key] for key in ("price", "shifts") if key in router.config}
         return cls(target, router, {**found, "compute": compute, **setting})
 
     def rows(self, name: str, comparer: Comparer) -> dict[str, list[Router]]:

@@ -55,7 +55,7 @@ BOUNDS = {
 
 
 def called(router: str) -> str:
-    """The name of a row in figures and reports; that of a bound in full."""
+    """The name of a row in figures and reports; that of a bound in full, for which a terminal has no room."""
     return LOWER_BOUND if router == ROWS["descent"] else router
 
 
@@ -150,7 +150,11 @@ def _titles(comparison: Comparison) -> list[str]:
 
 def markdown(comparison: Comparison) -> str:
     """The same table in Markdown, with the top-1 agreement."""
-    lines = [_titles(comparison), *map(_cells, comparison.rows)]
+    bound = f"{ROWS['descent']}*"
+    rows = [
+        [f"{LOWER_BOUND}*" if cells[0] == bound else cells[0], *cells[1:]] for cells in map(_cells, comparison.rows)
+    ]
+    lines = [_titles(comparison), *rows]
     if all("top1_agreement" in row for row in comparison.rows):  # not in older files
         shares = ["top-1 agreement with all-big", *(_share(row, "top1_agreement") for row in comparison.rows)]
         lines = [[*cells[:-2], share, *cells[-2:]] for cells, share in zip(lines, shares, strict=True)]
@@ -188,7 +192,7 @@ def _cells(row: dict) -> list[str]:
     holds = row.get("return_minus_fixed_holds", False)
     difference = _paired(row["return_minus_fixed"], row["return_minus_fixed_interval"], holds, 3)
     return [
-        called(row["router"]) + ("*" if row["sees_label"] else ""),
+        row["router"] + ("*" if row["sees_label"] else ""),
         f"{row['loss']:.3f}",
         f"{row['compute']:.2f}",
         "/".join(f"{100 * row['actions'][action]:.0f}" for action in ACTIONS),
