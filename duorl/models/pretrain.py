@@ -21,7 +21,6 @@ from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -36,7 +35,7 @@ from duorl.models.card import write_card
 from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
 from duorl.models.families import inner_size
-from duorl.models.loading import check_windows, load
+from duorl.models.loading import check_windows, load, load_tokenizer
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.recipe import PretrainOptions
 from duorl.models.saving import precisions, save
@@ -118,7 +117,7 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
             model.requires_grad_(False)
             for ffn in model.stack.ffns:
                 ffn.small.requires_grad_(True)
-        return _told_of_padding(model, AutoTokenizer.from_pretrained(options.model))
+        return _told_of_padding(model, load_tokenizer(options.model))
     texts = (document.text for document in documents(options.corpus, "model"))
     tokenizer = train_tokenizer(texts, options.vocab_size)
     if options.small_ratio < 1:

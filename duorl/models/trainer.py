@@ -71,6 +71,9 @@ class RoutingTrainer(Trainer):
         measure: losses on the evaluation windows.
     """
 
+    objective: Objective
+    measure: Measure
+
     def __init__(self, *args, objective: Objective, measure: Measure, **kwargs):
         super().__init__(*args, **kwargs)
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulated batches are averaged

@@ -96,7 +96,7 @@ def _take_neurons(ffn: DuoFFN, kept: Tensor, inner: int) -> None:
     """
     bigs = dict(ffn.big.named_parameters())
     for name, small in ffn.small.named_parameters():
-        taken = bigs[name]
+        taken: Tensor = bigs[name]
         for dim, (size, new) in enumerate(zip(taken.shape, small.shape, strict=True)):
             if size != new:
                 blocks = torch.arange(0, size, inner, device=kept.device)

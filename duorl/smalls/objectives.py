@@ -75,10 +75,11 @@ def held_out_losses(model: DuoForCausalLM, windows: Tensor, *, batch: int = 4, s
     for tokens in windows.to(model.device).split(batch):
         shape = (*tokens[:, 1:].shape, model.num_layers)
         half = random_routes(tokens[:, 1:].numel(), model.num_layers, generator=generator).view(shape)
-        for name, routes in zip(totals, (SMALL, half.to(tokens.device), BIG), strict=True):
-            with in_own_precision(model):
+        routes = (torch.full(shape, SMALL), half, torch.full(shape, BIG))
+        with in_own_precision(model):
+            for name, actions in zip(totals, routes, strict=True):
                 walk = RoutedPass(model, tokens)
                 while not walk.done:
-                    walk.take(routes) if isinstance(routes, int) else walk.step(routes[..., walk.layer])
+                    walk.step(actions[..., walk.layer].to(tokens.device))
                 totals[name] += walk.losses().sum().item()
     return {name: total / windows[:, 1:].numel() for name, total in totals.items()}
