@@ -17,6 +17,10 @@ from duorl.smalls.recording import big_passes, in_own_precision, token_weights
 Target = Literal["teacher", "text"]
 """What `distil` comes closer to: the all-big distribution, or the next token of the text."""
 
+# Shares of big that are drawn: 0, 1/8, ..., 7/8. They are few, because kernels are compiled for each size of a group;
+# and one of them is never 1, with which no small network would run.
+_SHARES = 8
+
 
 def regress(model: DuoForCausalLM, tokens: Tensor, generator: torch.Generator) -> Tensor:
     """Relative squared error of small against big on big's own inputs, mean of tokens and layers, scalar.
@@ -50,8 +54,8 @@ class Distil:
 
     def __call__(self, model: DuoForCausalLM, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of windows (B, T+1), scalar."""
-        count, share = tokens[:, 1:].numel(), torch.rand((), generator=generator).item()
-        share = min(share, 1 - 1.5 / count)  # without a token at small there would be nothing to learn
+        count = tokens[:, 1:].numel()
+        share = torch.randint(_SHARES, (), generator=generator).item() / _SHARES
         routes = random_routes(count, model.num_layers, big_share=share, generator=generator)
         routes = routes.view(*tokens[:, 1:].shape, -1).to(tokens.device)
         with in_own_precision(model):
