@@ -63,7 +63,7 @@ class RunOptions:
         reward: import path of a class, with its arguments, or of a function. Built in, in nats:
             LossImprovement (price), TeacherKL (price, share), LogitLensShaping (scale), RedundancyCharge (charge,
             threshold), Sum (rewards). See docs/rewards.md.
-        model: `duo-tiny`, the model inside the package, or a folder.
+        model: `duo-tiny` or `smollm2`, for which the package has networks, a folder, or `owner/name` on the hub.
         skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
         corpus: built-in corpora (stdlib-code, stdlib-docs, stdlib-tests), or paths and globs of .txt, .jsonl
             and .parquet files.
@@ -123,7 +123,7 @@ class EvaluateOptions:
 
     Args:
         router: folder of a saved router.
-        model: `duo-tiny` or a folder.
+        model: `duo-tiny`, `smollm2`, a folder, or `owner/name` on the hub.
         skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
         corpus: built-in corpora, or paths and globs.
         actions: names of the actions that the oracle and the fixed pattern may take.
@@ -157,7 +157,7 @@ class OracleOptions:
     """Search the best route of every held-out token, and print the losses per number of big layers.
 
     Args:
-        model: `duo-tiny` or a folder.
+        model: `duo-tiny`, `smollm2`, a folder, or `owner/name` on the hub.
         skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
         corpus: built-in corpora, or paths and globs.
         actions: names of the allowed actions.

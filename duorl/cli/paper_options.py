@@ -15,7 +15,7 @@ class PaperOptions:
     """Repeat the study of Duo-LLM on a duo model: every figure as PNG and JSON, and the claims with measurements.
 
     Args:
-        model: `duo-tiny` or a folder.
+        model: `duo-tiny`, `smollm2`, a folder, or `owner/name` on the hub.
         prose: text in place of the paper's web text: built-in corpora, or paths and globs.
         code: text in place of the paper's Python code: built-in corpora, or paths and globs.
         agents: learners of DuoRL in Fig. 4b and 7.
