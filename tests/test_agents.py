@@ -320,7 +320,7 @@ def test_target_compute_is_met_by_dual_ascent(duo, windows):
         return measure(duo, router, windows).compute.mean().item()
 
     dual = TargetCompute(agent, 0.35, spending, price=0.02, tolerance=0.03)
-    router = dual.learn(200 * agent.decisions_per_update, lambda _, seen, __: prices.append(seen["train/price"]))
+    router = dual.learn(400 * agent.decisions_per_update, lambda _, seen, __: prices.append(seen["train/price"]))
     assert dual.met and spending(router) == dual.compute == pytest.approx(0.35, abs=0.03)
     assert prices[0] == 0.02 and max(prices) > 0.2
 

@@ -176,7 +176,8 @@ rivals:
 def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     Path("compare.yaml").write_text(COMPARE)
     configs = ["--config", "tiny.yaml", "--config", "compare.yaml", "--corpus", small_corpus]
-    arguments = ["compare", *configs, "--out", "all"]
+    Path("other.txt").write_text(Path(small_corpus).read_text())
+    arguments = ["compare", *configs, "--transfer", '["other.txt"]', "--out", "all"]
     main(arguments)
     first = json.loads(Path("all/comparison.json").read_text())
     learned = ["supervised", "soft", "knn", "ensemble", "PPO", "REINFORCE", "ReinMax"]

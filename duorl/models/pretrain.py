@@ -31,6 +31,7 @@ from transformers.trainer_utils import set_seed
 from duorl.corpus import documents, load_windows, source_names
 from duorl.costs import BIG, SMALL
 from duorl.files import write_json
+from duorl.models.bases import said
 from duorl.models.card import write_card
 from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
@@ -93,13 +94,7 @@ def backbone_config(settings: dict[str, Any], **more: Any) -> PreTrainedConfig:
     try:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     except Exception as error:  # each family checks its own options, in its own way
-        raise ValueError(f"backbone: {_short(error)}") from error
-
-
-def _short(error: Exception) -> str:
-    """What an error says, less a list of all families or validators."""
-    words = " ".join(str(error).split())
-    return words if len(words) <= 300 else f"{words[:300]} ..."
+        raise ValueError(f"backbone: {said(error)}") from error
 
 
 def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizerBase]:
