@@ -286,3 +286,16 @@ def test_a_model_names_the_price_of_its_commands(tmp_path):
     assert price("train") == 0.3 and price("train", "--model=nowhere") == 0.3
     (tmp_path / "config.json").write_text('{"price": "much"}')
     assert price("train", *model) == 0.3
+
+
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(place, capsys, monkeypatch):
+    import duorl.devices
+    from duorl.cli import main
+    from duorl.models.bases import Base
+
+    monkeypatch.setattr(duorl.devices, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(Base, "tokenizer", lambda base: pytest.fail("read"))
+    with pytest.raises(SystemExit) as stop:
+        main(["convert", "--model", "original", "--out", "small"])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "original and its duo model do not fit into memory" in said and "GiB" in said

@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.trainings import finish_all
 from duorl.corpus import load_windows, source_names
-from duorl.devices import pick_device, pick_dtype
+from duorl.devices import pick_device, pick_dtype, require_memory
 from duorl.evaluation.choice import duration
 from duorl.models.bases import Base, cast_weights, find_base
 from duorl.models.card import write_small_card
+from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
 from duorl.models.families import inner_size
+from duorl.models.footprint import weight_bytes
 from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.shared import WEIGHTS, remember_base, save_small, take_small
@@ -50,12 +52,13 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     """
     settings = ConvertOptions(**{name: getattr(options, name) for name in ConvertOptions.__dataclass_fields__})
     base = find_base(settings.model)
+    device = pick_device(options.device)
+    _require_room(base, settings.small_ratio)
     tokenizer = base.tokenizer()
     read = partial(load_windows, tokenizer=tokenizer, length=settings.window)
     sources = source_names(settings.corpus)
     training, held_out = (torch.cat([read(name, split=split) for name in sources]) for split in ("model", "router"))
     texts = {name: read(name, split="evaluation") for name in sources}
-    device = pick_device(options.device)
     model = convert(base.load(), small_ratio=settings.small_ratio)
     remember_base(model, base)
     cast_weights(model, pick_dtype(options.dtype, device, model.hidden_size))
@@ -74,6 +77,14 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         say(f"wrote {folder}/: load it with --model {folder}")
 
     return "convert", work
+
+
+def _require_room(base: Base, small_ratio: int) -> None:
+    """Refuse a model that does not fit into memory beside its copy: a conversion has both."""
+    backbone = base.config()
+    config = DuoConfig(backbone=backbone, small_size=max(1, inner_size(backbone) // small_ratio))
+    needed = 2 * weight_bytes(config, torch.float32)
+    require_memory(needed, torch.device("cpu"), f"{base} and its duo model", "give a smaller model")
 
 
 def _jobs(making: Making, folder: Path) -> list[Job]:

