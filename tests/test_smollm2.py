@@ -7,6 +7,7 @@ import torch
 
 import duorl
 from duorl.models.loading import EMBEDDED
+from duorl.smalls import held_out_losses
 
 FOLDER = EMBEDDED["smollm2"]
 pytestmark = [
@@ -29,3 +30,10 @@ def test_it_writes_what_smollm2_writes():
     written = model.generate(ids, max_new_tokens=4, do_sample=False)
     assert tokenizer.decode(written[0]).startswith("The capital of France is Paris")
     assert model.num_layers == 30 and not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_its_small_networks_are_what_the_card_says():
+    model, tokenizer = duorl.load("smollm2", dtype=torch.bfloat16), duorl.load_tokenizer("smollm2")
+    windows = duorl.load_windows("stdlib-code", tokenizer, split="evaluation", length=256)
+    found = held_out_losses(model, windows[::400])
+    assert found["all_big"] < found["half_big"] < found["all_small"] < 4.5
