@@ -159,7 +159,7 @@ def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:
 
 
 def _measured(model: DuoForCausalLM, windows: Tensor) -> dict[str, float]:
-    windows = windows[:_CARD_WINDOWS]
+    windows = windows[:: max(1, len(windows) // _CARD_WINDOWS)][:_CARD_WINDOWS]
     return {"tokens": windows[:, 1:].numel(), **held_out_losses(model, windows)}
 
 
