@@ -53,7 +53,13 @@ def refused(arguments, capsys) -> str:
     return lines[0]
 
 
-_COMMAND_OF = {"compare": "compare", "neighbours": "compare", "dense": "dense", "pretrain-tiny": "pretrain"}
+_COMMAND_OF = {
+    "compare": "compare",
+    "neighbours": "compare",
+    "smollm2": "compare",
+    "dense": "dense",
+    "pretrain-tiny": "pretrain",
+}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
