@@ -1,4 +1,4 @@
-"""A model that is too deep to enumerate, 24 layers, through the whole command line."""
+"""A model that is too deep to enumerate, 18 layers, through the whole command line."""
 
 import io
 import json
@@ -15,11 +15,11 @@ from duorl import routers
 from duorl.cli import comparing, main
 
 pytestmark = pytest.mark.slow
-LAYERS = 24
+LAYERS = 18
 TINY = """
 model: deep
 corpus: [{corpus}]
-total_decisions: 3000
+total_decisions: 1500
 validations: 1
 env: {{windows_per_batch: 1, group_size: 2, window: 16}}
 evaluation:
@@ -155,13 +155,13 @@ def test_a_target_compute(said_before):
 
 
 def test_a_hard_budget_is_kept(said_before):
-    options = ["--agent", "MaskablePPO", "--env.big_layers", "12", "--total_decisions", "1500"]
+    options = ["--agent", "MaskablePPO", "--env.big_layers", "9", "--total_decisions", "1500"]
     rivals = ["--rivals", "{soft: {class_path: Soft, init_args: {updates: 2}}}"]
     before = said_before("train", "--config", "tiny.yaml", *options, *rivals, "--out", "hard")
     rows = assert_bounded_below("hard", before)
     for name in ("MaskablePPO", "soft"):
-        assert rows[name]["actions"]["big"] == 12 / LAYERS
-        assert rows[name]["actions_interval"]["big"] == [12 / LAYERS] * 2
+        assert rows[name]["actions"]["big"] == 9 / LAYERS
+        assert rows[name]["actions_interval"]["big"] == [9 / LAYERS] * 2
 
 
 def test_oracle(capsys):
@@ -177,7 +177,7 @@ def test_oracle(capsys):
 
 
 def test_paper(capsys, monkeypatch):
-    """With six layers and a low limit, because a study of 24 takes minutes."""
+    """With six layers and a low limit, because a study of 18 takes minutes."""
     monkeypatch.setattr("duorl.oracle.search.MOST_ROUTES", 32)
     save_model("six", layers=6)
     config = yaml.safe_load(Path("tiny.yaml").read_text())
