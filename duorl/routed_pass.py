@@ -140,6 +140,12 @@ class RoutedPass:
         skipped = actions == SKIP if self._drops_blocks else False
         self._advance(self._joined(output, skipped), self.action_compute[self.layer][actions], actions)
 
+    def follow(self, routes: Tensor) -> RoutedPass:
+        """Complete the pass along a route per token, (K * B, P, L) action codes of all layers; returns the pass."""
+        while not self.done:
+            self.step(routes[..., self.layer])
+        return self
+
     def take(self, action: int) -> None:
         """Apply the same action to all tokens."""
         taken = torch.full(self.compute.shape, action, device=self.compute.device)

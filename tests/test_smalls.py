@@ -14,7 +14,17 @@ from duorl.models.trainer import random_routes
 from duorl.routed_pass import RoutedPass
 from duorl.runs import interrupts
 from duorl.runs.pretraining import Saving
-from duorl.smalls import ChooseOptions, ConvertOptions, Distil, DistilOptions, Making, RegressOptions, choose, regress
+from duorl.smalls import (
+    ChooseOptions,
+    ConvertOptions,
+    Distil,
+    DistilOptions,
+    Making,
+    RegressOptions,
+    choose,
+    held_out_losses,
+    regress,
+)
 from duorl.smalls.choose import last_map
 from duorl.smalls.recording import big_passes, token_weights
 
@@ -169,6 +179,17 @@ def test_every_stage_comes_closer_to_all_big(tmp_path):
         place = tmp_path / stage
         losses.append(Distil()(model, making.held_out, torch.Generator().manual_seed(0)).item())
     assert losses[1] < losses[0] and losses[3] < losses[2]
+
+
+def test_big_is_recorded_and_measured_without_dropout(tmp_path):
+    model = make_duo("gpt2")
+    assert any(module.p > 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
+    making, modes = Making(model, options(), tokens_of(model, 16), tokens_of(model, 4)), []
+    handle = model.stack.layers[0].register_forward_pre_hook(lambda layer, _: modes.append(layer.training))
+    losses = making.run("regress", tmp_path, lambda **said: None)
+    handle.remove()
+    assert modes and not any(modes)
+    assert losses == held_out_losses(model.eval(), making.held_out)
 
 
 def test_a_stage_that_was_stopped_goes_on_to_the_same_bit(tmp_path, monkeypatch):

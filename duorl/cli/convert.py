@@ -17,12 +17,12 @@ from duorl.cli.console import console, say, typed_command
 from duorl.cli.trainings import finish_all
 from duorl.corpus import load_windows, source_names
 from duorl.devices import pick_device, pick_dtype, require_memory
-from duorl.evaluation.choice import duration
+from duorl.evaluation.choice import duration, flops_per_second
 from duorl.models.bases import Base, cast_weights, find_base
 from duorl.models.card import write_small_card
 from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
-from duorl.models.families import inner_size
+from duorl.models.families import inner_size, small_size
 from duorl.models.footprint import weight_bytes
 from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
@@ -31,10 +31,11 @@ from duorl.runs.jobs import InProcess, Job, Tell
 from duorl.runs.pretraining import Saving
 from duorl.smalls import ConvertOptions, Making, held_out_losses
 from duorl.smalls.recipe import STAGES, Stage
+from duorl.smalls.recording import in_own_precision
 
-_SAVE_EVERY = 120.0
 _SAVED = torch.bfloat16  # precision of the small networks in their file
 _PRICE = 0.75  # of the loss between all-small and all-big: there routers spend about half of the compute
+_TIMED_WINDOWS = 4  # for the speed of the machine
 _CARD_WINDOWS = 64  # of the evaluation split of each text
 _CARD_COLUMNS = ("minutes", "all_small", "half_big", "all_big")
 _SAYS = {
@@ -81,8 +82,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
 
 def _require_room(base: Base, small_ratio: int) -> None:
     """Refuse a model that does not fit into memory beside its copy: a conversion has both."""
-    backbone = base.config()
-    config = DuoConfig(backbone=backbone, small_size=max(1, inner_size(backbone) // small_ratio))
+    config = DuoConfig(backbone=base.config.to_dict(), small_size=small_size(base.config, small_ratio))
     needed = 2 * weight_bytes(config, torch.float32)
     require_memory(needed, torch.device("cpu"), f"{base} and its duo model", "give a smaller model")
 
@@ -100,7 +100,7 @@ def _jobs(making: Making, folder: Path) -> list[Job]:
 def _run(making: Making, stage: Stage, place: Path, after: Path | None, tell: Tell) -> dict[str, Any]:
     """The function of a stage's job."""
     started = time.monotonic()
-    losses = making.run(stage, place, tell, after=after, callbacks=[Saving(tell, _SAVE_EVERY)])
+    losses = making.run(stage, place, tell, after=after, callbacks=[Saving(tell)])
     words = ", ".join(f"{name.replace('_', '-')} {loss:.3f}" for name, loss in losses.items())
     tell(line=f"held-out loss {words} nats per token")
     return {**losses, "minutes": round((time.monotonic() - started) / 60, 1)}
@@ -108,9 +108,11 @@ def _run(making: Making, stage: Stage, place: Path, after: Path | None, tell: Te
 
 def _say_costs(making: Making, jobs: list[Job]) -> None:
     """What each stage reads and about how long it takes on this machine."""
+    with in_own_precision(making.model):
+        speed = flops_per_second(making.model, making.training, batch=_TIMED_WINDOWS)
     for stage in (stage for stage in STAGES if stage in {job.name for job in jobs}):
-        tokens, seconds = making.cost(stage)[0], making.seconds(stage)
-        say(f"{stage}: {_SAYS[stage]}; {tokens:,} tokens, about {duration(seconds)}")
+        tokens, flops = making.cost(stage)
+        say(f"{stage}: {_SAYS[stage]}; {tokens:,} tokens, about {duration(flops / speed)}")
 
 
 def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job], folder: Path) -> None:

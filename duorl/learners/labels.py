@@ -264,8 +264,7 @@ def deviations(walk: RoutedPass, routes: Tensor, actions: Sequence[int]) -> tupl
 
 def _completed(walk: RoutedPass, routes: Tensor) -> tuple[Tensor, Tensor]:
     """Losses and compute, both (B, P), of a pass that follows routes (B, P, L) from its current layer."""
-    while not walk.done:
-        walk.step(routes[..., walk.layer])
+    walk.follow(routes)
     return walk.losses(), walk.compute
 
 

@@ -110,20 +110,24 @@ class RoutingTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def run(self, folder: Path, callbacks: Sequence[TrainerCallback] = (), *, resume: bool = False) -> None:
+    def run(self, folder: Path, callbacks: Sequence[TrainerCallback] = (), *, resume: bool = False) -> dict[str, float]:
         """Train and evaluate; TensorBoard events, if wanted, go to `folder / "tensorboard"`.
 
         Args:
             folder: folder of the training; the checkpoints are where the Trainer's arguments say.
             callbacks: further callbacks of the Trainer.
             resume: continue from the last checkpoint, if there is one.
+
+        Returns:
+            What `measure` finds at the end.
         """
         checkpoint = last_checkpoint(Path(str(self.args.output_dir))) if resume else None
         self._journal(folder / "tensorboard", checkpoint)
         for callback in callbacks:
             self.add_callback(callback)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        self.evaluate()
+        found = self.evaluate()
+        return {name.removeprefix("eval_"): found[name] for name in found if name.startswith("eval_")}
 
     def _journal(self, place: Path, checkpoint: Path | None) -> None:
         """Write TensorBoard events, if wanted: first those from before the checkpoint."""

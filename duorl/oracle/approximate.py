@@ -164,9 +164,7 @@ def _descent(walk: RoutedPass, *, codes: Tensor, starts: Tensor, rounds: int, pr
 
 def _complete(walk: RoutedPass, routes: Tensor, price: float) -> tuple[Tensor, Tensor]:
     """Losses and costs, both (B, P), of a pass that follows routes (B, P, L) from its current layer."""
-    while not walk.done:
-        walk.step(routes[..., walk.layer])
-    losses = walk.losses()
+    losses = walk.follow(routes).losses()
     return losses, losses + price * walk.compute
 
 

@@ -189,10 +189,7 @@ class _Best:
         rank = (losses[..., 0] - losses[..., 1]).argsort(0, descending=True).argsort(0).movedim(0, -1)  # (B, T, L)
         for big in range(1, depth):
             chosen = torch.where(rank < big, BIG, self.low)
-            walk = self.start.fork()
-            while not walk.done:
-                walk.step(chosen[..., walk.layer])
-            self._offer(chosen, walk.losses())
+            self._offer(chosen, self.start.fork().follow(chosen).losses())
 
     def _offer(self, routes: Tensor, losses: Tensor) -> None:
         """Keep routes (B, T, L) where their losses (B, T) are lower than those of as many big layers."""

@@ -37,7 +37,7 @@ def run(prepared: Pretraining, tell: Tell, *, card: bool = True) -> dict[str, An
         card: also write a model card.
     """
     work = prepared.run if card else prepared.train
-    work([Saving(tell, _SAVE_EVERY)])
+    work([Saving(tell)])
     return {}
 
 
@@ -49,7 +49,7 @@ class Saving(TrainerCallback):
         every: seconds between checkpoints.
     """
 
-    def __init__(self, tell: Tell, every: float):
+    def __init__(self, tell: Tell, every: float = _SAVE_EVERY):
         self._tell, self._every = tell, every
         self._saved = time.monotonic()
 

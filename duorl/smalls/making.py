@@ -8,7 +8,6 @@ making.run("regress", folder / "regress", tell, after=folder / "choose")
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -34,7 +33,11 @@ Progress = Callable[..., None]
 
 
 class SmallTrainer(RoutingTrainer):
-    """Trains the small networks only, and keeps only these in its checkpoints."""
+    """Trains the small networks only, beside a model in evaluation mode, and keeps only these in its checkpoints."""
+
+    def compute_loss(self, model, *args, **kwargs):
+        """The objective without dropout, which the Trainer has just switched on: big networks are not trained."""
+        return super().compute_loss(model.eval(), *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict=None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))
@@ -97,17 +100,6 @@ class Making:
     def _updates(self, stage: Stage) -> int:
         return max(1, self._options(stage).tokens // (self._batch(stage) * self.options.window))
 
-    def seconds(self, stage: Stage) -> float:
-        """Estimated seconds of a stage, from its FLOPs and the time of one all-big pass over a window."""
-        window, parts = self.training[:1].to(self.model.device), self.model.flops
-        for _ in range(2):  # the first is a warm-up
-            started = time.perf_counter()
-            for *_, written in big_passes(self.model, window):
-                written.sum().item()
-            seconds = time.perf_counter() - started
-        body = parts.token(torch.tensor(1.0), self.options.window).item() - parts.head
-        return self.cost(stage)[1] * seconds / (body * window[:, 1:].numel())
-
     def run(
         self,
         stage: Stage,
@@ -133,11 +125,12 @@ class Making:
             take_small(self.model, after / WEIGHTS)
         if stage == "choose":
             self._choose(tell)
+            losses = held_out_losses(self.model, self.held_out)
         else:
-            self._train(stage, place, callbacks)
+            losses = self._train(stage, place, callbacks)
         with writing(place / WEIGHTS) as beside:
             save_file(small_weights(self.model), beside)
-        return held_out_losses(self.model, self.held_out)
+        return losses
 
     def _choose(self, tell: Progress) -> None:
         windows, read = self.training[: self._windows()], 0
@@ -149,7 +142,7 @@ class Making:
 
         choose(self.model, windows, tell=step)
 
-    def _train(self, stage: Stage, place: Path, callbacks: Sequence[TrainerCallback]) -> None:
+    def _train(self, stage: Stage, place: Path, callbacks: Sequence[TrainerCallback]) -> dict[str, float]:
         objective: Objective = regress if stage == "regress" else Distil(self.options.distil.target)
         trainer = SmallTrainer(
             model=self.model,
@@ -159,9 +152,10 @@ class Making:
             objective=objective,
             measure=held_out_losses,
         )
-        trainer.run(place, callbacks, resume=True)
+        losses = trainer.run(place, callbacks, resume=True)
         write_json(place / "history.json", trainer.state.log_history)
         shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        return losses
 
     def _arguments(self, stage: Stage, checkpoints: Path) -> TrainingArguments:
         updates = self._updates(stage)

@@ -61,8 +61,7 @@ class Distil:
         with in_own_precision(model):
             walk = RoutedPass(model, tokens)
             teacher = walk.fork()
-            while not walk.done:
-                walk.step(routes[..., walk.layer])
+            walk.follow(routes)
             if self.target == "text":
                 return walk.losses().mean()
             with torch.no_grad():
@@ -82,8 +81,6 @@ def held_out_losses(model: DuoForCausalLM, windows: Tensor, *, batch: int = 4, s
         routes = (torch.full(shape, SMALL), half, torch.full(shape, BIG))
         with in_own_precision(model):
             for name, actions in zip(totals, routes, strict=True):
-                walk = RoutedPass(model, tokens)
-                while not walk.done:
-                    walk.step(actions[..., walk.layer].to(tokens.device))
+                walk = RoutedPass(model, tokens).follow(actions.to(tokens.device))
                 totals[name] += walk.losses().sum().item()
     return {name: total / windows[:, 1:].numel() for name, total in totals.items()}
