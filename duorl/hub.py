@@ -44,9 +44,11 @@ def snapshot(repository: str, patterns: Sequence[str], revision: str | None = No
         return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
 
 
-def is_local(name: str | Path) -> bool:
-    """Whether a name is a path rather than a name on the hub: it is there, or the folder that it would be in."""
-    return Path(name).exists() or (Path(name).parent != Path() and Path(name).parent.is_dir())
+def remote_name(name: str | Path) -> tuple[str, str | None] | None:
+    """As `split_name`, for what may be a path: None if it is there, or the folder that it would be in."""
+    path = Path(name)
+    is_local = path.exists() or (path.parent != Path() and path.parent.is_dir())
+    return None if is_local else split_name(str(name))
 
 
 def push(

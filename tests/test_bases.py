@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duorl
 from duorl.models import save_small
-from duorl.models.bases import PACKAGED, find_base, find_recorded
+from duorl.models.bases import PACKAGED, Packaged, find_base, find_recorded
 
 
 def saved(folder, *, tokenizer=True):
@@ -125,7 +125,7 @@ def test_a_model_in_a_package_is_read_without_importing_the_package(tmp_path, mo
     (package / "__init__.py").write_text("raise ImportError('it needs other packages')")
     write_gguf(package / "small.gguf")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(PACKAGED, "small", ("llm_small", "small.gguf"))
+    monkeypatch.setitem(PACKAGED, "small", Packaged("llm_small", "small.gguf"))
     base = find_base("small")
     assert (base.kind, base.record(), base.tokenizer().eos_token_id) == (
         "package",

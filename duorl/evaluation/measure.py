@@ -78,9 +78,8 @@ def measure(
         while not walk.done:
             actions.append(router.decide(walk.view))
             walk.step(actions[-1])
-        loss, predicted = (
-            x.cpu() for x in walk.losses_and_predictions()
-        )  # waits for an accelerator: the time is right
+        # Copies wait for an accelerator, so that the time is right.
+        loss, predicted = (found.cpu() for found in walk.losses_and_predictions())
         seconds = torch.tensor([(time.perf_counter() - started) / loss.numel()])
         parts.append((loss, predicted, walk.compute.cpu(), torch.stack(actions, dim=-1).cpu(), seconds))
     return Measurement(*(torch.cat(column) for column in zip(*parts, strict=True)))

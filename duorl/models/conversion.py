@@ -13,7 +13,7 @@ from transformers.initialization import no_init_weights
 from duorl.models.calls import Skip
 from duorl.models.config import DuoConfig
 from duorl.models.convertible import check_model, check_skip
-from duorl.models.families import family_of, inner_size
+from duorl.models.families import family_of, small_size
 from duorl.models.modeling import DuoForCausalLM
 
 _PROBE = 8  # tokens for the comparison of a converted model with its original
@@ -39,13 +39,11 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn"
     Raises:
         ValueError: the model cannot be converted, or all-big does not give the original's logits; says why.
     """
-    if small_ratio < 1:
-        raise ValueError(f"small_ratio must be at least 1, not {small_ratio}")
     check_model(model)
     check_skip(model, skip)
-    small_size = max(1, inner_size(model.config) // small_ratio)
+    size = small_size(model.config, small_ratio)
     with no_init_weights():
-        duo = DuoForCausalLM(DuoConfig(backbone=_plain_config(model), small_size=small_size, skip=skip))
+        duo = DuoForCausalLM(DuoConfig(backbone=_plain_config(model), small_size=size, skip=skip))
     duo.tie_weights()
     _take_over(duo.backbone, model)
     duo.generation_config = copy.deepcopy(model.generation_config)

@@ -216,6 +216,17 @@ def inner_size(config: PreTrainedConfig) -> int:
     return 4 * config.hidden_size if size is None else size
 
 
+def small_size(config: PreTrainedConfig, ratio: int) -> int:
+    """Inner size of the small networks: that of big divided by a ratio, at least 1.
+
+    Raises:
+        ValueError: the ratio is below 1; or see `inner_size_name`.
+    """
+    if ratio < 1:
+        raise ValueError(f"small_ratio must be at least 1, not {ratio}")
+    return max(1, inner_size(config) // ratio)
+
+
 def sized(network: nn.Module, size: int) -> nn.Module:
     """A network of `Family.parts` with another inner size and new weights."""
     up, down = (m for m in network.children() if isinstance(m, nn.Linear))

@@ -66,7 +66,7 @@ def price_of_model(name: str | Path) -> float | None:
 
 
 def _from_hub(name: str) -> Path:
-    known = None if hub.is_local(name) else hub.split_name(name)
+    known = hub.remote_name(name)
     if known is None:
         raise FileNotFoundError(
             f"no model {name!r}: give a folder, owner/name of the hub, or one of {', '.join(EMBEDDED)}"
@@ -106,9 +106,8 @@ def load(
         raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: make one with duorl.convert")
     _require_backbone(folder, settings)
     place = pick_device(str(device))
-    if not settings.get("base"):
-        with _told(folder):
-            _require_plausible(folder, settings["backbone"])
+    with _told(folder):
+        _require_plausible(folder, settings["backbone"])
     dtype = _fitting(folder, settings, place, dtype)
     with _told(folder):
         if settings.get("base"):
@@ -126,12 +125,10 @@ def _fitting(folder: Path, settings: dict[str, Any], place: torch.device, dtype:
     from duorl.models.config import DuoConfig
     from duorl.models.footprint import weight_bytes
 
-    try:
+    with _told(folder):
         config = DuoConfig.from_dict(dict(settings))
         found = pick_dtype(dtype, place, config.backbone.hidden_size) if isinstance(dtype, str) else dtype
         needed = weight_bytes(config, found)
-    except Exception as problem:  # whatever a broken config.json leads to
-        raise ValueError(f"cannot load the model in {folder}: {said(problem)}") from problem
     require_memory(needed, place, f"the weights in {folder}", "give another --dtype or a smaller model")
     return found
 
@@ -156,7 +153,7 @@ def _require_plausible(folder: Path, backbone: dict[str, Any]) -> None:
     """Find a number of layers that the weights do not have before so many are made."""
     weights = folder / "model.safetensors"
     if not weights.is_file():
-        return  # in several files, which transformers checks one by one
+        return  # small networks alone, or in several files, which are checked one by one
     with safe_open(weights, "pt") as file:
         count = len(file.keys())
     for name, value in backbone.items():

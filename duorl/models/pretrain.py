@@ -35,7 +35,7 @@ from duorl.models.bases import said
 from duorl.models.card import write_card
 from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
-from duorl.models.families import inner_size
+from duorl.models.families import inner_size, small_size
 from duorl.models.loading import check_windows, load, load_tokenizer
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.recipe import PretrainOptions
@@ -115,8 +115,6 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
         return _told_of_padding(model, load_tokenizer(options.model))
     texts = (document.text for document in documents(options.corpus, "model"))
     tokenizer = train_tokenizer(texts, options.vocab_size)
-    if options.small_ratio < 1:
-        raise ValueError(f"small_ratio must be at least 1, not {options.small_ratio}")
     backbone = backbone_config(
         options.backbone,
         vocab_size=len(tokenizer),
@@ -124,8 +122,8 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
         eos_token_id=tokenizer.eos_token_id,
         dtype=None,
     )
-    small_size = max(1, inner_size(backbone) // options.small_ratio)
-    return _told_of_padding(DuoForCausalLM(DuoConfig(backbone=backbone, small_size=small_size)), tokenizer)
+    config = DuoConfig(backbone=backbone, small_size=small_size(backbone, options.small_ratio))
+    return _told_of_padding(DuoForCausalLM(config), tokenizer)
 
 
 def _told_of_padding(

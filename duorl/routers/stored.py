@@ -37,7 +37,7 @@ def load(folder: str | Path) -> Router:
 
 
 def _found(folder: str | Path) -> Path:
-    known = None if hub.is_local(folder) else hub.split_name(str(folder))
+    known = hub.remote_name(folder)
     return Path(folder) if known is None else hub.snapshot(known[0], _FILES, known[1])
 
 
