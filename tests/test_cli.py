@@ -438,6 +438,7 @@ def test_other_commands_refuse_bad_input_too(arguments, message, tiny, capsys):
         (["--reward", "bare.Bare", "--env.prices", "[0.1, 1.0]"], "is not among env.prices"),
         (["--reward", "bare.Bare", "--target_compute", "0.5"], "no prices"),
         (["--seed", "x"], 'option "seed": must be a whole number, not x'),
+        (["--env.context", "near"], 'option "env.context": choose from routed, reference, not near'),
         (["--corpus", '["gone.txt"]'], "no text at 'gone.txt'"),
         (["--corpus", '["zero.txt"]'], "zero.txt is empty"),
         (["--corpus", '["short.txt"]'], "128 \+ 1"),

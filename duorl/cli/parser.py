@@ -31,6 +31,7 @@ _FLAGS = {
 
 
 _TYPE = re.compile(r"Expected an? <class '(\w+)'>\.? Got value:")
+_CHOICES = re.compile(r"Expected an? typing\.Literal\[(.+?)\]\.? Got value:")
 _KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false"}
 
 
@@ -45,6 +46,7 @@ class _Parser(ArgumentParser):
         """Print one line and exit."""
         line = " ".join(_condensed(str(message)).split()).replace('Parser key "', 'option "')
         line = _TYPE.sub(lambda found: f"must be {_KINDS.get(found[1], found[1])}, not", line)
+        line = _CHOICES.sub(lambda found: f"choose from {found[1].replace(chr(39), '')}, not", line)
         unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", line)
         if unknown:
             names = sorted({name.lstrip("-") for name in self._option_string_actions})
