@@ -1,16 +1,27 @@
-"""Tables and headings of the cards of models and routers."""
+"""Tables in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """A table with one line per row; its columns are the keys, in the order in which they come."""
     names = list(dict.fromkeys(name for row in rows for name in row))
-    lines = [names, ["---"] * len(names), *([_shown(row.get(name, "")) for name in names] for row in rows)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return grid(names, ([_shown(row.get(name, "")) for name in names] for row in rows))
+
+
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
+    """A table with a line per row of texts.
+
+    Args:
+        head: the names of the columns.
+        rows: one text per column.
+        numbers: the columns that are aligned at the right.
+    """
+    rule = ["---:" if column in set(numbers) else "---" for column in range(len(head))]
+    return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rows))
 
 
 def facts(values: dict[str, Any]) -> str:

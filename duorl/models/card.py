@@ -33,10 +33,7 @@ random routing, on the `model` split of {corpus}.
 Loss in nats per token on the `evaluation` split, which neither this model nor any router was trained on
 (windows of {window} tokens):
 
-| text | tokens | all-small | all-big | difference |
-|---|---|---|---|---|
-{rows}
-
+{losses}
 ![loss during training](curve.png)
 
 The curve follows {windows} windows of the `router` split. Its numbers are in `history.json`.
@@ -91,12 +88,12 @@ def write_card(out: Path, *, facts: dict[str, Any], losses: dict[str, dict[str, 
         facts: values for `_TEXT`.
         losses: for each text `tokens`, `all_small` and `all_big` on its evaluation split.
     """
-    lines = [
-        f"| {name} | {found['tokens']:,} | {found['all_small']:.3f} | {found['all_big']:.3f} "
-        f"| {found['all_small'] - found['all_big']:.3f} |"
-        for name, found in losses.items()
-    ]
-    write_text(out / "README.md", _TEXT.format(**facts, rows="\n".join(lines)))
+    rows = []
+    for name, found in losses.items():
+        small, big = found["all_small"], found["all_big"]
+        rows.append([name, f"{found['tokens']:,}", *(f"{loss:.3f}" for loss in (small, big, small - big))])
+    table = markdown.grid(("text", "tokens", "all-small", "all-big", "difference"), rows)
+    write_text(out / "README.md", _TEXT.format(**facts, losses=table))
     with writing(out / "curve.png") as beside:
         _curve(json.loads((out / "history.json").read_text())).savefig(beside, dpi=100)
 

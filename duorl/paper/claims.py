@@ -18,6 +18,7 @@ import torch
 from scipy.stats import t
 
 from duorl.evaluation.statistics import Statistic, estimate, holm
+from duorl.markdown import grid
 from duorl.paper.measures import LOWER_BOUND
 
 Numbers = dict[str, Any]
@@ -130,11 +131,12 @@ def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> 
         f"The paper has 12 layers; its budgets stand for the same shares of the layers here. {counts}.",
         *([BOUND_NOTE] if is_bound(figures) else []),
         "",
-        "| figure | the paper | text | measured here | verdict |",
-        "|---|---|---|---|---|",
-        *(f"| {c.figure} | {c.paper} | {c.text} | {c.measured} | {c.said} |" for c in found),
+        grid(_HEAD, ([c.figure, c.paper, c.text, c.measured, c.said] for c in found)),
     ]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines)
+
+
+_HEAD = ("figure", "the paper", "text", "measured here", "verdict")
 
 
 VERDICTS = ("agrees", "disagrees", "open")

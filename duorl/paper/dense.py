@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from duorl.checks import require_positive
 from duorl.corpus import Windows, read_windows
 from duorl.evaluation.statistics import estimate
+from duorl.markdown import grid
 from duorl.models import DuoForCausalLM, load, load_tokenizer
 from duorl.models.families import inner_size, inner_size_name
 from duorl.models.pretrain import Pretraining, backbone_config
@@ -186,16 +187,13 @@ def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[d
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a table: accuracy, loss, and the paired difference of the accuracy to the rival."""
-    lines = [
-        "| text | model | share of big | accuracy | loss | accuracy minus its rival's |",
-        "|---|---|---:|---:|---:|---|",
-    ]
+    head = ("text", "model", "share of big", "accuracy", "loss", "accuracy minus its rival's")
+    lines = []
     for row in rows:
         low, high = row["accuracy_interval"]
         cells = [row["text"], row["model"], f"{row['big_share']:g}", f"{row['accuracy']:.3f} ({low:.3f}, {high:.3f})"]
-        cells += [f"{row['loss']:.3f}", _difference(row.get("rival"))]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([*cells, f"{row['loss']:.3f}", _difference(row.get("rival"))])
+    return grid(head, lines, numbers=(2, 3, 4))
 
 
 def _difference(rival: Mapping[str, Any] | None) -> str:

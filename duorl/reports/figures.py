@@ -13,6 +13,7 @@ from torch import Tensor
 from duorl.costs import ACTIONS, BIG
 from duorl.evaluation import Comparison
 from duorl.evaluation.bound import ROWS
+from duorl.markdown import grid
 from duorl.paper.measures import LOWER_BOUND
 from duorl.paper.pictures import around, layers_axis
 
@@ -158,8 +159,7 @@ def markdown(comparison: Comparison) -> str:
     if all("top1_agreement" in row for row in comparison.rows):  # not in older files
         shares = ["top-1 agreement with all-big", *(_share(row, "top1_agreement") for row in comparison.rows)]
         lines = [[*cells[:-2], share, *cells[-2:]] for cells, share in zip(lines, shares, strict=True)]
-    lines.insert(1, ["---"] + ["---:"] * (len(lines[0]) - 1))
-    table = "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    table = grid(lines[0], lines[1:], numbers=range(1, len(lines[0])))
     notes = _note(_holm(comparison.rows, "return_minus_fixed_holds"))
     return "\n".join([table, *notes, *(f"{line}.\n" for line in transfer_lines(comparison))])
 
@@ -292,19 +292,19 @@ def _budget_table(text: str, found: dict) -> str:
     targets = sorted({row["target"] for row in found["rows"]})
     cells = {(row["router"], row["target"]): _budget_cell(row) for row in found["rows"]}
     head = ["router", "seeds", *(f"at {100 * target:g} %" for target in targets), "all-big's loss at", "hypervolume"]
-    lines = [f"**{text}**, {found['tokens']:,} tokens, all-big {found['all_big']:.3f}", ""]
-    lines += [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    lines = []
     for router in found["routers"]:
         name, level = router["router"], router["level_at"]
         losses = [cells[name, target] for target in targets]
         end = ["never" if level is None else f"{100 * level:.0f} %", f"{router['hypervolume']:.4f}"]
-        lines.append(f"| {' | '.join([name, str(router['seeds']), *losses, *end])} |")
+        lines.append([name, str(router["seeds"]), *losses, *end])
+    title = f"**{text}**, {found['tokens']:,} tokens, all-big {found['all_big']:.3f}\n"
     more = [*_agreement_and_speed(found["rows"], targets), *_transfer(found.get("transfer"), targets)]
-    return "\n".join([*lines, "", *more])
+    return "\n".join([title, grid(head, lines), *more])
 
 
 def _agreement_and_speed(rows: list[dict], targets: list[float]) -> list[str]:
-    """Lines of a table with top-1 agreement and speed at each target; none for files of older versions."""
+    """A table with top-1 agreement and speed at each target; none for files of older versions."""
     if not any(row.get("top1_agreement") for row in rows):
         return []
     cells = {(row["router"], row["target"]): _share(row, "top1_agreement") for row in rows}
@@ -313,10 +313,12 @@ def _agreement_and_speed(rows: list[dict], targets: list[float]) -> list[str]:
             cells[row["router"], row["target"]] += f", {row['tokens_per_second']:,.0f} tokens/s"
     flops = {row["target"]: row["flops_per_token"] for row in rows}
     head = ["top-1 agreement with all-big", *(f"at {100 * t:g} %: {flops[t]:.3g} FLOPs per token" for t in targets)]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
-    for name in dict.fromkeys(row["router"] for row in rows):
-        lines.append(f"| {' | '.join([name, *(cells[name, target] for target in targets)])} |")
-    return [*lines, ""]
+    return [grid(head, _by_router(cells, targets))]
+
+
+def _by_router(cells: dict[tuple[str, float], str], targets: list[float]) -> list[list[str]]:
+    """A line per router: its name, and its cells at each target."""
+    return [[name, *(cells[name, target] for target in targets)] for name in dict.fromkeys(name for name, _ in cells)]
 
 
 def transfer_cell(row: dict) -> str:
@@ -329,16 +331,12 @@ def transfer_cell(row: dict) -> str:
 
 
 def _transfer(found: dict | None, targets: list[float]) -> list[str]:
-    """Lines of a table with loss and compute on a text that routers did not learn on; none for other texts."""
+    """A table with loss and compute on a text that routers did not learn on; none for other texts."""
     if not found or found["learned"]:
         return []
     cells = {(row["router"], row["target"]): transfer_cell(row) for row in found["rows"]}
-    lines = [["not learned on: loss at compute", *(f"for {100 * target:g} %" for target in targets)]]
-    lines.append(["---"] * len(lines[0]))
-    lines += [
-        [name, *(cells[name, t] for t in targets)] for name in dict.fromkeys(row["router"] for row in found["rows"])
-    ]
-    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+    head = ["not learned on: loss at compute", *(f"for {100 * target:g} %" for target in targets)]
+    return [grid(head, _by_router(cells, targets))]
 
 
 def _budget_cell(row: dict) -> str:
