@@ -10,7 +10,7 @@ test: .venv/installed-test .types/duorl
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile  # one process per core, with one thread each
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -11,6 +11,7 @@ from torch import Tensor
 from duorl.agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
 from duorl.agents.base import Agent
 from duorl.envs.lockstep import Lockstep
+from duorl.learners.sharpness import Sharpness
 
 
 class ReinMax(Agent):
@@ -34,14 +35,16 @@ class ReinMax(Agent):
             2.
         learning_rate: learning rate of Adam; it falls linearly to 0.
         least_share: lower bound of the probabilities in the weights of the derivatives; it bounds the weights.
-        sharpness: inverse temperature at the end of training; it rises geometrically from 1, so that the sampled
-            routes become similar to the greedy routes in deployment.
+        first_sharpness: inverse temperature at the start; a training that goes on from a router of `Soft` begins near
+            the sharpness at which that one ended.
+        last_sharpness: inverse temperature at the end; it rises geometrically, so that the sampled routes become
+            similar to the greedy routes in deployment.
         width: hidden units of a head; 0 for linear heads.
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: the correction is not in [0, 1], or above 0 without copies; or the sharpness is below 1; or the
-            tokens of an episode do not fit into memory.
+        ValueError: the correction is not in [0, 1], or above 0 without copies; or a sharpness is not above 0; or
+            the tokens of an episode do not fit into memory.
     """
 
     stateful = ("optimizer", "generator")
@@ -53,7 +56,8 @@ class ReinMax(Agent):
         correction: float = 0.0,
         learning_rate: float = 1e-2,
         least_share: float = 0.1,
-        sharpness: float = 8.0,
+        first_sharpness: float = 1.0,
+        last_sharpness: float = 8.0,
         width: int = 0,
         init: str | None = None,
     ):
@@ -63,9 +67,8 @@ class ReinMax(Agent):
             raise ValueError(f"correction must be in [0, 1], not {correction}")
         if correction and env.group_size < 2:
             raise ValueError("a correction compares copies of a token: set group_size to at least 2")
-        if sharpness < 1:
-            raise ValueError(f"sharpness must be at least 1, not {sharpness}")
-        self.correction, self.least_share, self.sharpness = correction, least_share, sharpness
+        self.sharpness = Sharpness(first_sharpness, last_sharpness)
+        self.correction, self.least_share = correction, least_share
         self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)
 
     def update(self) -> dict[str, float]:
@@ -104,7 +107,7 @@ class ReinMax(Agent):
         """Sample one route per token: logits, choices as zeros and ones, slopes d rewards / d choices; (L, N, A)."""
         env, logits, mixtures = self.env, [], []
         env.draw()
-        inverse = self.sharpness**self.progress
+        inverse = self.sharpness.at(self.progress)
         while not env.done:
             features = env.features
             state = env.hidden.detach(), env.layer, env.compute.detach()

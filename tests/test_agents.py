@@ -237,7 +237,7 @@ def test_reinmax_with_full_correction_is_the_enumerated_policy_gradient():
     duo = make_duo("llama")
     windows = torch.randint(61, (1, 2), generator=torch.Generator().manual_seed(5))  # T = 1
     env = Lockstep(duo, windows, windows_per_batch=1, group_size=2000, reward=LossImprovement(0.1))
-    agent = agents.ReinMax(env, correction=1.0, sharpness=1.0)
+    agent = agents.ReinMax(env, correction=1.0, last_sharpness=1.0)
     logits, chosen, slopes = agent._episode()
     effects = action_effects(slopes, chosen, logits.softmax(-1).detach(), agent.least_share)
     parameter = agent.router.heads.biases[0]

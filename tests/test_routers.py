@@ -13,7 +13,8 @@ from duorl import routers
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
 from duorl.learners import Soft, Supervised
-from duorl.learners.soft import hardened, sharpness, soft_loss, soft_pass
+from duorl.learners.sharpness import Sharpness
+from duorl.learners.soft import hardened, soft_loss, soft_pass
 from duorl.oracle import exhaustive
 from duorl.rewards import LossImprovement
 from duorl.routers import (
@@ -115,9 +116,9 @@ def test_soft_loss_is_the_papers():
     assert soft_loss(losses, compute, budget=0.5, alpha=10.0, price=9.0) == pytest.approx(2.1)
     assert soft_loss(losses, compute, price=0.5) == pytest.approx(2.2)
     assert soft_loss(losses, compute, price=torch.tensor([[1.0, 2.0]])) == pytest.approx(2.7)
-    assert [sharpness(x, 1.0, 16.0) for x in (0.0, 0.5, 1.0)] == [1, 4, 16]
-    assert [sharpness(x, 1.0, 16.0, "linear") for x in (0.0, 0.5, 1.0)] == [1, 8.5, 16]
-    assert [sharpness(x, 1.0, 16.0, "constant") for x in (0.0, 0.5, 1.0)] == [16, 16, 16]
+    assert [Sharpness(1.0, 16.0).at(x) for x in (0.0, 0.5, 1.0)] == [1, 4, 16]
+    assert [Sharpness(1.0, 16.0, "linear").at(x) for x in (0.0, 0.5, 1.0)] == [1, 8.5, 16]
+    assert [Sharpness(1.0, 16.0, "constant").at(x) for x in (0.0, 0.5, 1.0)] == [16, 16, 16]
 
 
 def test_a_sharp_mixture_is_the_deployed_router(duo, windows):

@@ -9,7 +9,7 @@ prices.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch.nn.functional import one_hot
 
 from duorl.checks import require_positive
 from duorl.learners.base import HeadLearner, Task
+from duorl.learners.sharpness import Schedule, Sharpness
 from duorl.models.footprint import require_room
 from duorl.prices import draw_prices
 from duorl.routed_pass import RoutedPass
@@ -24,8 +25,6 @@ from duorl.routed_pass import RoutedPass
 if TYPE_CHECKING:
     from duorl.models import DuoForCausalLM
     from duorl.routers import HeadRouter
-
-Schedule = Literal["geometric", "linear", "constant"]
 
 
 class Soft(HeadLearner):
@@ -70,16 +69,12 @@ class Soft(HeadLearner):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         if updates is not None:
             require_positive(updates=updates)
-        if min(first_sharpness, last_sharpness) <= 0:
-            raise ValueError("first_sharpness and last_sharpness must be above 0")
-        if schedule not in get_args(Schedule):
-            raise ValueError(f"unknown schedule {schedule!r}: choose from {', '.join(get_args(Schedule))}")
+        self.sharpness = Sharpness(first_sharpness, last_sharpness, schedule)
         if env.prices is not None and budget is not None:
             raise ValueError("give a budget or a range of prices, not both")
         tokens = env.windows_per_batch * (env.windows.shape[1] - 1)
         require_room(env.model, tokens, "everything", f"lower windows_per_batch ({env.windows_per_batch})")
         self.budget, self.alpha, self.updates = budget, alpha, updates
-        self.first_sharpness, self.last_sharpness, self.schedule = first_sharpness, last_sharpness, schedule
         self.straight_through = straight_through
         self.generator = torch.Generator().manual_seed(env.first_seed)
 
@@ -99,7 +94,7 @@ class Soft(HeadLearner):
         price: Tensor | float = env.charged
         if env.prices is not None:
             price = draw_prices(env.prices, len(picked), self.generator)[:, None].to(env.model.device)
-        tau = sharpness(self.progress, self.first_sharpness, self.last_sharpness, self.schedule)
+        tau = self.sharpness.at(self.progress)
         losses, compute = soft_pass(
             env.model,
             self.router,
@@ -116,13 +111,6 @@ class Soft(HeadLearner):
             "rollout/compute": compute.mean().item(),
             "rollout/loss": losses.mean().item(),
         }
-
-
-def sharpness(progress: float, first: float, last: float, schedule: Schedule = "geometric") -> float:
-    """The inverse temperature at `progress` in [0, 1]."""
-    if schedule == "constant":
-        return last
-    return first + (last - first) * progress if schedule == "linear" else first * (last / first) ** progress
 
 
 def soft_loss(
