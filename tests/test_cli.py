@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from datasets import load_dataset
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import duorl
@@ -163,7 +165,8 @@ def test_train_writes_the_whole_run_folder(tiny, capsys):
 
 
 COMPARE = """
-agents: {PPO: PPO, REINFORCE: REINFORCE, ReinMax: ReinMax}
+agents: {PPO: PPO, REINFORCE: REINFORCE, ReinMax: {class_path: ReinMax, init_args: {learning_rate: 1.0e-9}}}
+starts: {ReinMax: soft}
 own_env: {ReinMax: {group_size: 1, windows_per_batch: 2}, soft: {windows_per_batch: 2}}
 env: {windows_per_batch: 1, group_size: 2, window: 64, prices: [0.02, 0.8]}
 total_decisions: 3000
@@ -204,6 +207,8 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     assert len(found["rows"]) == 2 * 8 and len(found["routers"]) == 8
     assert {row["target"] for row in found["rows"]} == {0.3, 0.5}
     assert "best fixed" in Path("all/budgets.md").read_text()
+    start, end = (load_file(f"all/routers/{name}/seed-1/router.safetensors") for name in ("soft", "ReinMax"))
+    assert all(torch.allclose(start[name], end[name], atol=1e-6) for name in start)
     weights = Path("all/routers/PPO/seed-1/router.safetensors").read_bytes()
     for left in ("REINFORCE/seed-0/result.json", "ReinMax/seed-1/ladder/result.json"):
         Path("all/routers", left).unlink()
@@ -409,6 +414,9 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny, small_corpus):
         (["compare", "--agents", "{lower bound: PPO}"], "cannot be called 'lower bound'"),
         (["compare", "--agents", "{PPO: PPO}", "--rivals", "[nobody]"], "unknown learner 'nobody'"),
         (["compare", "--agents", "{PPO: PPO}", "--own_env", "{A2C: {}}"], "'A2C', which is not among the learners"),
+        (["compare", "--agents", "{PPO: PPO}", "--starts", "{soft: PPO}"], "'soft' cannot start from 'PPO', only from"),
+        (["compare", "--agents", "{PPO: PPO}", "--starts", "{PPO: A2C}"], "order: supervised, soft, PPO"),
+        (["compare", "--agents", "{KNN: KNN}", "--starts", "{KNN: soft}"], "KNN cannot start from a router"),
         (["trian"], r"unknown command 'trian' \(did you mean train\?\)"),
         ([], "no command"),
         (["compare", "--agents", "{PPO: PPO}", "--own_env", "{PPO: {copies: 2}}"], "copies"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -103,14 +104,18 @@ class Compare:
         where: dict[str, Any] = {"run": str(folder)} if apart else {}
         learn: Callable[..., dict[str, Any]] = train_apart if apart else self.bench.train
         measure: Callable[..., dict[str, Any]] = climb_apart if apart else partial(climb, self.bench)
-        jobs, ladders = [], []
+        jobs, ladders, options = [], [], self.options
         places = self.places(folder)
-        knowable = [Place(KNOWABLE, self.options.seed, folder)] if self.options.knowable else []
+        knowable = [Place(KNOWABLE, options.seed, folder)] if options.knowable else []
         for place in [*places, *knowable]:
             events = place.router / "tensorboard" if place.name == KNOWABLE else place.events
             arguments = {"name": place.name, "seed": place.seed, "place": str(place.router), "events": str(events)}
-            jobs.append(Job(place.job, place.router, learn, {**where, **arguments}))
-            if self.options.targets and place.name != KNOWABLE:
+            waits: tuple[str, ...] = ()
+            if place.name in options.starts:
+                first = replace(place, name=options.starts[place.name])
+                arguments["start"], waits = str(first.router), (first.job,)
+            jobs.append(Job(place.job, place.router, learn, {**where, **arguments}, after=waits))
+            if options.targets and place.name != KNOWABLE:
                 arguments = {**where, "router": str(place.router)}
                 ladder = Job(f"{place.job}: ladder", place.router / "ladder", measure, arguments, after=(place.job,))
                 ladders.append(ladder)

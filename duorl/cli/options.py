@@ -74,6 +74,8 @@ class RunOptions:
             dual ascent in the training; with `env.prices`, after the training. See docs/budgets.md.
         env: the text and the environment of the training.
         own_env: options of `env` for single learners, by the learner's name; rivals too.
+        starts: for single learners, by name: the learner, named before it, from whose router with the same seed its
+            training starts.
         rivals: learners to compare with: a list of names, or learners by name as in `agents`.
         evaluation: how routers are compared.
         validations: number of measurements on held-out router text during the training, for TensorBoard.
@@ -103,6 +105,7 @@ class RunOptions:
     target_compute: float | None = None
     env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
     own_env: dict[str, dict[str, Any]] = field(default_factory=dict)
+    starts: dict[str, str] = field(default_factory=dict)
     rivals: list[str] | dict[str, LearnerFactory] = field(default_factory=lambda: ["supervised", "soft"])
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     validations: int = 10

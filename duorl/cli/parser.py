@@ -20,7 +20,7 @@ from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml
 from duorl.devices import DeviceOptions, pick_device
 from duorl.models.loading import price_of_model
 
-_COMPARE_ONLY = ("agents", "seeds", "processes", "targets", "reach_targets", "transfer", "knowable")
+_COMPARE_ONLY = ("agents", "starts", "seeds", "processes", "targets", "reach_targets", "transfer", "knowable")
 _TRAIN_ONLY = ("target_compute",)
 _FLAGS = {
     "overwrite": "replace the run in the output folder",

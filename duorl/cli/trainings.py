@@ -83,9 +83,9 @@ class Place:
         return load_router(self.router).to(bench.model.device)
 
 
-def train_apart(run: str, name: str, seed: int, place: str, events: str, tell: Tell) -> dict[str, Any]:
+def train_apart(run: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
     """Run `Workbench.train` in another process, with a workbench from the run's configuration."""
-    return _bench(run).train(name, seed, place, events, tell)
+    return _bench(run).train(tell=tell, **arguments)
 
 
 def climb_apart(run: str, router: str, tell: Tell) -> dict[str, Any]:

@@ -99,14 +99,28 @@ class Workbench:
         for name in (*agents, *rivals):
             if name in taken or Path(name).name != name or (name in rivals and name in agents):
                 raise ValueError(f"a learner cannot be called {name!r}: the comparison or the folder uses that name")
+        self._read_own_env()
+        self._check_starts()
+
+    def _read_own_env(self) -> None:
+        options, self._own_env = self.options, {}
         if unknown := set(options.own_env) - set(self._factories):
             raise ValueError(f"own_env names {min(unknown)!r}, which is not among the learners")
-        self._own_env = {}
         for name, given in options.own_env.items():
             own = typed(EnvironmentOptions, given, f"own_env of {name}")
             if shared := _SHARED & set(own):
                 raise ValueError(f"own_env of {name}: {min(shared)} is an option of the whole run, set it in env")
             self._own_env[name] = own
+
+    def _check_starts(self) -> None:
+        """A learner starts from one that is named before it, so no two wait for each other."""
+        names = [*self.rivals, *self.agents]
+        for name, other in self.options.get("starts", {}).items():
+            if not {name, other} <= set(names) or names.index(other) >= names.index(name):
+                order = f"in this order: {', '.join(names)}"
+                raise ValueError(
+                    f"starts: {name!r} cannot start from {other!r}, only from a learner before it, {order}"
+                )
 
     @cached_property
     def evaluation(self) -> Windows:
@@ -129,16 +143,34 @@ class Workbench:
         while not trial.done:
             trial.step(torch.zeros_like(trial.compute, dtype=torch.int64))
 
-    def learner(self, name: str, seed: int) -> Learner:
-        """Make a new learner, by its name in the run; errors as for its class and its environment."""
+    def learner(self, name: str, seed: int, start: str | None = None) -> Learner:
+        """Make a new learner, by its name in the run; errors as for its class and its environment.
+
+        Args:
+            name: its name.
+            seed: its seed.
+            start: folder of the router from which it starts, if `starts` names one.
+        """
         options = self.options
         own = replace(EnvironmentOptions(**vars(options.env)), **self._own_env.get(name, {}))
         more = {"actions": options.actions, "reference": options.reference}
         lockstep = make_lockstep(own, self.model, self.training, self.reward, seed=seed, **more)
-        return self._factories[name](lockstep)
+        if name not in self.options.get("starts", {}):
+            return self._factories[name](lockstep)
+        try:
+            return self._factories[name](lockstep, init=start)
+        except TypeError as error:
+            raise ValueError(f"starts: {name} cannot start from a router, it has no option `init`") from error
 
     def train(
-        self, name: str, seed: int, place: str, events: str, tell: Tell, price_from: str | None = None
+        self,
+        name: str,
+        seed: int,
+        place: str,
+        events: str,
+        tell: Tell,
+        price_from: str | None = None,
+        start: str | None = None,
     ) -> dict[str, Any]:
         """Train a learner, log it and save its router: the function of a job.
 
@@ -149,11 +181,12 @@ class Workbench:
             events: folder of its TensorBoard events.
             tell: called after every update.
             price_from: folder of the learner whose training found the price.
+            start: folder of the router from which it starts.
 
         Returns:
             `price`, the price of the router in deployment.
         """
-        learner, options = self.learner(name, seed), self.options
+        learner, options = self.learner(name, seed, start), self.options
         work = _Work(self, name, learner, self.price, tell)
         if price_from is not None:
             work.price = read_config((Path(price_from) / RESULT).read_text())["price"]
