@@ -155,10 +155,11 @@ class Workbench:
         own = replace(EnvironmentOptions(**vars(options.env)), **self._own_env.get(name, {}))
         more = {"actions": options.actions, "reference": options.reference}
         lockstep = make_lockstep(own, self.model, self.training, self.reward, seed=seed, **more)
+        factory: Callable[..., Learner] = self._factories[name]
         if name not in self.options.get("starts", {}):
-            return self._factories[name](lockstep)
+            return factory(lockstep)
         try:
-            return self._factories[name](lockstep, init=start)
+            return factory(lockstep, init=start)
         except TypeError as error:
             raise ValueError(f"starts: {name} cannot start from a router, it has no option `init`") from error
 
