@@ -1,12 +1,12 @@
-"""Compares methods of reducing variance and of assigning credit: the table of docs/learning.md.
+"""Compares methods of reducing variance and of assigning credit: the tables of docs/learning.md.
 
     python -m benchmarks.credit --out docs/results/credit.json
+    python -m benchmarks.credit --model smollm2 --dtype bfloat16 --out docs/results/credit-smollm2.json
 
-Every variant learns from equally many layer decisions on duo-tiny at one price, with several seeds. Its return is
-measured in the routed context, on files of the router split that no training used, and compared with that of REINFORCE
-with leave-one-out and the same seed. The evaluation split is not used. The spread of the gradient is measured before
-and after the training. It is the trace of the covariance of single updates' gradients, divided by the squared norm of
-their mean.
+Every variant learns from equally many layer decisions at one price, with several seeds. Its return is measured in the
+routed context, on files of the router split that no training used, and compared with that of the first variant and the
+same seed. The evaluation split is not used. The spread of the gradient is measured before and after the training. It is
+the trace of the covariance of single updates' gradients, divided by the squared norm of their mean.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import argparse
 import json
 import math
 import multiprocessing
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -28,44 +28,73 @@ import duorl
 from duorl import agents
 from duorl.agents.stable_baselines import StableBaselinesAgent
 from duorl.corpus import Windows, cut, documents
+from duorl.costs import BIG
 from duorl.envs import Lockstep
-from duorl.evaluation.compare import measure
+from duorl.evaluation.measure import measure
 from duorl.evaluation.statistics import estimate
 from duorl.learners import Soft
+from duorl.learners.base import Learner
+from duorl.markdown import grid
 from duorl.rewards import LogitLensShaping, LossImprovement, Reward, TeacherKL
-from duorl.routers import ConstantRouter, PatternRouter
+from duorl.routers import ConstantRouter, PatternRouter, Router
+from duorl.routers import load as load_router
 from duorl.runs.allocator import keep_freed_memory
 
-PRICE = 0.3
+DEFAULT_PRICE = 0.3
 HELD_OUT = 256  # windows
-PATTERN = [1, 1, 1, 1, 1, 2, 1, 2]  # the best pattern with two big layers, on router text
-YARDSTICK = "REINFORCE, leave-one-out of 2"
+PATTERN = [1, 1, 1, 1, 1, 2, 1, 2]  # the best pattern with two big layers of duo-tiny, on router text
+DEEP = 12  # layers; deeper models have other variants
+HALF = "soft router, half as long"
+
+Variants = dict[str, tuple[Callable[..., Learner] | None, dict]]
+"""By name: a learner, and the options of its environment that are not the default. Without a learner: the router that
+others start from. `share` is the share of the decisions.
+"""
 
 
 class BareLoss(Reward):
     """The default reward with minus the loss in place of the gain."""
 
+    def __init__(self, price: float):
+        self.price = price
+
     def __call__(self, step):
         """(N,) nats."""
-        return (0.0 if step.loss is None else -step.loss) - PRICE * step.compute
+        return (0.0 if step.loss is None else -step.loss) - self.price * step.compute
 
 
-def variants() -> dict[str, tuple[Callable[..., agents.Agent], dict]]:
-    """By name: a learner, and the options of its environment that are not the default."""
+class LaterEffects(Reward):
+    """The default reward, and for every big network what it gains later tokens in the mean of its layer.
+
+    Args:
+        price: nats per all-big pass.
+        gains: nats per layer, as `benchmarks.later` measures them.
+    """
+
+    def __init__(self, price: float, gains: Sequence[float]):
+        self.reward, self.gains = LossImprovement(price), gains
+
+    def __call__(self, step):
+        """(N,) nats."""
+        return self.reward(step) + self.gains[step.layer] * (step.action == BIG)
+
+
+def shallow(price: float) -> Variants:
+    """The variants for duo-tiny."""
     reinforce = agents.REINFORCE
-    default = LossImprovement(PRICE)
+    default = LossImprovement(price)
     return {
-        YARDSTICK: (reinforce, {}),
+        "REINFORCE, leave-one-out of 2": (reinforce, {}),
         "REINFORCE, leave-one-out of 4, half the windows": (reinforce, {"group_size": 4, "windows_per_batch": 4}),
         "REINFORCE, no baseline": (partial(reinforce, baseline="none"), {}),
         "REINFORCE, mean of the layer": (partial(reinforce, baseline="mean"), {}),
         "REINFORCE, learned value": (partial(reinforce, baseline="value"), {}),
-        "REINFORCE, bare loss, mean of the layer": (partial(reinforce, baseline="mean"), {"reward": BareLoss()}),
-        "REINFORCE, bare loss, leave-one-out of 2": (reinforce, {"reward": BareLoss()}),
+        "REINFORCE, bare loss, mean of the layer": (partial(reinforce, baseline="mean"), {"reward": BareLoss(price)}),
+        "REINFORCE, bare loss, leave-one-out of 2": (reinforce, {"reward": BareLoss(price)}),
         "REINFORCE, later tokens' gains, 0.5 per token": (reinforce, {"token_discount": 0.5}),
         "REINFORCE, later tokens' gains, 0.95 per token": (reinforce, {"token_discount": 0.95}),
-        "REINFORCE, distance to all-big": (reinforce, {"reward": TeacherKL(PRICE)}),
-        "REINFORCE, half distance, half label": (reinforce, {"reward": TeacherKL(PRICE, share=0.5)}),
+        "REINFORCE, distance to all-big": (reinforce, {"reward": TeacherKL(price)}),
+        "REINFORCE, half distance, half label": (reinforce, {"reward": TeacherKL(price, share=0.5)}),
         "REINFORCE, intermediate predictions": (reinforce, {"reward": default + LogitLensShaping(0.3)}),
         "REINFORCE, from the fixed pattern": (partial(reinforce, init="pattern"), {}),
         "REINFORCE, from the soft router": (partial(reinforce, init="soft", learning_rate=1e-3), {}),
@@ -77,34 +106,170 @@ def variants() -> dict[str, tuple[Callable[..., agents.Agent], dict]]:
     }
 
 
+def deep(price: float, later: Sequence[float]) -> Variants:
+    """The variants for models of many layers.
+
+    Args:
+        price: nats per all-big pass.
+        later: per layer, nats that big gains later tokens.
+    """
+    one = {"group_size": 1}
+    sharp = partial(agents.ReinMax, init="soft", learning_rate=3e-3, last_sharpness=30.0)
+    return {
+        "PPO, leave-one-out of 2": (agents.PPO, {}),
+        "PPO, learned value": (agents.PPO, one),
+        "PPO, distance to all-big": (agents.PPO, {"reward": TeacherKL(price)}),
+        "PPO, mean effect on later tokens": (agents.PPO, {"reward": LaterEffects(price, later)}),
+        "REINFORCE, leave-one-out of 2": (partial(agents.REINFORCE, learning_rate=3e-3), {}),
+        "REINFORCE, mean effect on later tokens": (
+            partial(agents.REINFORCE, learning_rate=3e-3),
+            {"reward": LaterEffects(price, later)},
+        ),
+        "ReinMax": (agents.ReinMax, one),
+        "ReinMax, learning rate 0.003": (partial(agents.ReinMax, learning_rate=3e-3), one),
+        "ReinMax, least share 0.5": (partial(agents.ReinMax, least_share=0.5), one),
+        HALF: (None, {}),
+        "soft router": (partial(Soft, updates=None), one),
+        "soft router, then ReinMax, sharpness 3 to 30": (partial(sharp, first_sharpness=3.0), {**one, "share": 0.5}),
+        "soft router, then ReinMax, sharpness 10 to 30": (partial(sharp, first_sharpness=10.0), {**one, "share": 0.5}),
+    }
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison of variants.
+
+    Args:
+        model: name of the model.
+        dtype: its precision.
+        decisions: layer decisions of every training.
+        updates: gradients for a spread; 0: no spreads.
+        held_out: windows that measure.
+        folder: keeps what is done, so that the same call goes on.
+        later: per layer, nats that big gains later tokens; for deep models.
+    """
+
+    model: str
+    dtype: str
+    decisions: int
+    updates: int
+    held_out: int
+    folder: Path
+    later: tuple[float, ...] = ()
+
+    @property
+    def material(self) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
+        """The model, windows to learn from, and windows of other files."""
+        return text(self.model, self.dtype, self.held_out)
+
+    @property
+    def price(self) -> float:
+        """Nats per all-big pass."""
+        return self.material[0].config.price or DEFAULT_PRICE
+
+    @property
+    def variants(self) -> Variants:
+        """What is compared; the first is the yardstick."""
+        return shallow(self.price) if self.material[0].num_layers <= DEEP else deep(self.price, self.later)
+
+    def start(self, seed: int) -> Path:
+        """Folder of the soft router that some variants start from."""
+        return self.folder / f"soft-{seed}"
+
+    def prepare(self, seed: int) -> None:
+        """Train the routers from which some variants start."""
+        model, training, _ = self.material
+        PatternRouter(PATTERN).save_pretrained(self.folder / f"pattern-{seed}")
+        if not self.start(seed).exists():
+            env = Lockstep(model, training, reward=LossImprovement(self.price), windows_per_batch=8, seed=seed)
+            shallow_updates = max(1, self.decisions // 8192)
+            updates = (
+                shallow_updates if model.num_layers <= DEEP else self.decisions // env.layers // env.num_tokens // 2
+            )
+            Soft(env, updates=updates).learn(1).save_pretrained(self.start(seed))
+
+    def learner(self, name: str, seed: int) -> Learner:
+        """A new learner of a variant."""
+        factory, options = self.variants[name]
+        assert factory is not None
+        if isinstance(factory, partial) and "init" in factory.keywords:
+            factory = partial(factory, init=str(self.folder / f"{factory.keywords['init']}-{seed}"))
+        model, training, _ = self.material
+        usual = {"windows_per_batch": 8, "group_size": 2, "reward": LossImprovement(self.price), "seed": seed}
+        own = {key: value for key, value in options.items() if key != "share"}
+        return factory(Lockstep(model, training, **{**usual, **own}))
+
+    def run(self, job: tuple[str, int]) -> dict:
+        """Train a variant with a seed, once; returns, and the spread of the gradient before and after."""
+        name, seed = job
+        kept = self.folder / f"{name}-{seed}.json"
+        if not kept.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            kept.write_text(json.dumps(self._study(name, seed)))
+        return json.loads(kept.read_text())
+
+    def _study(self, name: str, seed: int) -> dict:
+        spreads: dict[str, float | None] = {"fresh": None, "trained": None}
+        factory, options = self.variants[name]
+        if factory is None:
+            return {"name": name, "seed": seed, **self.measured(load_router(self.start(seed))), **spreads}
+        spread = self.updates if seed == 0 else 0
+        spreads["fresh"] = gradient_spread(self.learner(name, seed), spread)
+        agent = self.learner(name, seed)
+        router = agent.learn(int(self.decisions * options.get("share", 1.0)))
+        found = {"name": name, "seed": seed, **self.measured(router)}
+        return found | spreads | {"trained": gradient_spread(agent, spread)}
+
+    @torch.no_grad()
+    def measured(self, router: Router) -> dict:
+        """Held-out returns per window at the price, and the mean compute."""
+        model, _, (windows, _) = self.material
+        reference = measure(model, ConstantRouter("small"), windows).loss
+        found = measure(model, router, windows)
+        returns = (reference - found.loss - self.price * found.compute).mean(1)
+        return {"returns": returns.tolist(), "compute": found.compute.mean().item()}
+
+    def rows(self, found: list[dict]) -> list[dict]:
+        """A row per variant: mean return, paired difference to the first with the same seed, spread of the gradient."""
+        by_name = {name: [one for one in found if one["name"] == name] for name in self.variants}
+        stacked = {name: torch.tensor([one["returns"] for one in seeds]) for name, seeds in by_name.items()}
+        first, files = next(iter(stacked.values())), self.material[2].files
+        return [
+            {
+                "name": name,
+                "seeds": len(values),
+                "return": values.mean().item(),
+                "compute": sum(one["compute"] for one in by_name[name]) / len(values),
+                "minus": (values - first).mean().item(),
+                "interval": estimate(values - first, files).interval,
+                "fresh": by_name[name][0]["fresh"],
+                "trained": by_name[name][0]["trained"],
+            }
+            for name, values in stacked.items()
+        ]
+
+
 @lru_cache(maxsize=1)
-def text() -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
-    """The model, and windows of the router split: of files for training, and of held-out files."""
-    model, tokenizer = duorl.load("duo-tiny"), duorl.load_tokenizer("duo-tiny")
+def text(
+    name: str = "duo-tiny", dtype: str = "float32", held_out: int = HELD_OUT
+) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
+    """A model, and windows of the router split: of files to learn from, and the first ones of other files."""
+    model, tokenizer = duorl.load(name, dtype=getattr(torch, dtype)), duorl.load_tokenizer(name)
     files = documents(["stdlib-code", "stdlib-docs"], "router")
-    held_out = set(sorted({file.path for file in files})[::3])
-    learned = cut([file for file in files if file.path not in held_out], tokenizer, 128)
-    others = cut([file for file in files if file.path in held_out], tokenizer, 128)
+    apart = set(sorted({file.path for file in files})[::3])
+    learned = cut([file for file in files if file.path not in apart], tokenizer, 128)
+    others = cut([file for file in files if file.path in apart], tokenizer, 128)
     assert learned is not None and others is not None
-    return model, learned.tokens, others.first(HELD_OUT)
+    return model, learned.tokens, others.first(held_out)
 
 
-def learner(name: str, seed: int, starts: Path) -> agents.Agent:
-    """A new learner of a variant."""
-    factory, options = variants()[name]
-    if isinstance(factory, partial) and "init" in factory.keywords:
-        factory = partial(factory, init=str(starts / factory.keywords["init"]))
-    model, training, _ = text()
-    usual = {"windows_per_batch": 8, "group_size": 2, "reward": LossImprovement(PRICE), "seed": seed}
-    return factory(Lockstep(model, training, **{**usual, **options}))
-
-
-def gradient_spread(agent: agents.Agent, updates: int) -> float | None:
+def gradient_spread(agent: Learner, updates: int) -> float | None:
     """Trace of the covariance of an update's gradient over the squared norm of its mean; the policy does not change.
 
-    Infinite if the mean of these updates cannot be told from noise; None for learners of Stable-Baselines3.
+    Infinite if the mean of these updates cannot be told from noise; None without updates, and for learners of
+    Stable-Baselines3.
     """
-    if isinstance(agent, StableBaselinesAgent):
+    if not updates or isinstance(agent, StableBaselinesAgent):
         return None
     agent.learning_rate = 0.0
     agent.router.requires_grad_(True)
@@ -118,61 +283,19 @@ def gradient_spread(agent: agents.Agent, updates: int) -> float | None:
     return (variance / signal).item() if signal > 0 else math.inf
 
 
-@torch.no_grad()
-def returns(router) -> Tensor:
-    """Held-out returns per window at the price, (W,)."""
-    model, _, (windows, _) = text()
-    reference = measure(model, ConstantRouter("small"), windows).loss
-    measured = measure(model, router, windows)
-    return (reference - measured.loss - PRICE * measured.compute).mean(1)
-
-
-def study(job: tuple[str, int], decisions: int, updates: int, starts: Path) -> dict:
-    """Train once; returns the returns, and the spread of the gradient before and after."""
-    name, seed = job
-    fresh = gradient_spread(learner(name, seed, starts), updates) if seed == 0 else None
-    agent = learner(name, seed, starts)
-    router = agent.learn(decisions)
-    found = {"name": name, "seed": seed, "returns": returns(router).tolist(), "fresh": fresh}
-    return found | {"trained": gradient_spread(agent, updates) if seed == 0 else None}
-
-
-def prepare(starts: Path, soft_updates: int) -> None:
-    """Train the routers from which some variants start."""
-    model, training, _ = text()
-    PatternRouter(PATTERN).save_pretrained(starts / "pattern")
-    env = Lockstep(model, training, reward=LossImprovement(PRICE), windows_per_batch=8)
-    Soft(env, updates=soft_updates).learn(1).save_pretrained(starts / "soft")
-
-
-def rows(found: list[dict]) -> list[dict]:
-    """A row per variant: mean return, paired difference to REINFORCE with the same seed, spread of the gradient."""
-    by_name = {name: [one for one in found if one["name"] == name] for name in variants()}
-    files = text()[2].files
-    stacked = {name: torch.tensor([one["returns"] for one in seeds]) for name, seeds in by_name.items()}
-    return [
-        {
-            "name": name,
-            "seeds": len(values),
-            "return": values.mean().item(),
-            "minus": (values - stacked[YARDSTICK]).mean().item(),
-            "interval": estimate(values - stacked[YARDSTICK], files).interval,
-            "fresh": by_name[name][0]["fresh"],
-            "trained": by_name[name][0]["trained"],
-        }
-        for name, values in stacked.items()
-    ]
-
-
 def markdown(table: list[dict]) -> str:
-    """The rows as a table."""
-    lines = ["| learner | return | minus the first's | spread, fresh | spread, trained |", "|---|---:|---:|---:|---:|"]
+    """The rows as a table; columns without a value are left out."""
+    lines = []
     for row in table:
         low, high = row["interval"]
-        minus = f"{row['minus']:+.4f} ({low:+.4f}, {high:+.4f})" if row["name"] != YARDSTICK else ""
-        spreads = [_spread(row[key]) for key in ("fresh", "trained")]
-        lines.append(f"| {row['name']} | {row['return']:+.4f} | {minus} | {spreads[0]} | {spreads[1]} |")
-    return "\n".join(lines) + "\n"
+        minus = f"{row['minus']:+.4f} ({low:+.4f}, {high:+.4f})" if row is not table[0] else ""
+        shown = {"learner": row["name"], "return": f"{row['return']:+.4f}", "minus the first's": minus}
+        if "compute" in row:
+            shown["compute"] = f"{row['compute']:.2f}"
+        spreads = {f"spread, {key}": _spread(row[key]) for key in ("fresh", "trained")}
+        lines.append(shown | (spreads if any(one["fresh"] for one in table) else {}))
+    head = list(lines[0])
+    return grid(head, (list(line.values()) for line in lines), numbers=range(1, len(head)))
 
 
 def _spread(value: float | None) -> str:
@@ -184,24 +307,35 @@ def _spread(value: float | None) -> str:
 def main() -> None:
     """Run all trainings, write the JSON, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="duo-tiny")
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--decisions", type=int, default=200_000, help="layer decisions of every training")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--updates", type=int, default=10, help="number of gradients for a spread")
+    parser.add_argument("--updates", type=int, default=10, help="number of gradients for a spread; 0: no spreads")
+    parser.add_argument("--windows", type=int, default=HELD_OUT, help="that measure the routers")
+    parser.add_argument("--later", type=Path, help="numbers of benchmarks.later for this model, if it is deep")
     parser.add_argument("--processes", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, default=Path("runs/credit"), help="keeps what is done, to go on")
     parser.add_argument("--out", type=Path, default=Path("runs/credit.json"))
     options = parser.parse_args()
     keep_freed_memory()
-    jobs = [(name, seed) for seed in range(options.seeds) for name in variants()]
-    with tempfile.TemporaryDirectory() as folder:
-        starts = Path(folder)
-        prepare(starts, soft_updates=max(1, options.decisions // 8192))
-        run = partial(study, decisions=options.decisions, updates=options.updates, starts=starts)
-        threads = max(1, torch.get_num_threads() // options.processes)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (threads,)) as pool:
-            found = list(pool.map(run, jobs))
-    table = rows(found)
-    command = f"python -m benchmarks.credit --decisions {options.decisions} --seeds {options.seeds}"
+    later: tuple[float, ...] = ()
+    if options.later:
+        later = tuple(row["later"] for row in json.loads(options.later.read_text())["effects"]["random, small to big"])
+    sizes = {"decisions": options.decisions, "updates": options.updates, "held_out": options.windows}
+    study = Study(options.model, options.dtype, folder=options.folder, later=later, **sizes)
+    jobs = [(name, seed) for seed in range(options.seeds) for name in study.variants]
+    threads = max(1, torch.get_num_threads() // options.processes)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (threads,)) as pool:
+        list(pool.map(study.prepare, range(options.seeds)))
+        found = list(pool.map(study.run, jobs))
+    table = study.rows(found)
+    given = {"model": "duo-tiny", "dtype": "float32", "updates": 10, "windows": HELD_OUT, "later": None}
+    changed = [
+        f" --{name} {getattr(options, name)}" for name, usual in given.items() if getattr(options, name) != usual
+    ]
+    command = f"python -m benchmarks.credit{''.join(changed)} --decisions {options.decisions} --seeds {options.seeds}"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps({"command": command, "rows": table}, indent=1))
     print(markdown(table))
