@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from duorl.envs.lockstep import Lockstep, Outcome
+from duorl.envs.lockstep import Lockstep
+from duorl.envs.outcome import Outcome
 from duorl.routers import HeadRouter
 from duorl.routers.heads import LayerHeads
 

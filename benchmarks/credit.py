@@ -15,7 +15,7 @@ import argparse
 import json
 import math
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -28,7 +28,6 @@ import duorl
 from duorl import agents
 from duorl.agents.stable_baselines import StableBaselinesAgent
 from duorl.corpus import Windows, cut, documents
-from duorl.costs import BIG
 from duorl.envs import Lockstep
 from duorl.evaluation.measure import measure
 from duorl.evaluation.statistics import estimate
@@ -63,22 +62,6 @@ class BareLoss(Reward):
         return (0.0 if step.loss is None else -step.loss) - self.price * step.compute
 
 
-class LaterEffects(Reward):
-    """The default reward, and for every big network what it gains later tokens in the mean of its layer.
-
-    Args:
-        price: nats per all-big pass.
-        gains: nats per layer, as `benchmarks.later` measures them.
-    """
-
-    def __init__(self, price: float, gains: Sequence[float]):
-        self.reward, self.gains = LossImprovement(price), gains
-
-    def __call__(self, step):
-        """(N,) nats."""
-        return self.reward(step) + self.gains[step.layer] * (step.action == BIG)
-
-
 def shallow(price: float) -> Variants:
     """The variants for duo-tiny."""
     reinforce = agents.REINFORCE
@@ -106,24 +89,19 @@ def shallow(price: float) -> Variants:
     }
 
 
-def deep(price: float, later: Sequence[float]) -> Variants:
-    """The variants for models of many layers.
-
-    Args:
-        price: nats per all-big pass.
-        later: per layer, nats that big gains later tokens.
-    """
+def deep(price: float) -> Variants:
+    """The variants for models of many layers."""
     one = {"group_size": 1}
     sharp = partial(agents.ReinMax, init="soft", learning_rate=3e-3, last_sharpness=30.0)
     return {
         "PPO, leave-one-out of 2": (agents.PPO, {}),
         "PPO, learned value": (agents.PPO, one),
         "PPO, distance to all-big": (agents.PPO, {"reward": TeacherKL(price)}),
-        "PPO, mean effect on later tokens": (agents.PPO, {"reward": LaterEffects(price, later)}),
+        "PPO, mean effect on later tokens": (agents.PPO, {"later_effects": True}),
         "REINFORCE, leave-one-out of 2": (partial(agents.REINFORCE, learning_rate=3e-3), {}),
         "REINFORCE, mean effect on later tokens": (
             partial(agents.REINFORCE, learning_rate=3e-3),
-            {"reward": LaterEffects(price, later)},
+            {"later_effects": True},
         ),
         "ReinMax": (agents.ReinMax, one),
         "ReinMax, learning rate 0.003": (partial(agents.ReinMax, learning_rate=3e-3), one),
@@ -146,7 +124,6 @@ class Study:
         updates: gradients for a spread; 0: no spreads.
         held_out: windows that measure.
         folder: keeps what is done, so that the same call goes on.
-        later: per layer, nats that big gains later tokens; for deep models.
     """
 
     model: str
@@ -155,7 +132,6 @@ class Study:
     updates: int
     held_out: int
     folder: Path
-    later: tuple[float, ...] = ()
 
     @property
     def material(self) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
@@ -170,7 +146,7 @@ class Study:
     @property
     def variants(self) -> Variants:
         """What is compared; the first is the yardstick."""
-        return shallow(self.price) if self.material[0].num_layers <= DEEP else deep(self.price, self.later)
+        return shallow(self.price) if self.material[0].num_layers <= DEEP else deep(self.price)
 
     def start(self, seed: int) -> Path:
         """Folder of the soft router that some variants start from."""
@@ -313,17 +289,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--updates", type=int, default=10, help="number of gradients for a spread; 0: no spreads")
     parser.add_argument("--windows", type=int, default=HELD_OUT, help="that measure the routers")
-    parser.add_argument("--later", type=Path, help="numbers of benchmarks.later for this model, if it is deep")
     parser.add_argument("--processes", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=Path("runs/credit"), help="keeps what is done, to go on")
     parser.add_argument("--out", type=Path, default=Path("runs/credit.json"))
     options = parser.parse_args()
     keep_freed_memory()
-    later: tuple[float, ...] = ()
-    if options.later:
-        later = tuple(row["later"] for row in json.loads(options.later.read_text())["effects"]["random, small to big"])
     sizes = {"decisions": options.decisions, "updates": options.updates, "held_out": options.windows}
-    study = Study(options.model, options.dtype, folder=options.folder, later=later, **sizes)
+    study = Study(options.model, options.dtype, folder=options.folder, **sizes)
     jobs = [(name, seed) for seed in range(options.seeds) for name in study.variants]
     threads = max(1, torch.get_num_threads() // options.processes)
     spawn = multiprocessing.get_context("spawn")
@@ -331,7 +303,7 @@ def main() -> None:
         list(pool.map(study.prepare, range(options.seeds)))
         found = list(pool.map(study.run, jobs))
     table = study.rows(found)
-    given = {"model": "duo-tiny", "dtype": "float32", "updates": 10, "windows": HELD_OUT, "later": None}
+    given = {"model": "duo-tiny", "dtype": "float32", "updates": 10, "windows": HELD_OUT}
     changed = [
         f" --{name} {getattr(options, name)}" for name, usual in given.items() if getattr(options, name) != usual
     ]

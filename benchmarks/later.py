@@ -12,88 +12,50 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import duorl
 from duorl.costs import BIG, SMALL
 from duorl.envs import Lockstep
+from duorl.envs.later import Effect, effects
 from duorl.evaluation import measure
 from duorl.learners import Soft
+from duorl.markdown import grid
 from duorl.models.trainer import random_routes
 from duorl.rewards import LossImprovement
-from duorl.routed_pass import RoutedPass
 
-_CHANGED = 0.25  # of the tokens that can change
-_LEAST = 30  # changed tokens, for an estimate
+Layers = list[Effect]
 
 
-def effects(model: duorl.DuoForCausalLM, windows: Tensor, routes: Tensor, *, chosen: int, batch: int = 8) -> list[dict]:
-    """Per layer, what big in place of small gains in nats, where the base routes have chosen one of the two.
-
-    Args:
-        model: a duo model.
-        windows: (W, T+1).
-        routes: (W, T, L), base routes.
-        chosen: the action of the tokens that change, small or big.
-        batch: windows per pass.
-
-    Returns:
-        Per layer `layer`; `share`, of the tokens with this action; `own` and `later`, nats per changed token, and
-        `error`, the standard error of `later` over windows; these three are None where too few tokens can change.
-    """
-    generator = torch.Generator().manual_seed(0)
-    can = routes == chosen
-    changed = can & (torch.rand(routes.shape, generator=generator) < _CHANGED)
-    rows: list[dict] = [
-        {"layer": layer, "share": can[..., layer].float().mean().item()} for layer in range(routes.shape[-1])
-    ]
-    gains: list[list[Tensor]] = [[] for _ in rows]
-    for tokens, base, flipped in zip(windows.split(batch), routes.split(batch), changed.split(batch), strict=True):
-        walk = RoutedPass(model, tokens)
-        branches = []
-        while not walk.done:
-            actions, flips = base[..., walk.layer], flipped[..., walk.layer]
-            branch = walk.fork()
-            branch.step(torch.where(flips, SMALL + BIG - actions, actions))
-            branches.append(branch.follow(base).losses())
-            walk.step(actions)
-        for found, losses in zip(gains, branches, strict=True):
-            found.append((walk.losses() - losses) * (1 if chosen == SMALL else -1))
-    for row, found in zip(rows, gains, strict=True):
-        gain, flips = torch.cat(found), changed[..., row["layer"]]
-        count, others = flips.sum(), (gain * ~flips).sum(1)
-        row |= dict.fromkeys(("own", "later", "error"))
-        if count >= _LEAST:
-            error = others.std() * len(others) ** 0.5 / count
-            row |= {"own": gain[flips].mean().item(), "later": (others.sum() / count).item(), "error": error.item()}
-    return rows
+def totals(layers: Layers) -> tuple[float, float, float]:
+    """Sums over layers, weighted by the share of the tokens, in nats per token: own, later, error of later."""
+    known = [layer for layer in layers if not math.isnan(layer.own)]
+    own, later = (sum(layer.share * getattr(layer, key) for layer in known) for key in ("own", "later"))
+    return own, later, sum((layer.share * layer.error) ** 2 for layer in known) ** 0.5
 
 
-def totals(rows: list[dict]) -> dict[str, float]:
-    """Sums over layers, weighted by the share of the tokens: nats per token."""
-    known = [row for row in rows if row["own"] is not None]
-    sums = {key: sum(row["share"] * row[key] for row in known) for key in ("own", "later")}
-    return sums | {"error": sum((row["share"] * row["error"]) ** 2 for row in known) ** 0.5}
-
-
-def markdown(found: dict[str, list[dict]], groups: int = 5) -> str:
-    """A table: per base route and group of layers, the share of the tokens and the two effects, summed over layers."""
-    lines = ["| base route, change | layers | own token | later tokens |", "|---|---|---:|---:|"]
-    for name, rows in found.items():
-        for part in (*_parts(rows, groups), rows):
-            sums, first, last = totals(part), part[0]["layer"], part[-1]["layer"]
-            layers = "all" if part is rows else f"{first} to {last}" if first < last else f"{first}"
-            lines.append(f"| {name} | {layers} | {sums['own']:+.3f} | {sums['later']:+.3f} ± {sums['error']:.3f} |")
-    return "\n".join(lines) + "\n"
-
-
-def _parts(rows: list[dict], groups: int) -> list[list[dict]]:
-    """The first layer, and the others in groups."""
-    size = -(-(len(rows) - 1) // (groups - 1))
-    return [rows[:1], *(rows[start : start + size] for start in range(1, len(rows), size))]
+def markdown(found: dict[str, Layers], groups: int = 5) -> str:
+    """A table: per base route, the two effects, summed over groups of layers: the first one, and the others."""
+    rows = []
+    for name, layers in found.items():
+        size = -(-(len(layers) - 1) // (groups - 1))
+        starts = [0, *range(1, len(layers), size)]
+        for start, end in [*pairwise([*starts, len(layers)]), (0, len(layers))]:
+            own, later, error = totals(layers[start:end])
+            names = (
+                "all"
+                if (start, end) == (0, len(layers))
+                else f"{start} to {end - 1}"
+                if end - start > 1
+                else f"{start}"
+            )
+            rows.append([name, names, f"{own:+.3f}", f"{later:+.3f} ± {error:.3f}"])
+    return grid(("base route, change", "layers", "own token", "later tokens"), rows, numbers=(2, 3))
 
 
 def main() -> None:
@@ -117,15 +79,18 @@ def main() -> None:
         "random": random_routes(windows[:, 1:].numel(), model.num_layers, generator=torch.Generator().manual_seed(1)),
         "soft": measure(model, soft.learn(1), windows).routes,
     }
-    found = {}
-    with torch.no_grad():
-        for name, routes in bases.items():
-            routes = routes.view(*windows[:, 1:].shape, -1)
-            found[f"{name}, small to big"] = effects(model, windows, routes, chosen=SMALL)
-            found[f"{name}, big to small"] = effects(model, windows, routes, chosen=BIG)
+    found: dict[str, Layers] = {}
+    for name, routes in bases.items():
+        routes = routes.view(*windows[:, 1:].shape, -1)
+        found[f"{name}, small to big"] = effects(model, windows, routes, chosen=SMALL, instead=BIG)
+        found[f"{name}, big to small"] = effects(model, windows, routes, chosen=BIG, instead=SMALL)
+    kept = {
+        name: [{key: None if math.isnan(value) else value for key, value in asdict(layer).items()} for layer in layers]
+        for name, layers in found.items()
+    }
     command = f"python -m benchmarks.later --model {options.model} --dtype {options.dtype}"
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"command": command, "price": price, "effects": found}, indent=1))
+    options.out.write_text(json.dumps({"command": command, "price": price, "effects": kept}, indent=1))
     print(markdown(found))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.corpus import load_windows
-from duorl.envs.lockstep import RoutingDynamics
+from duorl.envs.dynamics import RoutingDynamics
 from duorl.envs.order import WindowOrder
 from duorl.envs.places import checked_actions, chosen_place, draw_place, drawn_route, objects, places_to_tensors
 from duorl.models import check_windows, load, load_tokenizer

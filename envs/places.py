@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from duorl.envs.lockstep import RoutingDynamics
+    from duorl.envs.dynamics import RoutingDynamics
 
 
 def checked_actions(dynamics: RoutingDynamics, actions: Any) -> Tensor:

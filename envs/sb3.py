@@ -11,7 +11,8 @@ from stable_baselines3.common.vec_env import VecEnv
 from torch import Tensor
 
 from duorl.envs.gym_env import observation_space, observe, observe_tensors
-from duorl.envs.lockstep import Lockstep, Outcome
+from duorl.envs.lockstep import Lockstep
+from duorl.envs.outcome import Outcome
 from duorl.envs.places import checked_actions
 
 

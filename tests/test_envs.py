@@ -1,5 +1,6 @@
 """The Gymnasium and SB3 environments."""
 
+import math
 import subprocess
 import sys
 
@@ -14,10 +15,12 @@ from gymnasium.vector import AutoresetMode, SyncVectorEnv
 from stable_baselines3.common.vec_env import VecMonitor
 
 from duorl import envs
-from duorl.envs import DuoRoutingEnv, DuoRoutingVectorEnv, Lockstep, RoutingDynamics, RoutingVecEnv
+from duorl.costs import BIG, SMALL
+from duorl.envs import DuoRoutingEnv, DuoRoutingVectorEnv, Lockstep, RoutingDynamics, RoutingVecEnv, later
 from duorl.envs.order import WindowOrder
 from duorl.oracle import exhaustive
 from duorl.rewards import LossImprovement
+from duorl.routed_pass import RoutedPass
 
 
 @pytest.fixture
@@ -183,6 +186,56 @@ def test_a_token_is_credited_with_later_gains_of_its_own_window_only(duo, window
         assert torch.allclose(credit, later + torch.zeros(4), atol=1e-6)
 
 
+def test_effects_are_differences_of_passes(duo, windows, monkeypatch):
+    """If all tokens change, no effect on unchanged tokens is left; the last layer has none in any case."""
+    monkeypatch.setattr(later, "_LEAST", 1)
+    few, shape = {"batch": 3}, (*windows[:, 1:].shape, duo.num_layers)
+    small, big = torch.full(shape, SMALL), torch.full(shape, BIG)
+    for base, chosen, instead in ((small, SMALL, BIG), (big, BIG, SMALL)):
+        before = RoutedPass(duo, windows).follow(base).losses().mean().item()
+        found = later.effects(duo, windows, base, chosen=chosen, instead=instead, share=1.1, **few)
+        for layer, effect in enumerate(found):
+            routes = base.clone()
+            routes[..., layer] = instead
+            after = RoutedPass(duo, windows).follow(routes).losses().mean().item()
+            assert effect.own == pytest.approx(before - after, abs=1e-5)
+            assert effect.later == 0 and effect.share == 1
+    assert math.isnan(later.effects(duo, windows, small, chosen=BIG, instead=SMALL)[0].own)
+    some = later.effects(duo, windows, small, chosen=SMALL, instead=BIG)
+    assert some[-1].later == 0 and some[0].later != 0
+
+
+def test_the_effect_on_later_tokens_is_that_of_one_changed_token(duo, windows, monkeypatch):
+    """With one changed token per window, the effect is what the loss of all others changes."""
+    monkeypatch.setattr(later, "_LEAST", 1)
+    only = torch.ones(*windows[:, 1:].shape, duo.num_layers, dtype=torch.int64)
+    only[:, 2] = BIG
+    routes = only.clone()
+    routes[:, 2, 0] = SMALL
+    losses = [RoutedPass(duo, windows).follow(taken).losses() for taken in (only, routes)]
+    found = later.effects(duo, windows, only, chosen=BIG, instead=SMALL, share=1.1)[0]
+    gains = losses[0] - losses[1]
+    assert found.own == pytest.approx(gains[:, 2].mean().item(), abs=1e-5)
+    assert found.later == pytest.approx(gains[:, 3:].sum(1).mean().item(), abs=1e-5)
+    assert gains[:, :2].abs().max() < 1e-5
+
+
+def test_an_action_is_credited_with_its_layers_effect_on_later_tokens(duo, windows, monkeypatch):
+    monkeypatch.setattr(later, "_LEAST", 1)
+    env = Lockstep(duo, windows, windows_per_batch=2, later_effects=True, actions=("skip", "small", "big"))
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(2):
+        env.draw()
+        while not env.done:
+            env.step(torch.randint(3, (14,), generator=generator))
+    outcome, table = env.outcome, env.state()["later"]
+    assert table.shape == (3, 3) and (table[:, 0] == 0).all() and (table[:-1, 1:] != 0).all()
+    assert torch.allclose(outcome.credits - outcome.rewards, table[torch.arange(3)[:, None], outcome.routes.T])
+    again = Lockstep(duo, windows, windows_per_batch=2, later_effects=True, actions=("skip", "small", "big"))
+    again.restore(env.state())
+    assert torch.equal(again.state()["later"], table)
+
+
 def test_bad_arguments_are_refused(duo, windows):
     for options, message in (
         ({"num_envs": 5, "tokens_per_window": 7}, "multiple of 7"),
@@ -194,6 +247,8 @@ def test_bad_arguments_are_refused(duo, windows):
             DuoRoutingVectorEnv(model=duo, windows=windows, **options)
     with pytest.raises(ValueError, match="out of range"):
         DuoRoutingEnv(duo, windows=windows).reset(options={"window": 6, "position": 0})
+    with pytest.raises(ValueError, match="does not change what later ones read"):
+        Lockstep(duo, windows, later_effects=True, context="reference")
     with pytest.raises(ValueError, match="a batch takes 9"):
         Lockstep(duo, windows, windows_per_batch=9)
     with pytest.raises(ValueError, match="is trainable"):

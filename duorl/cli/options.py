@@ -32,6 +32,8 @@ class EnvironmentOptions:
         group_size: number of copies of each window, K; leave-one-out and group-relative baselines compare them.
         token_discount: also credits a token with the gains of later tokens, which read its keys and values. The factor
             per token of distance is this number; with 0, a token is credited with its own gain only.
+        later_effects: also credits an action with what it gains later tokens, in the mean of its layer, measured before
+            the training. For learners that do not use derivatives of the model, on models of many layers.
         prices: lowest and highest price. Every window then has its own price, drawn anew in every episode, and the
             price is an input of the router, so one router serves all budgets. None: only the price of the reward.
         inputs: further inputs of the routers: names from `duorl.inputs.INPUTS`, or import paths.
@@ -44,6 +46,7 @@ class EnvironmentOptions:
     windows_per_batch: int = 8
     group_size: int = 2
     token_discount: float = 0.0
+    later_effects: bool = False
     prices: tuple[float, float] | None = None
     inputs: list[str] = field(default_factory=list)
     big_layers: int | None = None

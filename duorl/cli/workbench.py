@@ -284,6 +284,7 @@ def make_lockstep(
         context=env.context,
         group_size=env.group_size,
         token_discount=env.token_discount,
+        later_effects=env.later_effects,
         prices=env.prices,
         inputs=env.inputs,
         big_layers=env.big_layers,
