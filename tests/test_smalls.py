@@ -179,6 +179,7 @@ def test_every_stage_comes_closer_to_all_big(tmp_path):
         place = tmp_path / stage
         losses.append(Distil()(model, making.held_out, torch.Generator().manual_seed(0)).item())
     assert losses[1] < losses[0] and losses[3] < losses[2]
+    assert model.config.use_cache and model.config.backbone.use_cache  # it generates as fast as before
 
 
 def test_big_is_recorded_and_measured_without_dropout(tmp_path):

@@ -74,8 +74,10 @@ class RoutingTrainer(Trainer):
     objective: Objective
     measure: Measure
 
-    def __init__(self, *args, objective: Objective, measure: Measure, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model: DuoForCausalLM, *args, objective: Objective, measure: Measure, **kwargs):
+        cached = model.config.use_cache
+        super().__init__(model, *args, **kwargs)
+        model.config.use_cache = cached  # the Trainer turns it off, and a saved model would generate slowly
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulated batches are averaged
         self.objective, self.measure = objective, measure
         self.add_callback(_GoesOn(self))
