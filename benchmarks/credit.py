@@ -43,6 +43,7 @@ DEFAULT_PRICE = 0.3
 HELD_OUT = 256  # windows
 PATTERN = [1, 1, 1, 1, 1, 2, 1, 2]  # the best pattern with two big layers of duo-tiny, on router text
 DEEP = 12  # layers; deeper models have other variants
+LEVELS = ("0.25", "0.5")  # of the compute, at which these are compared
 HALF = "soft router, half as long"
 
 Variants = dict[str, tuple[Callable[..., Learner] | None, dict]]
@@ -198,12 +199,15 @@ class Study:
 
     @torch.no_grad()
     def measured(self, router: Router) -> dict:
-        """Held-out returns per window at the price, and the mean compute."""
+        """Held-out returns per window at the price, the mean compute, and in deep models losses at equal compute."""
         model, _, (windows, _) = self.material
         reference = measure(model, ConstantRouter("small"), windows).loss
         found = measure(model, router, windows)
         returns = (reference - found.loss - self.price * found.compute).mean(1)
-        return {"returns": returns.tolist(), "compute": found.compute.mean().item()}
+        levels = LEVELS if model.num_layers > DEEP else ()
+        fitted = {level: router.calibrated(model, windows, compute=float(level)) for level in levels}  # without labels
+        losses = {level: measure(model, one, windows).loss.mean().item() for level, one in fitted.items()}
+        return {"returns": returns.tolist(), "compute": found.compute.mean().item(), "losses": losses}
 
     def rows(self, found: list[dict]) -> list[dict]:
         """A row per variant: mean return, paired difference to the first with the same seed, spread of the gradient."""
@@ -216,6 +220,10 @@ class Study:
                 "seeds": len(values),
                 "return": values.mean().item(),
                 "compute": sum(one["compute"] for one in by_name[name]) / len(values),
+                "losses": {
+                    level: sum(one["losses"][level] for one in by_name[name]) / len(values)
+                    for level in by_name[name][0]["losses"]
+                },
                 "minus": (values - first).mean().item(),
                 "interval": estimate(values - first, files).interval,
                 "fresh": by_name[name][0]["fresh"],
@@ -268,6 +276,7 @@ def markdown(table: list[dict]) -> str:
         shown = {"learner": row["name"], "return": f"{row['return']:+.4f}", "minus the first's": minus}
         if "compute" in row:
             shown["compute"] = f"{row['compute']:.2f}"
+        shown |= {f"loss at {level}": f"{loss:.3f}" for level, loss in row.get("losses", {}).items()}
         spreads = {f"spread, {key}": _spread(row[key]) for key in ("fresh", "trained")}
         lines.append(shown | (spreads if any(one["fresh"] for one in table) else {}))
     head = list(lines[0])

@@ -8,12 +8,15 @@ choices is in it. Policy gradients from returns cannot see this effect of one to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from duorl.models import DuoForCausalLM
 from duorl.routed_pass import RoutedPass
+
+if TYPE_CHECKING:
+    from duorl.models import DuoForCausalLM
 
 _CHANGED = 0.25  # of the tokens that can change
 _LEAST = 30  # changed tokens, for an estimate

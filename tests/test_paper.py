@@ -142,7 +142,7 @@ def test_a_verdict_is_read_off_the_interval(interval, border, expected):
 def test_claims_follow_the_numbers(figures):
     """The same page with a number turned round says the opposite."""
     page = claims_page(figures, model="a model", command="the command")
-    assert "the command" in page and page.count("\n| ") == len(claims(figures)) + 1
+    assert "the command" in page and page.count("\n| ") == len(claims(figures)) + 2  # head and rule
     turned = json.loads(json.dumps(figures))
     for found in turned["4c"]["texts"].values():
         found["falling"]["minus_constant_interval"] = [-0.2, -0.1]
