@@ -159,11 +159,8 @@ class Study:
         PatternRouter(PATTERN).save_pretrained(self.folder / f"pattern-{seed}")
         if not self.start(seed).exists():
             env = Lockstep(model, training, reward=LossImprovement(self.price), windows_per_batch=8, seed=seed)
-            shallow_updates = max(1, self.decisions // 8192)
-            updates = (
-                shallow_updates if model.num_layers <= DEEP else self.decisions // env.layers // env.num_tokens // 2
-            )
-            Soft(env, updates=updates).learn(1).save_pretrained(self.start(seed))
+            updates = self.decisions // (env.layers * env.num_tokens * (1 if model.num_layers <= DEEP else 2))
+            Soft(env, updates=max(1, updates)).learn(1).save_pretrained(self.start(seed))
 
     def learner(self, name: str, seed: int) -> Learner:
         """A new learner of a variant."""
@@ -304,7 +301,8 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     sizes = {"decisions": options.decisions, "updates": options.updates, "held_out": options.windows}
-    study = Study(options.model, options.dtype, folder=options.folder, **sizes)
+    place = options.folder / "-".join(map(str, (Path(options.model).name, options.dtype, *sizes.values())))
+    study = Study(options.model, options.dtype, folder=place, **sizes)
     jobs = [(name, seed) for seed in range(options.seeds) for name in study.variants]
     threads = max(1, torch.get_num_threads() // options.processes)
     spawn = multiprocessing.get_context("spawn")

@@ -163,7 +163,9 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="keeps what is done, to go on")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes.json"))
     options = parser.parse_args()
-    bench = Bench(options.model, options.other, options.tokens, options.folder)
+    bench = Bench(
+        options.model, options.other, options.tokens, options.folder / f"{Path(options.model).name}-{options.tokens}"
+    )
     found = {}
     for name in options.only:
         found[name] = bench.run(name)

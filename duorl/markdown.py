@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -12,7 +12,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     return grid(names, ([_shown(row.get(name, "")) for name in names] for row in rows))
 
 
-def grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[int] = ()) -> str:
+def grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Collection[int] = ()) -> str:
     """A table with a line per row of texts.
 
     Args:
@@ -20,7 +20,7 @@ def grid(head: Sequence[str], rows: Iterable[Sequence[str]], numbers: Iterable[i
         rows: one text per column.
         numbers: the columns that are aligned at the right.
     """
-    rule = ["---:" if column in set(numbers) else "---" for column in range(len(head))]
+    rule = ["---:" if column in numbers else "---" for column in range(len(head))]
     return "".join(f"| {' | '.join(line)} |\n" for line in (head, rule, *rows))
 
 

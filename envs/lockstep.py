@@ -54,7 +54,7 @@ class Lockstep(RoutingDynamics):
         if later_effects and self.context == "reference":
             raise ValueError("later_effects: in the reference context a token does not change what later ones read")
         self.later_effects = later_effects
-        self._later = torch.full((self.layers, len(ACTIONS)), torch.nan)
+        self._later = torch.full((self.layers, len(ACTIONS)), torch.nan, device=model.device)
         check_windows(model, windows)
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch
@@ -126,5 +126,6 @@ class Lockstep(RoutingDynamics):
         self._draws.set_state(state["draws"])
         if state["charged"] != self._charged:
             self.charge(state["charged"])
-        self._known_losses, self._later = state["reference_losses"].clone(), state["later"].clone()
+        self._known_losses = state["reference_losses"].clone()
+        self._later = state["later"].to(self._later)  # beside the actions, wherever the checkpoint was read
         self.layer = self.layers

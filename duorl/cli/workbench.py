@@ -115,7 +115,8 @@ class Workbench:
     def _check_starts(self) -> None:
         """A learner starts from one that is named before it, so no two wait for each other."""
         names = [*self.rivals, *self.agents]
-        for name, other in self.options.get("starts", {}).items():
+        self._starts = self.options.get("starts", {})
+        for name, other in self._starts.items():
             if not {name, other} <= set(names) or names.index(other) >= names.index(name):
                 order = f"in this order: {', '.join(names)}"
                 raise ValueError(
@@ -156,7 +157,7 @@ class Workbench:
         more = {"actions": options.actions, "reference": options.reference}
         lockstep = make_lockstep(own, self.model, self.training, self.reward, seed=seed, **more)
         factory: Callable[..., Learner] = self._factories[name]
-        if name not in self.options.get("starts", {}):
+        if name not in self._starts:
             return factory(lockstep)
         try:
             return factory(lockstep, init=start)
