@@ -149,25 +149,26 @@ class Study:
         """What is compared; the first is the yardstick."""
         return shallow(self.price) if self.material[0].num_layers <= DEEP else deep(self.price)
 
-    def start(self, seed: int) -> Path:
-        """Folder of the soft router that some variants start from."""
-        return self.folder / f"soft-{seed}"
+    @property
+    def start(self) -> Path:
+        """Folder of the soft router that some variants start from, with every seed."""
+        return self.folder / "soft"
 
-    def prepare(self, seed: int) -> None:
+    def prepare(self) -> None:
         """Train the routers from which some variants start."""
         model, training, _ = self.material
-        PatternRouter(PATTERN).save_pretrained(self.folder / f"pattern-{seed}")
-        if not self.start(seed).exists():
-            env = Lockstep(model, training, reward=LossImprovement(self.price), windows_per_batch=8, seed=seed)
+        PatternRouter(PATTERN).save_pretrained(self.folder / "pattern")
+        if not self.start.exists():
+            env = Lockstep(model, training, reward=LossImprovement(self.price), windows_per_batch=8)
             updates = self.decisions // (env.layers * env.num_tokens * (1 if model.num_layers <= DEEP else 2))
-            Soft(env, updates=max(1, updates)).learn(1).save_pretrained(self.start(seed))
+            Soft(env, updates=max(1, updates)).learn(1).save_pretrained(self.start)
 
     def learner(self, name: str, seed: int) -> Learner:
         """A new learner of a variant."""
         factory, options = self.variants[name]
         assert factory is not None
         if isinstance(factory, partial) and "init" in factory.keywords:
-            factory = partial(factory, init=str(self.folder / f"{factory.keywords['init']}-{seed}"))
+            factory = partial(factory, init=str(self.folder / factory.keywords["init"]))
         model, training, _ = self.material
         usual = {"windows_per_batch": 8, "group_size": 2, "reward": LossImprovement(self.price), "seed": seed}
         own = {key: value for key, value in options.items() if key != "share"}
@@ -186,7 +187,7 @@ class Study:
         spreads: dict[str, float | None] = {"fresh": None, "trained": None}
         factory, options = self.variants[name]
         if factory is None:
-            return {"name": name, "seed": seed, **self.measured(load_router(self.start(seed))), **spreads}
+            return {"name": name, "seed": seed, **self.measured(load_router(self.start)), **spreads}
         spread = self.updates if seed == 0 else 0
         spreads["fresh"] = gradient_spread(self.learner(name, seed), spread)
         agent = self.learner(name, seed)
@@ -307,7 +308,7 @@ def main() -> None:
     threads = max(1, torch.get_num_threads() // options.processes)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (threads,)) as pool:
-        list(pool.map(study.prepare, range(options.seeds)))
+        pool.submit(study.prepare).result()
         found = list(pool.map(study.run, jobs))
     table = study.rows(found)
     given = {"model": "duo-tiny", "dtype": "float32", "updates": 10, "windows": HELD_OUT}
