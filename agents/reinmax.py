@@ -43,8 +43,8 @@ class ReinMax(Agent):
         init: folder of a saved router to start from.
 
     Raises:
-        ValueError: the correction is not in [0, 1], or above 0 without copies; or a sharpness is not above 0; or
-            the tokens of an episode do not fit into memory.
+        ValueError: the correction is not in [0, 1], or above 0 without copies or with `later_effects`; or a sharpness
+            is not above 0; or the tokens of an episode do not fit into memory.
     """
 
     stateful = ("optimizer", "generator")
@@ -67,6 +67,8 @@ class ReinMax(Agent):
             raise ValueError(f"correction must be in [0, 1], not {correction}")
         if correction and env.group_size < 2:
             raise ValueError("a correction compares copies of a token: set group_size to at least 2")
+        if correction and env.later_effects:
+            raise ValueError("a correction counts later tokens by derivatives: set later_effects to false")
         self.sharpness = Sharpness(first_sharpness, last_sharpness)
         self.correction, self.least_share = correction, least_share
         self.generator = torch.Generator(env.model.device).manual_seed(env.first_seed)

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import duorl
+from benchmarks.record import record
 from duorl import agents
 from duorl.agents.stable_baselines import StableBaselinesAgent
 from duorl.corpus import Windows, cut, documents
@@ -311,13 +312,7 @@ def main() -> None:
         pool.submit(study.prepare).result()
         found = list(pool.map(study.run, jobs))
     table = study.rows(found)
-    given = {"model": "duo-tiny", "dtype": "float32", "updates": 10, "windows": HELD_OUT}
-    changed = [
-        f" --{name} {getattr(options, name)}" for name, usual in given.items() if getattr(options, name) != usual
-    ]
-    command = f"python -m benchmarks.credit{''.join(changed)} --decisions {options.decisions} --seeds {options.seeds}"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"command": command, "rows": table}, indent=1))
+    record(options.out, rows=table)
     print(markdown(table))
 
 

@@ -11,7 +11,6 @@ does not change what earlier ones read. The text is the router split.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from dataclasses import asdict
 from itertools import pairwise
@@ -20,6 +19,7 @@ from pathlib import Path
 import torch
 
 import duorl
+from benchmarks.record import record
 from duorl.costs import BIG, SMALL
 from duorl.envs import Lockstep
 from duorl.envs.later import Effect, effects
@@ -29,14 +29,20 @@ from duorl.markdown import grid
 from duorl.models.trainer import random_routes
 from duorl.rewards import LossImprovement
 
-Layers = list[Effect]
+Layers = list[dict[str, float]]
+"""Per layer, what `duorl.envs.later.Effect` says; of layers with too few tokens, the share alone."""
+
+
+def kept(effect: Effect) -> dict[str, float]:
+    """The known numbers of an effect."""
+    return {key: value for key, value in asdict(effect).items() if not math.isnan(value)}
 
 
 def totals(layers: Layers) -> tuple[float, float, float]:
     """Sums over layers, weighted by the share of the tokens, in nats per token: own, later, error of later."""
-    known = [layer for layer in layers if not math.isnan(layer.own)]
-    own, later = (sum(layer.share * getattr(layer, key) for layer in known) for key in ("own", "later"))
-    return own, later, sum((layer.share * layer.error) ** 2 for layer in known) ** 0.5
+    known = [layer for layer in layers if "own" in layer]
+    own, later = (sum(layer["share"] * layer[key] for layer in known) for key in ("own", "later"))
+    return own, later, sum((layer["share"] * layer["error"]) ** 2 for layer in known) ** 0.5
 
 
 def markdown(found: dict[str, Layers], groups: int = 5) -> str:
@@ -82,15 +88,10 @@ def main() -> None:
     found: dict[str, Layers] = {}
     for name, routes in bases.items():
         routes = routes.view(*windows[:, 1:].shape, -1)
-        found[f"{name}, small to big"] = effects(model, windows, routes, chosen=SMALL, instead=BIG)
-        found[f"{name}, big to small"] = effects(model, windows, routes, chosen=BIG, instead=SMALL)
-    kept = {
-        name: [{key: None if math.isnan(value) else value for key, value in asdict(layer).items()} for layer in layers]
-        for name, layers in found.items()
-    }
-    command = f"python -m benchmarks.later --model {options.model} --dtype {options.dtype}"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"command": command, "price": price, "effects": kept}, indent=1))
+        for change, codes in (("small to big", (SMALL, BIG)), ("big to small", (BIG, SMALL))):
+            layers = effects(model, windows, routes, chosen=codes[0], instead=codes[1])
+            found[f"{name}, {change}"] = [kept(layer) for layer in layers]
+    record(options.out, price=price, rows=found)
     print(markdown(found))
 
 

@@ -11,10 +11,10 @@ of the fixed patterns is beside them.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from benchmarks.credit import text
+from benchmarks.record import record
 from duorl import agents
 from duorl.envs import Lockstep
 from duorl.evaluation import Baseline, EvaluationOptions, Ladder
@@ -103,9 +103,7 @@ def main() -> None:
     model, _, windows = text()
     small = Ladder.climb(model, [ConstantRouter("small")], windows.tokens[:HELD_OUT]).loss.item()
     table = rows(ladders(options.decisions, options.seed), small)
-    command = f"python -m benchmarks.prices --decisions {options.decisions}"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"command": command, "rows": table}, indent=1))
+    record(options.out, rows=table)
     print(markdown(table))
 
 

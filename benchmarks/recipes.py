@@ -17,10 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from duorl.corpus import load_windows
+from benchmarks.record import record
+from duorl.corpus import load_windows, spread
 from duorl.markdown import grid
 from duorl.models.bases import cast_weights, find_base
 from duorl.models.conversion import convert
+from duorl.models.shared import cast_small
 from duorl.runs.pretraining import Saving
 from duorl.smalls import ConvertOptions, Making, held_out_losses
 from duorl.smalls.recipe import ChooseOptions, DistilOptions, RegressOptions, Stage
@@ -99,10 +101,9 @@ class Bench:
             place.mkdir(parents=True, exist_ok=True)
             making.run(stage, place, lambda **_: None, after=before, callbacks=[Saving(lambda **_: None)])
             before = place
-        for ffn in duo.stack.ffns:
-            ffn.small.to(torch.bfloat16)
+        cast_small(duo, torch.bfloat16)
         texts = {name: self._windows(name, "evaluation") for name in (*_TEXTS, self.other)}
-        return {Path(name).stem: held_out_losses(duo, _spread(windows)) for name, windows in texts.items()}
+        return {Path(name).stem: held_out_losses(duo, spread(windows, _MEASURED)) for name, windows in texts.items()}
 
     def _training(self, variant: Variant) -> Tensor:
         windows = torch.cat([self._windows(name, "model") for name in _TEXTS])
@@ -138,10 +139,6 @@ def _read(model: str, text: str, split: str) -> Tensor:
     return load_windows(text, find_base(model).tokenizer(), length=_WINDOW, split=split)
 
 
-def _spread(windows: Tensor) -> Tensor:
-    return windows[:: max(1, len(windows) // _MEASURED)][:_MEASURED]
-
-
 def markdown(found: dict[str, dict]) -> str:
     """A table: all-small and half big at random on each text."""
     texts = list(next(iter(found.values())))
@@ -170,9 +167,7 @@ def main() -> None:
     for name in options.only:
         found[name] = bench.run(name)
         print(name, json.dumps(found[name]), flush=True)
-    command = f"python -m benchmarks.recipes --model {options.model} --other {options.other} --tokens {options.tokens}"
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"command": command, "variants": found}, indent=1))
+    record(options.out, rows=found)
     print(markdown(found))
 
 

@@ -336,6 +336,11 @@ def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, lengt
     return read_windows(sources, tokenizer, split=split, length=length).tokens
 
 
+def spread(windows: Tensor, count: int) -> Tensor:
+    """At most `count` of the windows (W, T+1), at equal distances in the text."""
+    return windows[:: max(1, len(windows) // count)][:count]
+
+
 def read_windows(sources: str | Sequence[str], tokenizer, *, split: Split, length: int) -> Windows:
     """The token windows of one split, and which files they are from; arguments and errors as for `load_windows`."""
     windows = cut(documents(sources, split), tokenizer, length)

@@ -266,6 +266,13 @@ def test_reinmax_refuses_a_correction_without_copies(duo, windows):
         agents.ReinMax(Lockstep(duo, windows, windows_per_batch=2), correction=0.5)
 
 
+def test_reinmax_refuses_to_count_later_tokens_twice(duo, windows):
+    env = Lockstep(duo, windows, windows_per_batch=2, group_size=2, later_effects=True)
+    agents.ReinMax(env)
+    with pytest.raises(ValueError, match="set later_effects to false"):
+        agents.ReinMax(env, correction=0.5)
+
+
 @pytest.mark.parametrize("agent", ["MaskablePPO", "REINFORCE", "ReinMax"])
 @pytest.mark.parametrize("big", [0, 1, 3])
 def test_a_hard_budget_is_kept_exactly(duo, windows, agent, big):

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.trainings import finish_all
-from duorl.corpus import load_windows, source_names
+from duorl.corpus import load_windows, source_names, spread
 from duorl.devices import pick_device, pick_dtype, require_memory
 from duorl.evaluation.choice import duration, flops_per_second
 from duorl.models.bases import Base, cast_weights, find_base
@@ -26,7 +26,7 @@ from duorl.models.families import inner_size, small_size
 from duorl.models.footprint import weight_bytes
 from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
-from duorl.models.shared import WEIGHTS, remember_base, save_small, take_small
+from duorl.models.shared import WEIGHTS, cast_small, remember_base, save_small, take_small
 from duorl.runs.jobs import InProcess, Job, Tell
 from duorl.runs.pretraining import Saving
 from duorl.smalls import ConvertOptions, Making, held_out_losses
@@ -119,11 +119,11 @@ def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job
     """Write the small networks, and the card with losses on the evaluation split."""
     model = making.model
     take_small(model, jobs[-1].place / WEIGHTS)
-    _round_small(model, _SAVED)
+    cast_small(model, _SAVED)
     gap = jobs[-1].result["all_small"] - jobs[-1].result["all_big"]
     model.config.price = round(_PRICE * gap, 2) if gap > 0.01 else None
     save_small(model, folder)
-    _round_small(model, model.dtype)  # what is measured is what was saved
+    cast_small(model, model.dtype)  # what is measured is what was saved
     losses = {name: _measured(model, windows) for name, windows in texts.items()}
     write_small_card(folder, facts=_facts(making, base, jobs), losses=losses, header=base.header)
     _print(losses)
@@ -134,11 +134,6 @@ def _make_whole(base: Base, folder: Path) -> None:
     load(folder, dtype=base.load(None).dtype).save_pretrained(folder)
     base.tokenizer().save_pretrained(folder)
     (folder / WEIGHTS).unlink()
-
-
-def _round_small(model: DuoForCausalLM, dtype: torch.dtype) -> None:
-    for ffn in model.stack.ffns:
-        ffn.small.requires_grad_(False).to(dtype)
 
 
 def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:
@@ -161,7 +156,7 @@ def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:
 
 
 def _measured(model: DuoForCausalLM, windows: Tensor) -> dict[str, float]:
-    windows = windows[:: max(1, len(windows) // _CARD_WINDOWS)][:_CARD_WINDOWS]
+    windows = spread(windows, _CARD_WINDOWS)
     return {"tokens": windows[:, 1:].numel(), **held_out_losses(model, windows)}
 
 

@@ -147,6 +147,12 @@ def small_weights(model: DuoForCausalLM) -> dict[str, Tensor]:
     }
 
 
+def cast_small(model: DuoForCausalLM, dtype: torch.dtype) -> None:
+    """Give the small networks a precision, when their training is over."""
+    for ffn in model.stack.ffns:
+        ffn.small.requires_grad_(False).to(dtype)
+
+
 def take_small(model: DuoForCausalLM, path: Path) -> None:
     """Give a model its small networks from a file of `small_weights`, each on the device of big.
 

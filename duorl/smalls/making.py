@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
+from duorl.corpus import spread
 from duorl.files import write_json, writing
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.shared import WEIGHTS, small_weights, take_small
@@ -66,7 +67,7 @@ class Making:
         self.model, self.options = model, options
         order = torch.randperm(len(training), generator=torch.Generator().manual_seed(options.seed))
         self.training = training[order]  # so the windows that `choose` records are of all texts
-        self.held_out = held_out[:: max(1, len(held_out) // options.evaluation_windows)][: options.evaluation_windows]
+        self.held_out = spread(held_out, options.evaluation_windows)
         model.requires_grad_(False).eval()
         for ffn in model.stack.ffns:
             ffn.small.float().requires_grad_(True)
