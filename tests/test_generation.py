@@ -1,14 +1,16 @@
 """transformers' own generate on a duo: what it gives the original, it gives all-big, padded batches included."""
 
+import copy
 import inspect
 
 import pytest
 import torch
 from conftest import FAMILIES, ROUTED_ONLY, make_duo, make_original
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, pipeline
 
 import duorl
-from duorl.routers import HeadRouter
+from duorl.models.generation import NOT_ROUTED, Transcript
+from duorl.routers import ConstantRouter, HeadRouter, OracleRouter, PatternRouter, Router
 
 _GREEDY = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
 _SHORT = torch.tensor([[5, 6, 7, 8]])
@@ -41,6 +43,126 @@ def test_padding_does_not_change_what_a_router_decides(family):
     written, logits = generated(duo, _PADDED, _MASK, router=router)
     alone, alone_logits = generated(duo, _SHORT, router=router)
     assert torch.equal(written[:1], alone) and torch.allclose(logits[:1], alone_logits, atol=1e-5)
+
+
+def a_router(model, **options):
+    """A router that decides differently for every token."""
+    router = HeadRouter(model.num_layers, model.hidden_size, **options)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in router.parameters():
+        parameter.data += 0.5 * torch.randn(parameter.shape, generator=generator)
+    return router.requires_grad_(False)
+
+
+def routes_of_one_pass(model, router, sequences, mask):
+    """(B, S - 1, L), the routes of finished texts, read at once and without a cache."""
+    transcript = Transcript(router, model)
+    mask = torch.cat([mask, torch.ones(len(mask), sequences.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)
+    model(input_ids=sequences, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), router=transcript)
+    routes = transcript.routes(sequences.shape[1], sequences.shape[1])
+    return routes.masked_fill(mask[..., None] == 0, NOT_ROUTED)[:, :-1]
+
+
+_WAYS = {
+    "greedy": {},
+    "without a cache": {"use_cache": False},
+    "static cache": {"cache_implementation": "static"},
+    "prompt in parts": {"prefill_chunk_size": 3},
+    "sampling": {"do_sample": True, "num_return_sequences": 2},
+    "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "beams without a cache": {"num_beams": 3, "use_cache": False},
+}
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *ROUTED_ONLY])
+def test_what_was_routed_is_what_one_pass_over_the_text_routes(family):
+    duo = make_duo(family)
+    router = a_router(duo)
+    for name, way in _WAYS.items():
+        if name == "static cache" and family in ROUTED_ONLY:
+            continue
+        torch.manual_seed(0)
+        options = {**_GREEDY, "return_dict_in_generate": True, **way}
+        found = duo.generate(_PADDED, attention_mask=_MASK, router=router, **options)
+        mask = _MASK.repeat_interleave(len(found.sequences) // 2, 0)
+        expected = routes_of_one_pass(duo, router, found.sequences, mask)
+        assert torch.equal(found.routes, expected), name
+        spent = sum(duo.action_compute[layer][expected[..., layer]] for layer in range(duo.num_layers))
+        assert torch.allclose(found.compute[expected[..., 0] >= 0], spent[expected[..., 0] >= 0])
+        assert torch.equal(found.compute.isnan(), expected[..., 0] == NOT_ROUTED)
+
+
+def test_what_comes_after_the_end_was_not_routed(duo):
+    options = {**_GREEDY, "max_new_tokens": 6, "return_dict_in_generate": True, "router": a_router(duo)}
+    end = duo.generate(_PADDED, attention_mask=_MASK, **options).sequences[0, 8].item()
+    found = duo.generate(_PADDED, attention_mask=_MASK, **{**options, "eos_token_id": end})
+    first, second = (row[7:].tolist() for row in found.sequences)
+    assert first.index(end) == 1 and end not in second[:-1]  # so that one row goes on after the other's end
+    assert (found.routes[0, 8:] == NOT_ROUTED).all() and (found.routes[0, 3:8] > 0).all()
+    assert (found.routes[1] > 0).all()
+
+
+def test_embeddings_and_a_cache_of_earlier_turns_can_begin_a_text(duo):
+    router, options = a_router(duo), {**_GREEDY, "return_dict_in_generate": True}
+    whole = duo.generate(_PADDED[1:], router=router, **options)
+    embedded = duo.get_input_embeddings()(_PADDED[1:])
+    found = duo.generate(inputs_embeds=embedded, router=router, **options)
+    assert torch.equal(found.sequences, whole.sequences[:, 7:]) and torch.equal(found.routes, whole.routes)
+    turn = duo.generate(_PADDED[1:, :4], router=router, **{**options, "max_new_tokens": 1})
+    later = duo.generate(_PADDED[1:], router=router, past_key_values=turn.past_key_values, **options)
+    assert torch.equal(later.routes[:, 4:], whole.routes[:, 4:]) and (later.routes[:, :4] == NOT_ROUTED).all()
+
+
+def test_each_prompt_has_its_price(duo):
+    router, options = a_router(duo, prices=(0.1, 2.0)), {**_GREEDY, "return_dict_in_generate": True}
+    together = duo.generate(_PADDED, attention_mask=_MASK, router=router, price=torch.tensor([0.1, 2.0]), **options)
+    for row, price in enumerate((0.1, 2.0)):
+        alone = duo.generate(_PADDED, attention_mask=_MASK, router=router.at(price=price), **options)
+        assert torch.equal(together.sequences[row], alone.sequences[row])
+        assert torch.equal(together.routes[row], alone.routes[row])
+    assert not torch.equal(alone.routes[0], together.routes[0])
+    with pytest.raises(ValueError, match=r"price 3 is outside of 0.1 to 2"):
+        duo.generate(_PADDED, router=router, price=3.0, **_GREEDY)
+    with pytest.raises(ValueError, match="trained for one price"):
+        duo.generate(_PADDED, router=a_router(duo), price=0.3, **_GREEDY)
+    with pytest.raises(ValueError, match="price: give a router too"):
+        duo.generate(_PADDED, price=0.3, **_GREEDY)
+
+
+def test_a_router_begins_once_with_the_prompts(duo):
+    class Watching(Router):
+        def begin(self, model, tokens):
+            self.seen = [*getattr(self, "seen", []), tokens]
+
+        def forward(self, hidden, layer, compute):
+            return torch.ones(hidden.shape[:-1], dtype=torch.int64)
+
+    router = Watching()
+    duo.generate(_PADDED[1:], router=router, **_GREEDY)
+    assert len(router.seen) == 1 and torch.equal(router.seen[0], _PADDED[1:])
+    with pytest.raises(ValueError, match=r"a router gave \(1, 6\) actions for \(1, 7\) tokens"):
+        duo.generate(_PADDED[1:], router=OracleRouter(), **_GREEDY)
+
+
+def test_a_view_with_a_router_is_a_model_like_any_other():
+    duo, tokenizer = duorl.load(), duorl.load_tokenizer()
+    router = a_router(duo)
+    view = duo.with_router(router)
+    ids = tokenizer("def f(x):", return_tensors="pt")["input_ids"]
+    assert torch.equal(view(input_ids=ids).logits, duo(input_ids=ids, router=router).logits)
+    assert not torch.equal(view(input_ids=ids).logits, duo(input_ids=ids).logits)
+    small = ConstantRouter("small")
+    assert torch.equal(view(input_ids=ids, router=small).logits, duo(input_ids=ids, router=small).logits)
+    options = {"max_new_tokens": 8, "do_sample": False}
+    written = duo.generate(ids, router=router, **options)
+    assert torch.equal(view.generate(ids, **options), written)
+    said = pipeline("text-generation", model=view, tokenizer=tokenizer)("def f(x):", **options)
+    assert said[0]["generated_text"] == tokenizer.decode(written[0], skip_special_tokens=True)
+    assert dict(view.named_parameters()).keys() == dict(duo.named_parameters()).keys()
+    assert all(one is other for one, other in zip(view.parameters(), duo.parameters(), strict=True))
+    assert torch.equal(copy.deepcopy(view)(input_ids=ids).logits, view(input_ids=ids).logits)
+    with pytest.raises(ValueError, match="layers"):
+        duo.with_router(PatternRouter([1, 2]))
 
 
 def test_a_family_prepares_its_own_inputs():

@@ -161,6 +161,8 @@ class RoutedCall(Call):
         before = self.action_compute.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
         with calling(None):  # because a router may run models
             actions = self.decide(View(hidden, layer, before, self.previous, self.taken))
+        if actions.shape != before.shape:
+            raise ValueError(f"a router gave {tuple(actions.shape)} actions for {tuple(before.shape)} tokens")
         self.compute = before + self.action_compute[layer][actions]
         self.previous, self.taken = hidden, (*self.taken, actions)
         return ffn.route(hidden, actions).view(given)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
-from functools import cached_property, wraps
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import duorl.models.attention  # noqa: F401  (registers the attention function that the families name)
@@ -22,23 +23,12 @@ from duorl.models.calls import Call, RoutedCall, calling, let_ask
 from duorl.models.config import DuoConfig
 from duorl.models.families import attention_of, attention_width, decoder_of, family_of, find_layers, sized
 from duorl.models.ffn import AddingDuoFFN, DuoFFN
+from duorl.models.generation import RoutedGenerationMixin, RouterLike, decision
 from duorl.models.shared import CARD, join, save_small, small_folder
 from duorl.models.stack import DecoderStack
 
 
-class Decider(Protocol):
-    """An object with `decide`, for example a `duorl.routers.Router`."""
-
-    def decide(self, view: View) -> Tensor:
-        """(B, T) action codes."""
-        ...
-
-
-RouterLike = Decider | Callable[[Tensor, int, Tensor], Tensor]
-"""A decider, or a plain function from (hidden (B, T, d), layer, compute so far (B, T)) to actions (B, T)."""
-
-
-class DuoForCausalLM(PreTrainedModel, GenerationMixin):
+class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
     """The duo model of Duo-LLM (arXiv 2410.10846) with any decoder of transformers that `DecoderStack` can run.
 
     Without `routes` or `router`, every token takes the big network in every layer, as in the original model.
@@ -115,6 +105,21 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         self.backbone._init_weights(module)
 
+    def with_router(self, router: RouterLike) -> DuoForCausalLM:
+        """A view of the model that follows a router, wherever it is not given routes or another router.
+
+        The view is a model like any other, for pipelines and evaluators that know nothing of routing. It shares all
+        weights and settings with this model.
+
+        Raises:
+            ValueError: the router was made for another model.
+        """
+        if require_fit := getattr(router, "require_fit", None):
+            require_fit(self)
+        view = copy.copy(self)
+        view.__dict__["own_router"] = router  # not a part of the model, which would be moved and saved with it
+        return view
+
     @property
     def stack(self) -> DecoderStack:
         """The steps of a pass, layer by layer."""
@@ -189,6 +194,8 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("give routes or a router, not both")
         if routes is not None:
             self._check_routes(routes, input_ids)
+        elif router is None:
+            router = self.own_router
         with calling(self._call(routes, router)):
             return self.backbone(
                 input_ids=input_ids,
@@ -201,12 +208,6 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
                 **kwargs,
             )
 
-    @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """The family's own: Phi-3 changes its rotary frequencies where a text grows long."""
-        backbone: Any = self.backbone
-        return backbone.prepare_inputs_for_generation(*args, **kwargs)
-
     def _check_routes(self, routes: Tensor, input_ids: Tensor | None) -> None:
         if routes.ndim != 3 or routes.shape[2] != self.num_layers:
             raise ValueError(f"routes must have shape (B, T, {self.num_layers}), not {tuple(routes.shape)}")
@@ -217,11 +218,14 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _call(self, routes: Tensor | None, router: RouterLike | None) -> Call | None:
         """The call of one forward pass."""
-        if routes is None and router is None:
+        if routes is not None:
+            decide: Callable[[View], Tensor] = lambda view: routes[..., view.layer]  # noqa: E731
+        elif router is not None:
+            if require_fit := getattr(router, "require_fit", None):
+                require_fit(self)
+            decide = decision(router)
+        else:
             return None
-        if require_fit := getattr(router, "require_fit", None):
-            require_fit(self)
-        decide = _decision(routes, router)
         return RoutedCall(decide, self.action_compute, drops_blocks=self.config.skip == "block")
 
     def get_input_embeddings(self) -> nn.Module:
@@ -245,15 +249,6 @@ class DuoForCausalLM(PreTrainedModel, GenerationMixin):
         """The backbone's own, which keeps its number of tokens for the loss; the FLOPs of the head are counted anew."""
         self.__dict__.pop("flops", None)
         return self.backbone.resize_token_embeddings(*args, **kwargs)
-
-
-def _decision(routes: Tensor | None, router: RouterLike | None) -> Callable[[View], Tensor]:
-    if routes is not None:
-        return lambda view: routes[..., view.layer]
-    decider: Any = router
-    if hasattr(decider, "decide"):
-        return decider.decide
-    return lambda view: decider(view.hidden, view.layer, view.compute)
 
 
 def _steered_backbone(config: DuoConfig) -> PreTrainedModel:

@@ -50,7 +50,7 @@ class Router(nn.Module):
 
     trained_for: dict[str, Any] | None = None
     facts: dict[str, Any] | None = None
-    _fits: ReferenceType[DuoForCausalLM] | None = None
+    _fits: ReferenceType[nn.Module] | None = None
 
     def __init__(self, **config: Any):
         super().__init__()
@@ -108,9 +108,9 @@ class Router(nn.Module):
         Raises:
             ValueError: it is made for other sizes, or was trained for another model; says for which.
         """
-        if self._fits is None or self._fits() is not model:
+        if self._fits is None or self._fits() is not model.backbone:
             require_fit(self, model)
-            self._fits = ref(model)  # a model is looked at once, and not for every token that it generates
+            self._fits = ref(model.backbone)  # a model is looked at once, and not for every token that it generates
 
     def check(self) -> None:
         """Called after loading; routers with buffers check their values here.
