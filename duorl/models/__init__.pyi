@@ -5,6 +5,7 @@ from .ffn import DuoFFN
 from .frozen import require_frozen
 from .loading import check_windows, load, load_tokenizer, model_folder
 from .modeling import DuoForCausalLM
+from .pace import Pace
 from .shared import save_small
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "DuoConfig",
     "DuoFFN",
     "DuoForCausalLM",
+    "Pace",
     "check_windows",
     "convert",
     "find_base",

@@ -14,9 +14,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 from transformers import GenerationMixin
+from transformers.generation.candidate_generator import CandidateGenerator
 from transformers.utils import ModelOutput
 
 from duorl.inputs import View
+from duorl.models.drafting import Drafter, Drafts
+from duorl.models.pace import Pace
 
 if TYPE_CHECKING:
     from duorl.models.modeling import DuoForCausalLM
@@ -109,6 +112,7 @@ class RoutedGenerationMixin(GenerationMixin):
     """transformers' generation for duo models."""
 
     own_router: RouterLike | None = None
+    drafts: Drafts | None = None  # of the view that drafts in one call of `generate`
 
     @torch.no_grad()
     def generate(  # type: ignore[override]
@@ -117,50 +121,88 @@ class RoutedGenerationMixin(GenerationMixin):
         *args: Any,
         router: RouterLike | None = None,
         price: float | Tensor | None = None,
+        draft: RouterLike | None = None,
+        draft_tokens: int | Pace | None = None,
         **options: Any,
     ) -> Any:
-        """transformers' `generate`, with a router.
+        """transformers' `generate`, with a router that decides, or with one that drafts.
 
         Args:
             inputs: (B, P), the prompts; padded on the left, with an `attention_mask`.
             args: as in transformers.
             router: decides; by default that of `with_router`; without one, every token takes big.
             price: for a router for a range of prices, nats per all-big pass: one for all prompts, or (B,).
+            draft: a cheap router that drafts tokens, which the model then verifies, see `duorl.models.drafting`; one
+                prompt at a time. With `prompt_lookup_num_tokens`, tokens are first looked up in the text.
+            draft_tokens: how many tokens to draft; by default a new `duorl.models.Pace` decides, from the times that it
+                measures. Give your own to go on with what it learned.
             options: as in transformers.
 
         Returns:
             (B, S) tokens. With `return_dict_in_generate=True`, transformers' output, with two more parts: `routes`,
             (B, S - 1, L) action codes of all tokens but the last, which no pass reads; and `compute`, (B, S - 1). Where
-            a token is padding, or comes after the end, the action is -1 and the compute nan.
+            a token is padding, or comes after the end, the action is -1 and the compute nan. With `draft`, it has
+            `drafts`, which counts what was drafted and kept.
 
         Raises:
             ValueError: a price that the router does not take; a router of another model; or as in transformers.
         """
         router = self.own_router if router is None else router
-        if router is None:
-            if price is not None:
-                raise ValueError("price: give a router too")
-            return super().generate(inputs, *args, **options)
+        if router is None and price is not None:
+            raise ValueError("price: give a router too")
         model: Any = self
         prompt = next((given for given in (inputs, options.get("input_ids")) if given is not None), None)
-        if prompt is not None and hasattr(router, "begin"):
-            router.begin(model, prompt)
-        transcript = Transcript(router, model, price)
+        for one in (router, draft):
+            if prompt is not None and (begin := getattr(one, "begin", None)):
+                begin(model, prompt)
+        if draft is not None:
+            options["assistant_model"] = self._assistant(draft, draft_tokens, prompt, options)
+        transcript = None if router is None else Transcript(router, model, price)
         found = super().generate(inputs, *args, router=transcript, **options)
         if isinstance(found, ModelOutput):
-            embedded = options.get("inputs_embeds")
-            before = 0 if embedded is None else embedded.shape[1]
-            for name, value in self._said(transcript, found, prompt, before, options).items():
-                found[name] = value
+            if transcript is not None:
+                for name, value in self._said(transcript, found, prompt, options).items():
+                    found[name] = value
+            if draft is not None:
+                found["drafts"] = options["assistant_model"].drafts
         return found
 
+    def _assistant(
+        self, draft: RouterLike, tokens: int | Pace | None, prompt: Tensor | None, options: dict[str, Any]
+    ) -> DuoForCausalLM:
+        """The view of the model that drafts."""
+        model: Any = self
+        config = options.get("generation_config") or self.generation_config
+        if prompt is not None and len(prompt) > 1:
+            raise ValueError(f"draft: {len(prompt)} prompts: give one at a time")
+        if (options.get("num_beams", config.num_beams) or 1) > 1:
+            raise ValueError("draft: beam search has no drafts: set num_beams to 1")
+        if isinstance(tokens, int) and tokens < 0:
+            raise ValueError(f"draft_tokens must be at least 0, not {tokens}")
+        view = model.with_router(draft)
+        view.drafts = Drafts(Pace() if tokens is None else tokens)
+        return view
+
+    def _get_candidate_generator(self, *args: Any, **given: Any) -> CandidateGenerator:  # type: ignore[override]
+        """Ours, if a view of this model drafts."""
+        view: Any = given.get("assistant_model")
+        transformers: Any = super()
+        config = given["generation_config"]
+        if (drafts := getattr(view, "drafts", None)) is None:
+            return transformers._get_candidate_generator(*args, **given)
+        lookup = None
+        if config.prompt_lookup_num_tokens is not None:
+            lookup = transformers._get_candidate_generator(*args, **{**given, "assistant_model": None})
+        return Drafter(view, drafts, config, given["logits_processor"], given["model_kwargs"], lookup)
+
     def _said(
-        self, transcript: Transcript, found: Any, prompt: Tensor | None, before: int, options: dict[str, Any]
+        self, transcript: Transcript, found: Any, prompt: Tensor | None, options: dict[str, Any]
     ) -> dict[str, Tensor]:
         """What was routed, aligned with the tokens that were found."""
         model: Any = self
-        sequences, first = found.sequences, before + (1 if prompt is None and not before else 0)
-        first += 0 if prompt is None else prompt.shape[1]
+        embedded, sequences = options.get("inputs_embeds"), found.sequences
+        before = 0 if embedded is None else embedded.shape[1]  # positions that are not among the sequences
+        first = before + (int(embedded is None) if prompt is None else prompt.shape[1])
         total = before + sequences.shape[1]
         routes = transcript.routes(first, total - 1, getattr(found, "beam_indices", None))
         ended = _ended(sequences[:, first - before :], self._ends(options))
