@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duorl.closeness import Closeness, minus_divergence, overlap, same_token
 from duorl.costs import SKIP
 from duorl.prices import check_price
 
@@ -46,7 +47,7 @@ class Step:
         previous: the decision before this one, None at the first. Its own `previous` is None: an episode holds the
             states of two layers, not of all.
         lens: computes `lens_loss`; use that.
-        distance: computes `teacher_gain`; use that.
+        closer: computes `teacher_gain`, `agreement_gain` and `overlap_gain`; use these.
     """
 
     layer: int
@@ -59,7 +60,7 @@ class Step:
     reference_loss: Tensor | None = None
     previous: Step | None = field(default=None, repr=False)
     lens: Callable[[], Tensor] | None = field(default=None, repr=False)
-    distance: Callable[[], Tensor] | None = field(default=None, repr=False)
+    closer: Callable[[Closeness], Tensor] | None = field(default=None, repr=False)
 
     @cached_property
     def lens_loss(self) -> Tensor:
@@ -73,10 +74,29 @@ class Step:
 
         Zeros before the last decision; needs one pass of the head and one all-big pass.
         """
+        return self._closer(minus_divergence)
+
+    @cached_property
+    def agreement_gain(self) -> Tensor:
+        """(N,): 1 where this route's most likely token is all-big's, minus the same of the reference route.
+
+        Zeros before the last decision; costs as much as `teacher_gain`.
+        """
+        return self._closer(same_token)
+
+    @cached_property
+    def overlap_gain(self) -> Tensor:
+        """(N,): by how much sampling accepts this route's token with a higher probability than the reference route's.
+
+        Zeros before the last decision; costs as much as `teacher_gain`.
+        """
+        return self._closer(overlap)
+
+    def _closer(self, closeness: Closeness) -> Tensor:
         if not self.last:
             return torch.zeros_like(self.compute)
-        assert self.distance is not None
-        return self.distance()
+        assert self.closer is not None
+        return self.closer(closeness)
 
     @cached_property
     def relative_update(self) -> Tensor:
@@ -218,6 +238,30 @@ class TeacherKL(Reward):
     def contextual(self, step: Step) -> Tensor:
         """(N,) nats: the gain."""
         return self.share * step.teacher_gain + (1 - self.share) * step.gain
+
+
+class Acceptance(Reward):
+    """For drafts: whether all-big would accept the token that this route makes most likely, minus price * compute.
+
+    The gain is that over the reference route. Greedy acceptance is a step function of the route. So it has no
+    derivatives: PPO and REINFORCE can learn from it, but ReinMax sees the price alone.
+
+    Args:
+        price: price of an all-big pass, in accepted tokens; at least 0.
+        sampled: the probability that sampling accepts the token, sum of min(p, q), in place of greedy acceptance; it
+            has derivatives.
+    """
+
+    def __init__(self, price: float = 0.1, sampled: bool = False):
+        self.price, self.sampled = check_price(price), sampled
+
+    def __call__(self, step: Step) -> Tensor:
+        """(N,) accepted tokens."""
+        return self.contextual(step) - self.price * step.compute
+
+    def contextual(self, step: Step) -> Tensor:
+        """(N,) accepted tokens: the gain."""
+        return step.overlap_gain if self.sampled else step.agreement_gain
 
 
 class RedundancyCharge(Reward):

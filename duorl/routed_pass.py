@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cross_entropy
 
+from duorl.closeness import Closeness
 from duorl.costs import SKIP, Tally
 from duorl.inputs import View
 from duorl.models.footprint import head_rows
@@ -218,16 +219,21 @@ class RoutedPass:
         losses, predicted = (torch.cat(column).view(self.compute.shape) for column in zip(*parts, strict=True))
         return losses, predicted
 
-    def divergences(self, teacher: RoutedPass) -> Tensor:
-        """KL(teacher || prediction) in nats at the end of the pass, (K * B, P), few enough tokens at a time.
+    def compare(self, teacher: RoutedPass, closeness: Closeness) -> Tensor:
+        """How close the prediction at the end of the pass is to a teacher's, (K * B, P), few enough tokens at a time.
 
         Args:
             teacher: another finished pass of the same tokens, with one branch.
+            closeness: see `duorl.closeness`.
         """
         copies, rows = self.copies, max(1, self._head_rows // (self.copies + 1))
         own, others = (self._normalized(walk.residual) for walk in (self, teacher))
         parts = zip(own.unflatten(0, (copies, -1)).split(rows, 1), others[None].split(rows, 1), strict=True)
-        return torch.cat(_each(self._divergence, parts), dim=1).view(self.compute.shape)
+
+        def score(own: Tensor, teacher: Tensor) -> Tensor:
+            return closeness(self._log_probabilities(own), self._log_probabilities(teacher))
+
+        return torch.cat(_each(score, parts), dim=1).view(self.compute.shape)
 
     def _head_parts(self, stream: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """A stream (K * B, P, d), normalised, (N, d), with its targets (N,), few enough tokens at a time."""
@@ -246,11 +252,6 @@ class RoutedPass:
     def _head(self, normalized: Tensor) -> Tensor:
         """Logits in float32, (N, V)."""
         return self.stack.head(normalized[None])[0].float()
-
-    def _divergence(self, own: Tensor, teacher: Tensor) -> Tensor:
-        """From normalised streams (K, N, d) and (1, N, d), (K, N)."""
-        log_own, log_teacher = (self._log_probabilities(states) for states in (own, teacher))
-        return kl_div(log_own, log_teacher.expand_as(log_own), reduction="none", log_target=True).sum(-1)
 
     def _log_probabilities(self, normalized: Tensor) -> Tensor:
         """From a normalised stream (K, N, d), (K, N, V). The head gets rows without gaps, which is far faster."""
@@ -337,7 +338,8 @@ class _Scores(torch.autograd.Function):
         with torch.enable_grad():
             inside = states.detach().requires_grad_()
             scores = score(inside, others)
-            ctx.save_for_backward(*torch.autograd.grad(scores.sum(), inside))
+            steps = not scores.requires_grad  # a step function of the states
+            ctx.save_for_backward(torch.zeros_like(inside) if steps else torch.autograd.grad(scores.sum(), inside)[0])
         return scores.detach()
 
     @staticmethod

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from duorl.closeness import Closeness
 from duorl.costs import ACTIONS, BIG, SMALL, action_ids
 from duorl.envs.outcome import Outcome, later_sum
 from duorl.inputs import Inputs, View
@@ -118,6 +119,7 @@ class RoutingDynamics:
         memory = remember(self.model, tokens, positions) if self.context == "reference" else None
         self._begin = partial(RoutedPass, self.model, tokens, context=self.context, memory=memory)
         self._reference: RoutedPass | None = None
+        self._all_big: RoutedPass | None = None
         if reference_loss is None:
             reference_loss = self._reference_pass().losses()
         self.reference_loss = reference_loss.repeat(self.group_size, 1).flatten()
@@ -241,7 +243,7 @@ class RoutingDynamics:
             reference_loss=self.reference_loss if last else None,
             previous=self._last_step and self._last_step.forgetful(),
             lens=partial(_lens, walk, walk.layer_input),
-            distance=self._teacher_gain if last else None,
+            closer=self._closer if last else None,
         )
         self._last_step = step
         self._actions.append(actions)
@@ -263,6 +265,12 @@ class RoutingDynamics:
             self._reference = self._constant(self.reference)
         return self._reference
 
+    def _all_big_pass(self) -> RoutedPass:
+        """The finished pass in which all tokens take big, computed once per episode."""
+        if self._all_big is None:
+            self._all_big = self._constant(BIG)
+        return self._all_big
+
     def _constant(self, action: int) -> RoutedPass:
         """A finished pass in which all tokens take one action."""
         walk = self._begin()
@@ -270,11 +278,11 @@ class RoutingDynamics:
             walk.take(action)
         return walk
 
-    def _teacher_gain(self) -> Tensor:
-        """(N,) nats; see `Step.teacher_gain`."""
-        teacher = self._constant(BIG)
-        distances = self._reference_pass().divergences(teacher).repeat(self.group_size, 1)
-        return (distances - self._walk.divergences(teacher)).flatten()
+    def _closer(self, closeness: Closeness) -> Tensor:
+        """(N,); see `Step.closer`."""
+        teacher = self._all_big_pass()
+        reference = self._reference_pass().compare(teacher, closeness).repeat(self.group_size, 1)
+        return (self._walk.compare(teacher, closeness) - reference).flatten()
 
     def _credit_for_later_tokens(self, step: Step) -> Tensor:
         """(N,): discounted contextual rewards of later tokens; 0 in the reference context."""

@@ -6,6 +6,7 @@ from conftest import random_routes
 
 from duorl.envs import RoutingDynamics
 from duorl.rewards import (
+    Acceptance,
     FunctionReward,
     LogitLensShaping,
     LossImprovement,
@@ -160,14 +161,19 @@ def naive_log_probabilities(model, tokens, routes, position=None):
     return model(input_ids=tokens[:, :-1], routes=routes).logits.log_softmax(-1)
 
 
-def naive_distance(model, tokens, routes, context):
-    """KL(all-big || routes), (B, T): in the reference context a pass per position, all-big before it."""
+def naive_predictions(model, tokens, routes, context):
+    """Log probabilities of the routes and of all-big, (B, T, V) each: in the reference context a pass per position."""
     teacher = naive_log_probabilities(model, tokens, torch.full_like(routes, 2))
     positions = range(tokens.shape[1] - 1)
     if context == "routed":
-        student = naive_log_probabilities(model, tokens, routes)
-    else:
-        student = torch.stack([naive_log_probabilities(model, tokens, routes, t)[:, t] for t in positions], dim=1)
+        return naive_log_probabilities(model, tokens, routes), teacher
+    each = [naive_log_probabilities(model, tokens, routes, position)[:, position] for position in positions]
+    return torch.stack(each, dim=1), teacher
+
+
+def naive_distance(model, tokens, routes, context):
+    """KL(all-big || routes), (B, T)."""
+    student, teacher = naive_predictions(model, tokens, routes, context)
     return (teacher.exp() * (teacher - student)).sum(-1)
 
 
@@ -209,6 +215,26 @@ def test_the_teachers_gain_is_credited_to_earlier_tokens(duo, tokens):
     owed = (outcome.credits - outcome.rewards)[-1].view(2, 7)
     assert torch.allclose(owed[:, -2], 0.5 * gains[:, -1], atol=1e-6)
     assert torch.allclose(owed[:, 0], sum(0.5**s * gains[:, s] for s in range(1, 7)), atol=1e-6)
+
+
+@pytest.mark.parametrize("context", ["routed", "reference"])
+@pytest.mark.parametrize("sampled", [False, True])
+def test_acceptance_is_that_of_speculative_decoding(duo, tokens, context, sampled):
+    """Greedy: the most likely token is all-big's. Sampled: a token of the draft, drawn, is kept with min(1, p / q)."""
+
+    def accepted(routes):
+        draft, big = (log_shares.exp() for log_shares in naive_predictions(duo, tokens, routes, context))
+        if sampled:
+            return (draft * (big / draft).clamp(max=1)).sum(-1)
+        return (draft.argmax(-1) == big.argmax(-1)).float()
+
+    first, second = random_routes(duo, tokens, 0), random_routes(duo, tokens, 1)
+    routes = torch.stack([first, second]).flatten(0, 2)
+    outcome = play(duo, tokens, Acceptance(0.3, sampled), context=context, routes=routes, group_size=2).outcome
+    gains = [accepted(each) - accepted(torch.ones_like(first)) for each in (first, second)]
+    expected = torch.stack(gains).flatten() - 0.3 * outcome.compute
+    assert torch.allclose(outcome.rewards.sum(0), expected, atol=1e-5)
+    assert gains[0].abs().max() > 0.01
 
 
 def test_what_ran_and_hardly_changed_the_state_is_charged():

@@ -65,7 +65,7 @@ class RunOptions:
         agents: the learners, by their names in tables and pictures.
         reward: import path of a class, with its arguments, or of a function. Built in, in nats:
             LossImprovement (price), TeacherKL (price, share), LogitLensShaping (scale), RedundancyCharge (charge,
-            threshold), Sum (rewards). See docs/rewards.md.
+            threshold), Sum (rewards); in accepted tokens: Acceptance (price, sampled). See docs/rewards.md.
         model: `duo-tiny` or `smollm2`, for which the package has networks, a folder, or `owner/name` on the hub.
         skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
         corpus: built-in corpora (stdlib-code, stdlib-docs, stdlib-tests), or paths and globs of .txt, .jsonl

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from duorl.closeness import minus_divergence
 from duorl.costs import BIG, SMALL
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.trainer import random_routes
@@ -67,7 +68,7 @@ class Distil:
             with torch.no_grad():
                 while not teacher.done:
                     teacher.take(BIG)
-            return walk.divergences(teacher).mean()
+            return -walk.compare(teacher, minus_divergence).mean()
 
 
 @torch.no_grad()
