@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Flops:
     ffns: Tensor
     head: int
 
-    @property
+    @cached_property
     def compute(self) -> Tensor:
         """Compute of each action in each layer, as a share of all-big: (L, 3); big sums to 1."""
         return (self.ffns / self.ffns[:, BIG].sum()).float()

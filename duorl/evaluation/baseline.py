@@ -20,7 +20,6 @@ from duorl.evaluation.options import EvaluationOptions
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle import exhaustive
 from duorl.oracle.patterns import PatternMethod, pattern_losses, search_patterns, spread
-from duorl.oracle.search import route_compute
 
 Route = tuple[int, ...]
 
@@ -64,7 +63,7 @@ class Baseline:
             tried = search_patterns(model, ranked, actions=actions, method=method, price=price)
             self.routes = torch.tensor(list(tried), device=model.device)
             self.losses = torch.tensor(list(tried.values()), device=model.device)
-            self.compute = route_compute(model, self.routes)
+            self.compute = model.route_compute(self.routes)
         self._final = training[: options.final_windows]
         self._final_losses: dict[Route, float] = {}
 
@@ -108,7 +107,7 @@ class Baseline:
         if len(finalists) == 1:
             return list(finalists[0])
         self._play_finals(finalists)
-        spent = route_compute(self.model, torch.tensor(finalists, device=self.model.device)).tolist()
+        spent = self.model.route_compute(torch.tensor(finalists, device=self.model.device)).tolist()
         costs = [self._final_losses[route] + price * c for route, c in zip(finalists, spent, strict=True)]
         return list(finalists[costs.index(min(costs))])
 

@@ -31,7 +31,6 @@ from duorl.evaluation.statistics import estimate, holm, named
 from duorl.files import write_json, writing
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.patterns import pattern_losses
-from duorl.oracle.search import route_compute
 from duorl.routed_pass import Context, remember
 from duorl.routers import ConstantRouter, OracleRouter, PatternRouter, ReplayRouter, Router
 
@@ -304,7 +303,7 @@ class Comparer:
         found = self.baseline.per_big()
         routes = torch.tensor(list(found.values()), device=self.model.device)
         losses = pattern_losses(self.model, self.windows, routes, batch=self.options.batch).tolist()
-        columns = zip(found.items(), losses, route_compute(self.model, routes).tolist(), strict=True)
+        columns = zip(found.items(), losses, self.model.route_compute(routes).tolist(), strict=True)
         return [
             {"big": big, "context": "routed", "route": route, "loss": loss, "compute": compute}
             for (big, route), loss, compute in columns

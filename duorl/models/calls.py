@@ -159,8 +159,11 @@ class RoutedCall(Call):
         layer, given = len(self.taken), hidden.shape
         hidden = hidden.view(self._shape)
         before = self.action_compute.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
-        with calling(None):  # because a router may run models
-            actions = self.decide(View(hidden, layer, before, self.previous, self.taken))
+        view, token = View(hidden, layer, before, self.previous, self.taken), _current.set(None)
+        try:  # a router may run models; a context manager here would take longer than its decision
+            actions = self.decide(view)
+        finally:
+            _current.reset(token)
         if actions.shape != before.shape:
             raise ValueError(f"a router gave {tuple(actions.shape)} actions for {tuple(before.shape)} tokens")
         self.compute = before + self.action_compute[layer][actions]

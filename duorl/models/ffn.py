@@ -9,6 +9,7 @@ from duorl.costs import BIG, SKIP, SMALL, linear_flops
 from duorl.models.calls import current
 
 _CACHED = 2**20  # inner activations that fit into a processor's cache
+_FEW = 16  # tokens that are never split: to look for the largest weight takes longer than they do
 _WAIT = 10**10  # FLOPs that an accelerator does while the host waits for one number of it
 
 
@@ -53,6 +54,8 @@ class DuoFFN(nn.Module):
         Returns:
             Shape (..., d); zeros for skip.
         """
+        if actions.numel() == 1:
+            return self.run(hidden, int(actions))
         tokens, codes = hidden.flatten(0, -2), actions.flatten()  # (N, d), (N,)
         if self.cheaper_than_waiting(tokens):
             return self._select(hidden, actions)
@@ -96,8 +99,10 @@ def _in_cache(ffn: nn.Module, hidden: Tensor) -> Tensor:
     """
     if hidden.device.type != "cpu" or hidden.dtype != torch.float32:
         return ffn(hidden)
-    rows = _CACHED // max(max(weight.shape) for weight in ffn.parameters())
     tokens = hidden.flatten(0, -2)
+    if len(tokens) <= _FEW:
+        return ffn(hidden)
+    rows = max(_FEW, _CACHED // max(max(weight.shape) for weight in ffn.parameters()))
     if len(tokens) <= rows:
         return ffn(hidden)
     return torch.cat([ffn(part) for part in tokens.split(rows)]).view_as(hidden)

@@ -207,7 +207,7 @@ class RoutedGenerationMixin(GenerationMixin):
         routes = transcript.routes(first, total - 1, getattr(found, "beam_indices", None))
         ended = _ended(sequences[:, first - before :], self._ends(options))
         routes[:, first:][ended[:, :-1]] = NOT_ROUTED
-        spent = model.action_compute[torch.arange(routes.shape[-1], device=routes.device), routes.clamp(min=0)].sum(-1)
+        spent = model.route_compute(routes.clamp(min=0))
         return {"routes": routes, "compute": spent.masked_fill(routes[..., 0] == NOT_ROUTED, torch.nan)}
 
     def _ends(self, options: dict[str, Any]) -> list[int]:

@@ -153,6 +153,10 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         """Compute of each action in each layer, (L, 3); big sums to 1 over the layers (see `duorl.costs`)."""
         return self.flops.compute.to(self.device)
 
+    def route_compute(self, routes: Tensor) -> Tensor:
+        """Compute of routes (..., L), action codes: (...)."""
+        return self.action_compute[torch.arange(self.num_layers, device=routes.device), routes].sum(-1)
+
     def forward(
         self,
         input_ids: Tensor | None = None,

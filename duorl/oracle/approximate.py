@@ -18,7 +18,7 @@ from torch import Tensor
 from duorl.checks import require_positive
 from duorl.costs import Tally, action_ids
 from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle.search import MEMORY_LIMIT, completion_flops, route_compute, states_within, token_by_token
+from duorl.oracle.search import MEMORY_LIMIT, completion_flops, states_within, token_by_token
 from duorl.routed_pass import RoutedPass, along, pick
 
 
@@ -265,5 +265,5 @@ def _search(
     routes, losses = routes.cpu(), losses.cpu()  # waits for an accelerator, so that the time is right
     seconds = time.perf_counter() - started
     return Found(
-        method, context, routes, losses, route_compute(model, routes.to(model.device)).cpu(), tally.flops, seconds
+        method, context, routes, losses, model.route_compute(routes.to(model.device)).cpu(), tally.flops, seconds
     )

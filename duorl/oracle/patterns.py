@@ -18,7 +18,7 @@ from torch import Tensor
 
 from duorl.costs import BIG, action_ids
 from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle.search import all_routes, completion_flops, count_routes, route_compute, tree_flops
+from duorl.oracle.search import all_routes, completion_flops, count_routes, tree_flops
 from duorl.routed_pass import RoutedPass, along
 
 Budget = tuple[int, ...]
@@ -88,7 +88,7 @@ def fixed_patterns(
     else:
         tried = search_patterns(model, windows, actions=actions, method=method)
     best = _best_per_budget(codes, tried)
-    compute = route_compute(model, torch.tensor(list(best.values()), device=model.device)).tolist()
+    compute = model.route_compute(torch.tensor(list(best.values()), device=model.device)).tolist()
     patterns = [
         FixedPattern(budget, list(route), tried[route], spent)
         for (budget, route), spent in zip(best.items(), compute, strict=True)

@@ -134,7 +134,7 @@ def exhaustive(
     count, length = tokens[:, 1:].shape
     at_once = states_within(memory_limit, model, count, length, len(routes))
     losses = torch.empty(count, length, len(routes), device=tokens.device)
-    compute, codes, tally = route_compute(model, routes), action_ids(actions).tolist(), Tally()
+    compute, codes, tally = model.route_compute(routes), action_ids(actions).tolist(), Tally()
     if context != "routed":
         for window, found in zip(tokens.split(1), losses.split(1), strict=True):
             walk = RoutedPass(model, window, context="reference" if context == "reference" else "routed", tally=tally)
@@ -221,11 +221,6 @@ def token_by_token(
             walk = RoutedPass(model, windows, memory=writer, tally=tally)
             while walk.layer < model.num_layers - 1:  # no later token reads the output of the last layer
                 walk.step(chosen[..., walk.layer])
-
-
-def route_compute(model: DuoForCausalLM, routes: Tensor) -> Tensor:
-    """Compute of routes (..., L): shape (...)."""
-    return model.action_compute[torch.arange(model.num_layers, device=routes.device), routes].sum(-1)
 
 
 def states_within(limit: int, model: DuoForCausalLM, count: int, length: int, routes: int) -> int:

@@ -29,7 +29,7 @@ from duorl.evaluation.options import EvaluationOptions
 from duorl.evaluation.statistics import Statistic, estimate
 from duorl.models import DuoForCausalLM
 from duorl.oracle import all_routes, descent, exhaustive
-from duorl.oracle.search import MOST_ROUTES, route_compute
+from duorl.oracle.search import MOST_ROUTES
 from duorl.paper.measures import LOWER_BOUND, early_exits, lateness, on_cpu, quarters, rank_correlation, top_overlap
 from duorl.paper.searches import Exhaustive, Search, Searched
 from duorl.paper.size import StudySize
@@ -266,7 +266,7 @@ class Study:
         return _Measured(big, self._compute(routes).mean().item(), losses.mean(1))
 
     def _compute(self, routes: Tensor) -> Tensor:
-        return route_compute(self.model, routes.to(self.model.device)).cpu()
+        return self.model.route_compute(routes.to(self.model.device)).cpu()
 
     def _measured(self, measured: Measurement) -> _Measured:
         big = (measured.routes == BIG).float().mean().item() * self.depth
