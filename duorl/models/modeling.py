@@ -27,6 +27,13 @@ from duorl.models.generation import RoutedGenerationMixin, RouterLike, decision
 from duorl.models.shared import CARD, join, save_small, small_folder
 from duorl.models.stack import DecoderStack
 
+_NOT_OF_BASE = {
+    *hub.OPTIONS,
+    *("config", "dtype", "torch_dtype", "revision", "subfolder", "output_loading_info", "use_safetensors"),
+    *("attn_implementation", "trust_remote_code", "adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
+}
+"""Options of `from_pretrained` that loading a base model does not take: code from the hub, for example, never runs."""
+
 
 class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
     """The duo model of Duo-LLM (arXiv 2410.10846) with any decoder of transformers that `DecoderStack` can run.
@@ -56,17 +63,28 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]
-        """As in transformers; if the folder has small networks alone, they are put together with their base model."""
-        name, config = pretrained_model_name_or_path, kwargs.get("config")
+        """As in transformers; if the folder has small networks alone, they are put together with their base model.
+
+        Then `revision` and `subfolder` are those of the small networks, and the options of the hub (`hub.OPTIONS`) are
+        for both. The rest is the base model's, for example `device_map`. `attn_implementation` has no effect: every
+        family has its own, which the reference context needs. What does not fit is an error, so `output_loading_info`
+        returns that nothing is missing.
+
+        Raises:
+            OSError, ValueError: see `duorl.models.shared.join`.
+        """
+        name, config, rest = pretrained_model_name_or_path, kwargs.get("config"), kwargs
         if name is not None and not isinstance(config, DuoConfig):
             given = {key: value for key, value in kwargs.items() if key != "config"}
-            config = DuoConfig.from_pretrained(config or name, **given)
+            config, rest = DuoConfig.from_pretrained(config or name, return_unused_kwargs=True, **given)
         if config is None or config.base is None:
             return super().from_pretrained(name, *args, **kwargs)
-        dtype = kwargs.get("dtype", kwargs.get("torch_dtype"))
-        dtype = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-        more = {option: kwargs[option] for option in ("device_map",) if option in kwargs}
-        return join(cls, small_folder(name, kwargs.get("revision")), config, dtype=dtype, **more)
+        more = {option: value for option, value in rest.items() if option not in _NOT_OF_BASE}
+        with hub.using(**{option: kwargs[option] for option in hub.OPTIONS if option in kwargs}):
+            folder = small_folder(name, kwargs.get("revision"), kwargs.get("subfolder"))
+            model = join(cls, folder, config, dtype=_named_dtype(kwargs), **more)
+        nothing: dict[str, Any] = {kind: set() for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+        return (model, {**nothing, "error_msgs": []}) if kwargs.get("output_loading_info") else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
         """Save the whole model, as in transformers. For the small networks alone see `duorl.models.save_small`."""
@@ -96,7 +114,7 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
             OSError: the hub cannot be reached, or refuses it.
         """
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder) if self.config.base is None else save_small(self, folder)
+            self.save_pretrained(folder) if self.config.base is None else save_small(self, folder, shared=True)
             for name in CARD:
                 if (card := Path(self.name_or_path or "") / name).is_file():
                     shutil.copy(card, folder)
@@ -253,6 +271,12 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         """The backbone's own, which keeps its number of tokens for the loss; the FLOPs of the head are counted anew."""
         self.__dict__.pop("flops", None)
         return self.backbone.resize_token_embeddings(*args, **kwargs)
+
+
+def _named_dtype(given: dict[str, Any]) -> torch.dtype | None:
+    """The precision in options of `from_pretrained`; None if it is `auto`, or not given."""
+    dtype = given.get("dtype", given.get("torch_dtype"))
+    return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
 
 
 def _steered_backbone(config: DuoConfig) -> PreTrainedModel:

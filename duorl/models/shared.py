@@ -21,7 +21,7 @@ from torch import Tensor
 
 from duorl import hub
 from duorl.files import writing
-from duorl.models.bases import Base, cast_weights, find_recorded
+from duorl.models.bases import Base, cast_weights, find_recorded, recorded_in
 from duorl.models.families import family_of
 
 if TYPE_CHECKING:
@@ -66,13 +66,14 @@ def _identified(model: DuoForCausalLM, base: Base) -> dict[str, str | None]:
     return {**base.record(), "fingerprint": fingerprint(model)}
 
 
-def save_small(model: DuoForCausalLM, folder: str | Path, base: Base | None = None) -> None:
+def save_small(model: DuoForCausalLM, folder: str | Path, base: Base | None = None, *, shared: bool = False) -> None:
     """Save the small networks, each weight in its precision: `small.safetensors`, and last `config.json`.
 
     Args:
         model: a duo model.
         folder: it is made if there is none.
         base: the base model, whose networks are the big ones; by default the one that it was loaded with or remembers.
+        shared: the folder leaves this machine: of a base model in a folder only the name is kept, and no path.
 
     Raises:
         ValueError: a weight is not finite, the base model is not known, or the big networks are not its any more.
@@ -86,7 +87,8 @@ def save_small(model: DuoForCausalLM, folder: str | Path, base: Base | None = No
     if broken := [name for name, tensor in weights.items() if not tensor.isfinite().all()]:
         raise ValueError(f"the small networks are not saved: {broken[0]} holds numbers that are not finite")
     config = copy.deepcopy(model.config)
-    config.base, config.backbone._name_or_path = known, known["name"]  # no path of this machine
+    config.base = recorded_in(folder, known, shared=shared)
+    config.backbone._name_or_path = config.base["name"]
     config.architectures, config.dtype = [type(model).__name__], model.dtype
     with writing(folder / WEIGHTS) as beside:
         save_file(weights, beside, {"format": "pt"})
@@ -115,7 +117,8 @@ def join(kind: type[Duo], folder: Path, config: DuoConfig, *, dtype: torch.dtype
     function = family_of(config.backbone).attention_function
     # float16 would round the weights before they are identified, so they are rounded afterwards.
     loaded = base.load(None if wanted == torch.float16 else wanted, attn_implementation=function, **more)
-    config.backbone = loaded.config
+    config.backbone, config.base = loaded.config, {**record, **base.record()}
+    config.backbone._name_or_path = record["name"]  # a whole model that is saved later tells no path of this machine
     with torch.device("meta"):  # the small networks come from the file
         model = kind(config, backbone=loaded)
     if fingerprint(model) != record.get("fingerprint"):
@@ -132,9 +135,10 @@ def _is_half(model: DuoForCausalLM) -> bool:
     return any(weight.dtype == torch.float16 for ffn in model.stack.ffns for weight in ffn.big.parameters())
 
 
-def small_folder(name: str, revision: str | None = None) -> Path:
-    """The folder of a model: a folder, or a copy of a repository on the hub."""
-    return Path(name) if Path(name).is_dir() else hub.snapshot(name, FILES, revision)
+def small_folder(name: str, revision: str | None = None, inside: str | None = None) -> Path:
+    """The folder of a model: a folder, or a copy of a repository on the hub, or a folder `inside` of it."""
+    folder = Path(name) if Path(name).is_dir() else hub.snapshot(name, FILES, revision)
+    return folder / (inside or "")
 
 
 def small_weights(model: DuoForCausalLM) -> dict[str, Tensor]:
