@@ -219,6 +219,13 @@ class RoutedPass:
         losses, predicted = (torch.cat(column).view(self.compute.shape) for column in zip(*parts, strict=True))
         return losses, predicted
 
+    @torch.no_grad()
+    def likely(self, count: int) -> tuple[Tensor, Tensor]:
+        """At the end of the pass, the most likely next tokens: probabilities and tokens, (K * B, P, count) each."""
+        found = [self._head(normalized).softmax(-1).topk(count) for normalized, _ in self._head_parts(self.residual)]
+        shares, tokens = (torch.cat(column) for column in zip(*found, strict=True))
+        return shares.view(*self.compute.shape, count), tokens.view(*self.compute.shape, count)
+
     def compare(self, teacher: RoutedPass, closeness: Closeness) -> Tensor:
         """How close the prediction at the end of the pass is to a teacher's, (K * B, P), few enough tokens at a time.
 

@@ -46,6 +46,12 @@ COMMANDS = {
         "duorl.cli.evaluate",
         ("overwrite", "device"),
     ),
+    "generate": Command(
+        "Generate a text with a router, and show the compute of each token.",
+        "duorl.cli.options:GenerateOptions",
+        "duorl.cli.generate",
+        ("device",),
+    ),
     "oracle": Command(
         "Search the best routes of held-out tokens and print the loss per number of big layers.",
         "duorl.cli.options:OracleOptions",

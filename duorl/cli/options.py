@@ -195,6 +195,40 @@ class OracleOptions:
 
 
 @dataclass(frozen=True)
+class GenerateOptions:
+    """Generate a text and show what each of its tokens has cost.
+
+    Args:
+        prompt: the text to go on with.
+        router: folder of a saved router, `owner/name` on the hub, or `small` or `big` for all tokens.
+        model: `duo-tiny`, `smollm2`, a folder, or `owner/name` on the hub.
+        price: for a router for a range of prices, nats per all-big pass.
+        draft: a cheap router, as for `router`. It drafts tokens, which the model with its router verifies: the same
+            text, sooner.
+        lookup: tokens that followed the last ones before are also verified, at most this number.
+        chat: the prompt is a message to an instruct model; the tokenizer's template is used.
+        max_new_tokens: most tokens to generate.
+        temperature: 0 takes the most likely token, 1 samples as the model predicts.
+        seed: seed of the sampling.
+        show: `text` colours each token by its compute; `routes` also prints the route of each token.
+        html: file for a page of the text, in which a click on a token shows its route, loss and the alternatives.
+    """
+
+    prompt: str
+    router: str = "big"
+    model: str = "duo-tiny"
+    price: float | None = None
+    draft: str | None = None
+    lookup: int | None = None
+    chat: bool = False
+    max_new_tokens: int = 64
+    temperature: float = 0.0
+    seed: int = 0
+    show: Literal["text", "routes"] = "text"
+    html: str | None = None
+
+
+@dataclass(frozen=True)
 class ReportOptions:
     """Write report.html, one self-contained page, for a run.
 

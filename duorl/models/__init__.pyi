@@ -3,6 +3,7 @@ from .config import DuoConfig
 from .conversion import convert
 from .ffn import DuoFFN
 from .frozen import require_frozen
+from .generation import Transcript
 from .loading import check_windows, load, load_tokenizer, model_folder
 from .modeling import DuoForCausalLM
 from .pace import Pace
@@ -14,6 +15,7 @@ __all__ = [
     "DuoFFN",
     "DuoForCausalLM",
     "Pace",
+    "Transcript",
     "check_windows",
     "convert",
     "find_base",

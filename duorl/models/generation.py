@@ -85,6 +85,11 @@ class Transcript:
             self._passes.append((self._start, torch.stack([*view.taken, actions], dim=-1)))
         return actions
 
+    def latest(self, position: int, count: int) -> list[Tensor]:
+        """Of one text, the routes of so many positions of the last pass, (L,) each."""
+        start, routes = self._passes[-1]
+        return list(routes[0, position - start :][:count])
+
     def routes(self, prompt: int, length: int, beams: Tensor | None = None) -> Tensor:
         """The routes of all positions that were read, (rows, length, L); `NOT_ROUTED` where there is none.
 
@@ -157,7 +162,7 @@ class RoutedGenerationMixin(GenerationMixin):
                 begin(model, prompt)
         if draft is not None:
             options["assistant_model"] = self._assistant(draft, draft_tokens, prompt, options)
-        transcript = None if router is None else Transcript(router, model, price)
+        transcript = router if isinstance(router, Transcript) or router is None else Transcript(router, model, price)
         found = super().generate(inputs, *args, router=transcript, **options)
         if isinstance(found, ModelOutput):
             if transcript is not None:

@@ -25,6 +25,7 @@ tr:nth-child(even) { background: #f7f7f7; } .interval { color: #888; font-size: 
 .coloured { font: 13px/1.55 ui-monospace, monospace; white-space: pre-wrap; border: 1px solid #eee; padding: 8px; }
 .agrees { color: #177a2e; } .disagrees { color: #b3261e; } .open { color: #8a6d00; } p.note { color: #555; }
 """
+ACTION_COLORS = dict(zip(ACTIONS, ("#cccccc", "#1f77b4", "#ff7f0e"), strict=True))
 _ACTION_SCALE = [
     [0, "#e6e6e6"],
     [0.33, "#e6e6e6"],

@@ -13,6 +13,7 @@ from duorl.costs import ACTIONS
 from duorl.evaluation import Comparison
 from duorl.paper.pictures import around
 from duorl.reports.charts import (
+    ACTION_COLORS,
     Numbers,
     axes,
     both_colourings,
@@ -28,7 +29,6 @@ from duorl.reports.charts import (
 from duorl.reports.figures import BOUNDS, HOLM, bound_of, called, transfer_cell, transfer_lines
 
 _COLORS = 10  # of plotly, before they come again
-_ACTION_COLORS = dict(zip(ACTIONS, ("#cccccc", "#1f77b4", "#ff7f0e"), strict=True))
 
 
 def comparison_page(folder: Path) -> str:
@@ -202,7 +202,7 @@ def _shares(routers: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     figure = Figure()
     for place, per_layer in enumerate(routers.values()):
         for action, shares in per_layer.items():
-            figure.add_bar(y=shares, name=action, marker_color=_ACTION_COLORS[action], visible=place == 0)
+            figure.add_bar(y=shares, name=action, marker_color=ACTION_COLORS[action], visible=place == 0)
     choice(figure, list(routers), len(ACTIONS))
     layers = max((len(shares) for per_layer in routers.values() for shares in per_layer.values()), default=0)
     figure.update_layout(barmode="stack")
