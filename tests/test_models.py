@@ -147,6 +147,12 @@ def test_what_cannot_be_converted_is_refused_with_the_reason(name):
     assert "\n" not in str(refused.value)
 
 
+def test_a_family_with_and_without_experts_is_asked_which_it_is():
+    families.require_no_experts(AutoConfig.for_model("doge"))
+    with pytest.raises(ValueError, match=r"doge: its networks are mixtures of experts, .*: give a model with one"):
+        families.require_no_experts(AutoConfig.for_model("doge", is_moe=True))
+
+
 @pytest.mark.parametrize("name", ["t5", "llava", "mixtral"])
 def test_a_base_model_is_refused_before_its_weights_are_read(name, tmp_path):
     make_refused(name).save_pretrained(tmp_path)
@@ -179,7 +185,10 @@ def with_adapters(model):
     "change, reason",
     [
         (quantized, r"model\.layers\.1\.mlp\.up_proj\.weight is uint8: quantized weights cannot be copied"),
-        (lambda m: told(m, quantization_config={"quant_method": "gptq"}), r"llama: its weights are quantized \(gptq\)"),
+        (
+            lambda m: told(m, quantization_config={"quant_method": "gptq"}),
+            r"llama: its weights are quantized \(gptq\) and cannot be copied: give the unquantized model",
+        ),
         (lambda m: m.model, "LlamaModel does not predict the next token: .* AutoModelForCausalLM"),
         (lambda m: m.to("meta"), r"model\.embed_tokens\.weight is not in memory"),
         (lambda m: m.lm_head, "convert takes a causal language model of transformers, not a Linear"),

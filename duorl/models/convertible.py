@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from duorl.models.families import family_of, find_layers, inner_size, require_no_experts
+from duorl.models.families import EXPERTS_REFUSED, family_of, find_layers, inner_size, require_no_experts
 
 RECURRENT = {
     *("bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba", "mamba", "mamba2", "nemotron_h"),
@@ -37,10 +37,12 @@ def check_config(config: PreTrainedConfig) -> None:
         alone = f"; convert its language model ({text.model_type}) alone" if known else ""
         raise ValueError(f"{family} reads more than text{alone}")
     if family in RECURRENT:
-        raise ValueError(f"{family} has state-space or recurrent layers; only those of attention and a network convert")
+        other = "give a model in which every layer has attention and a feed-forward network"
+        raise ValueError(f"{family} has state-space or recurrent layers: {other}")
     method = _quantization(config)
     if method not in (None, "gguf"):  # transformers dequantizes what it reads from a GGUF file
-        raise ValueError(f"{family}: its weights are quantized ({method}) and cannot be copied; load it dequantized")
+        fix = "and cannot be copied: give the unquantized model"
+        raise ValueError(f"{family}: its weights are quantized ({method}) {fix}")
     require_no_experts(config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise ValueError(f"{family}: transformers' AutoModelForCausalLM has no language model of this family")
@@ -60,13 +62,14 @@ def check_model(model: PreTrainedModel) -> None:
     if not isinstance(model, kind):
         raise ValueError(f"{name} does not predict the next token: load it with AutoModelForCausalLM ({kind.__name__})")
     if any(module.endswith("experts") for module, _ in model.named_modules()):
-        raise ValueError(f"{name}: its networks are mixtures of experts, which route by themselves")
+        raise ValueError(f"{name}: {EXPERTS_REFUSED}")
     for weight, values in model.named_parameters():
         if values.device.type == "meta":
             raise ValueError(f"{name}: {weight} is not in memory: load the model without offloading")
         if values.dtype not in _COPIED:
             dtype = str(values.dtype).removeprefix("torch.")
-            raise ValueError(f"{name}: {weight} is {dtype}: quantized weights cannot be copied; load them dequantized")
+            fix = "quantized weights cannot be copied: give the unquantized model"
+            raise ValueError(f"{name}: {weight} is {dtype}: {fix}")
     find_layers(model)
     inner_size(model.config)
 

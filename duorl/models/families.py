@@ -21,6 +21,9 @@ STEERED = "duorl"
 
 # Names of the number of experts; mixtures of experts already route tokens and are not supported.
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_REFUSED = (
+    "its networks are mixtures of experts, which route by themselves: give a model with one network per layer"
+)
 
 
 @dataclass(frozen=True)
@@ -186,8 +189,10 @@ def require_no_experts(config: PreTrainedConfig) -> None:
     Raises:
         ValueError: they are.
     """
+    if not getattr(config, "is_moe", True):  # Doge names experts also where it has none
+        return
     if max(_number(getattr(config, name, None)) for name in _EXPERTS) > 1:
-        raise ValueError(f"{config.model_type}: its networks are mixtures of experts, which route by themselves")
+        raise ValueError(f"{config.model_type}: {EXPERTS_REFUSED}")
 
 
 def inner_size_name(config: PreTrainedConfig) -> str:
