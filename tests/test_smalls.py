@@ -182,7 +182,7 @@ def test_every_stage_comes_closer_to_all_big(tmp_path):
     assert model.config.use_cache and model.config.backbone.use_cache  # it generates as fast as before
 
 
-def test_big_is_recorded_and_measured_without_dropout(tmp_path):
+def test_big_is_recorded_and_measured_without_dropout(tmp_path, capsys):
     model = make_duo("gpt2")
     assert any(module.p > 0 for module in model.modules() if isinstance(module, torch.nn.Dropout))
     making, modes = Making(model, options(), tokens_of(model, 16), tokens_of(model, 4)), []
@@ -191,6 +191,7 @@ def test_big_is_recorded_and_measured_without_dropout(tmp_path):
     handle.remove()
     assert modes and not any(modes)
     assert losses == held_out_losses(model.eval(), making.held_out)
+    assert not capsys.readouterr().out  # of the Trainer, which prints dictionaries
 
 
 def test_a_stage_that_was_stopped_goes_on_to_the_same_bit(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
@@ -80,6 +80,7 @@ class RoutingTrainer(Trainer):
         model.config.use_cache = cached  # the Trainer turns it off, and a saved model would generate slowly
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulated batches are averaged
         self.objective, self.measure = objective, measure
+        self.pop_callback(PrinterCallback)  # it prints dictionaries between the lines of a command
         self.add_callback(_GoesOn(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
