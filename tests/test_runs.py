@@ -202,6 +202,14 @@ def test_a_run_is_resumed_with_its_own_options(tmp_path):
         folders.check_same_options(str(folder), "seed: 1\n")
 
 
+def test_a_resumed_run_keeps_its_configuration_but_for_what_may_change(tmp_path):
+    first = "until: choose\nseed: 0\nthreads: 1\nout: run\nresume: false\n"
+    for config in (first, "until: distil\nseed: 0\nthreads: 1\nout: elsewhere\nresume: true\n"):
+        with folders.claim(str(tmp_path / "run"), "mine", config, resume=True):
+            pass
+    assert (tmp_path / "run" / "config.yaml").read_text() == first.replace("choose", "distil")
+
+
 # --- interrupts
 
 

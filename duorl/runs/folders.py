@@ -24,8 +24,9 @@ import yaml
 from duorl.files import PART, write_text
 
 MARK, CONFIG = ".duorl", "config.yaml"
-# Options that do not change the results.
-_FREE = {"resume", "overwrite", "out", "config", "save_every", "processes", "threads", "until", "whole"}
+_OF_A_CALL = {"resume", "overwrite", "out", "config"}
+_FREE = {"save_every", "processes", "threads", "until", "whole"}
+"""Options of a run that may change on resume: they say how it works and where it ends, not what it makes."""
 
 
 def check(out: str | None, *, resume: bool = False, overwrite: bool = False) -> None:
@@ -91,7 +92,7 @@ def check_same_options(out: str, config: str) -> None:
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {path}: {error}: give --overwrite to begin anew") from error
     for name in sorted(now.keys() | then.keys()):
-        if name not in _FREE and now.get(name) != then.get(name):
+        if name not in _OF_A_CALL | _FREE and now.get(name) != then.get(name):
             raise ValueError(f"{out} was made with {name} {then.get(name)}, not {now.get(name)}: cannot resume it")
 
 
@@ -103,7 +104,7 @@ def claim(out: str | None, name: str, config: str, *, resume: bool = False, over
         out: the folder; None for the first free `runs/NAME-N`.
         name: NAME in `runs/NAME-N`.
         config: the complete options as YAML.
-        resume: continue the run in it; it keeps its configuration.
+        resume: continue the run in it; of its configuration, only the options in `_FREE` change.
         overwrite: replace the run in it.
 
     Raises:
@@ -116,12 +117,21 @@ def claim(out: str | None, name: str, config: str, *, resume: bool = False, over
     lock = _lock(folder)
     try:
         _check_content(folder, resume, overwrite)  # another process may have worked here before this one got the lock
-        if not (resume and (folder / CONFIG).is_file()):
+        if resume and (folder / CONFIG).is_file():
+            _take_changes(folder / CONFIG, config)
+        else:
             _empty(folder)
             write_text(folder / CONFIG, config)
         yield folder
     finally:
         os.close(lock)
+
+
+def _take_changes(path: Path, config: str) -> None:
+    now, then = yaml.safe_load(config), yaml.safe_load(path.read_text(encoding="utf8"))
+    changed = {name: now[name] for name in _FREE & now.keys() if now[name] != then.get(name)}
+    if changed:
+        write_text(path, yaml.safe_dump({**then, **changed}, sort_keys=False))
 
 
 def abandon(folder: Path) -> None:
