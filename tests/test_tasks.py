@@ -1,0 +1,111 @@
+"""Tasks of lm-evaluation-harness: a multiple-choice task of our own, from the standard library's documentation."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+
+import duorl
+from duorl.cli import main
+from duorl.corpus import documents
+from duorl.evaluation.tasks import ALL_BIG, load_tasks, task_rows
+from duorl.routers import ConstantRouter, HeadRouter, PatternRouter
+
+pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
+
+_TASK = """
+task: continuations
+dataset_path: json
+dataset_kwargs: {{data_files: "{data}"}}
+test_split: train
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: "{{{{answer}}}}"
+target_delimiter: ""
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    """A paragraph begins; which of four goes on with it? Of text that duo-tiny did not learn from."""
+    folder, draw = tmp_path_factory.mktemp("task"), random.Random(0)
+    files = documents("stdlib-docs", "evaluation")
+    paragraphs = dict.fromkeys(" ".join(part.split()) for file in files for part in file.text.split("\n\n"))
+    words = [part.split() for part in paragraphs if part[:1].isupper()]
+    halves = [(" ".join(part[:14]), " " + " ".join(part[14:24])) for part in words if 24 <= len(part) <= 60]
+    draw.shuffle(halves)
+    rows = []
+    for place, (question, answer) in enumerate(halves[:240]):
+        choices = [answer, *(halves[(place + step) % len(halves)][1] for step in (1, 2, 3))]
+        draw.shuffle(choices)
+        rows.append({"question": question, "choices": choices, "answer": choices.index(answer)})
+    (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "continuations.yaml").write_text(_TASK.format(data=folder / "questions.jsonl"))
+    return str(folder / "continuations.yaml")
+
+
+@pytest.mark.slow
+def test_all_big_is_above_chance(task):
+    (row,) = task_rows(
+        duorl.load(), duorl.load_tokenizer(), {ALL_BIG: ConstantRouter("big")}, load_tasks([task]), batch=32
+    )
+    assert row["questions"] == 240 and row["compute"] == pytest.approx(1.0)
+    low, high = row["metrics"]["acc_norm"]["interval"]
+    assert 0.25 < 0.3 < low < row["metrics"]["acc_norm"]["value"] < high < 0.6
+
+
+def test_the_batch_changes_nothing(task):
+    model, tokenizer = duorl.load(), duorl.load_tokenizer()
+    heads = HeadRouter(8, 192)
+    torch.manual_seed(0)
+    for parameter in heads.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    routers = {ALL_BIG: ConstantRouter("big"), "heads": heads, "pattern": PatternRouter([1, 2] * 4)}
+    one, eight = (task_rows(model, tokenizer, routers, load_tasks([task]), limit=16, batch=batch) for batch in (1, 8))
+    for alone, together in zip(one, eight, strict=True):
+        assert alone["metrics"] == together["metrics"]
+        assert alone["compute"] == pytest.approx(together["compute"], abs=1e-6)
+    compute = {row["router"]: row["compute"] for row in one}
+    assert compute[ALL_BIG] == pytest.approx(1.0) and compute["pattern"] == pytest.approx(0.53125)
+    assert 0.1 < compute["heads"] < 0.9
+    assert one[0]["metrics"]["acc"]["minus_all_big"] == 0.0
+
+
+def test_a_router_is_measured_on_tasks_from_the_command_line(task, small_corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PatternRouter([1, 2] * 4).save_pretrained("pattern")
+    size = ["--evaluation.windows=2", "--evaluation.fixed_windows=2", "--evaluation.reference_windows=1", "--window=16"]
+    main(["evaluate", "--router=pattern", f"--corpus={small_corpus}", *size, "--tasks", json.dumps([task]),
+          "--task_questions=8", "--out=run"])  # fmt: skip
+    rows = json.loads((tmp_path / "run" / "tasks.json").read_text())
+    assert [row["router"] for row in rows] == ["pattern", "all-big", "all-small", "best fixed"]
+    printed, page = capsys.readouterr().out, (tmp_path / "run" / "report.html").read_text()
+    for row in rows:
+        value = f"{row['metrics']['acc']['value']:.3f}"
+        assert re.search(rf"continuations.*{row['router']}.*{row['compute']:.2f}.*acc .*{value}", printed)
+        assert re.search(rf"<td>{row['router']}</td><td>{row['compute']:.2f}</td><td>acc</td><td>{value} ", page)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--tasks", '["no_such_task"]'], "no task 'no_such_task': give a task of lm-evaluation-harness"),
+        (["--tasks", '["missing.yaml"]'], "missing.yaml"),
+        (["--tasks", '["{task}"]', "--task_batch=0"], "task_batch must be at least 1"),
+    ],
+)
+def test_bad_tasks_are_refused(options, said, task, small_corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    PatternRouter([1, 2] * 4).save_pretrained("pattern")
+    words = ["evaluate", "--router=pattern", f"--corpus={small_corpus}", "--window=16", "--out=run"]
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, *(option.format(task=task) for option in options)])
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
