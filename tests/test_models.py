@@ -119,7 +119,7 @@ def test_save_and_load_round_trip(duo, tokens, tmp_path):
 def test_another_kind_of_model_is_refused(tmp_path):
     make_original("llama").save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="a model of type 'llama', not a duo"):
+    with pytest.raises(ValueError, match=r"'llama', not a duo: make one with `duorl convert --model .* --out DIR`"):
         duorl.load(tmp_path)
 
 

@@ -186,7 +186,7 @@ BACKBONE = {"model_type": "llama", "num_hidden_layers": 8, "hidden_size": 192, "
         (change("config.json", backbone={**BACKBONE, "num_hidden_layers": 7}), "has shape"),
         (change("config.json", small_size=47), r"small\.down_proj\.weight has shape \(192, 48\) and not \(192, 47\)"),
         (change("config.json", small_size=0), "small_size must be a number of at least 1"),
-        (change_weights(lambda tensors: tensors.pop(HEAD)), f"lack {HEAD}"),
+        (change_weights(lambda tensors: tensors.pop(HEAD)), f"lack {HEAD}: fetch or save"),
         (change_weights(lambda tensors: tensors.update(more=torch.zeros(1))), "hold more, which"),
         (change_weights(lambda tensors: tensors[HEAD].fill_(torch.nan)), f"{HEAD} holds numbers that are not finite"),
     ],

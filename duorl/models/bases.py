@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from duorl import hub
+from duorl.models.weights import require_weights, without_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -46,6 +49,7 @@ PACKAGED = {
 """By the extra of DuoRL that installs the package."""
 
 _LONGEST = 300  # characters of another library's message
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model")  # files of a tokenizer; the name depends on its kind
 
 
 @dataclass(frozen=True)
@@ -74,14 +78,17 @@ class Base:
             more: further arguments of `from_pretrained`.
 
         Raises:
-            ValueError: transformers cannot read it; says why.
+            ValueError: transformers cannot read it, or its weights are not all there; says why.
         """
         from transformers import AutoModelForCausalLM
 
         _ = self.config  # is checked before weights are read
         given = {"dtype": torch.float32 if self.gguf_file else dtype or "auto", "use_safetensors": True}
-        with self._told("model"), _quick_gguf(self.gguf_file):
-            model: Any = AutoModelForCausalLM.from_pretrained(self.place, **given, **self._source(), **more)
+        given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
+        with self._told("model"), _quick_gguf(self.gguf_file), without_report():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(self.place, **{**more, **given}, **self._source())
+        model, found = loaded
+        require_weights(f"of {self}", found)
         if self.gguf_file and (quantizer := getattr(model, "hf_quantizer", None)):
             quantizer.remove_quantization_config(model)  # its weights are plain numbers now
         if self.gguf_file and dtype is not None:
@@ -112,10 +119,12 @@ class Base:
             more: further arguments of `from_pretrained`.
 
         Raises:
-            ValueError: it cannot be read, or has no end-of-text token.
+            ValueError: there is none, it cannot be read, or it has no end-of-text token.
         """
         from transformers import AutoTokenizer
 
+        if self.kind == "folder" and not any(any(Path(self.place).glob(name)) for name in _TOKENIZERS):
+            raise ValueError(f"{self} has no tokenizer: save the model's there with save_pretrained of transformers")
         with self._told("tokenizer"), _quick_gguf(self.gguf_file):
             tokenizer = AutoTokenizer.from_pretrained(self.place, **self._source(), **more)
         return with_end_of_text(tokenizer, str(self))
@@ -145,7 +154,7 @@ class Base:
         try:
             yield
         except Exception as problem:  # of many kinds: transformers and tokenizers raise what they meet
-            raise ValueError(f"cannot load the {what} of {self}: {said(problem)}") from problem
+            raise ValueError(f"cannot load the {what} of {self}: {said(problem)}{_fix(problem)}") from problem
 
 
 def find_base(name: str | Path) -> Base:
@@ -227,7 +236,7 @@ def _packaged(name: str) -> Base:
     spec = find_spec(module)  # the package itself would import other packages
     folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
     if folder is None or not (Path(folder) / file).is_file():
-        raise FileNotFoundError(f'{name} is not installed: pip install "duorl[{name}]"')
+        raise FileNotFoundError(f"{name} is not installed: pip install {module.replace('_', '-')} gguf")
     return Base(name, "package", folder, gguf_file=file)
 
 
@@ -292,6 +301,15 @@ def said(problem: Exception) -> str:
     words = " ".join(str(problem).split())
     words = words if len(words) <= _LONGEST else f"{words[:_LONGEST]} ..."  # transformers lists all its families
     return words if isinstance(problem, ValueError | OSError) else f"{type(problem).__name__}: {words}"
+
+
+def _fix(problem: Exception) -> str:
+    """What a user can do about files that cannot be read, to be said after the problem; nothing if it is another."""
+    words = str(problem)
+    if "GGUF model" in words and "not supported" in words:  # transformers raises a plain ValueError
+        return " Give the model as safetensors: a folder, or its name on the hub"
+    broken = isinstance(problem, SafetensorError | FileNotFoundError | struct.error) or "buffer is smaller" in words
+    return "; its files are not whole: fetch or copy them again" if broken else ""
 
 
 def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:

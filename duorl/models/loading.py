@@ -5,7 +5,6 @@ transformers is imported only when a model is loaded, so a missing folder is fou
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
@@ -21,6 +20,7 @@ from duorl.devices import Dtype, pick_device, pick_dtype, require_memory
 from duorl.models.bases import find_recorded, read_object, said, with_end_of_text
 from duorl.models.calls import Skip, known_skip
 from duorl.models.shared import FILES, WEIGHTS
+from duorl.models.weights import require_weights, without_report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,7 +103,8 @@ def load(
     settings = read_object(folder / "config.json")
     kind = settings.get("model_type")
     if kind != DuoConfig.model_type:
-        raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: make one with duorl.convert")
+        fix = f"make one with `duorl convert --model {name} --out DIR`"
+        raise ValueError(f"{folder} holds a model of type {kind!r}, not a duo: {fix}")
     _require_backbone(folder, settings)
     place = pick_device(str(device))
     with _told(folder):
@@ -112,7 +113,7 @@ def load(
     with _told(folder):
         if settings.get("base"):
             return DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed).to(place).requires_grad_(False)
-        with _without_report():
+        with without_report():
             changed |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
             loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed)
     model, found = loaded
@@ -161,29 +162,9 @@ def _require_plausible(folder: Path, backbone: dict[str, Any]) -> None:
             raise ValueError(f"{folder / 'config.json'}: {name} is {value}, but the weights are {count} tensors")
 
 
-@contextmanager
-def _without_report() -> Iterator[None]:
-    """transformers tells in a table which weights it lacks; here it is an error, in one line."""
-    logger = logging.getLogger("transformers.modeling_utils")
-    logger.addFilter(_is_error)  # a higher level of this logger would make transformers report on sharding
-    try:
-        yield
-    finally:
-        logger.removeFilter(_is_error)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
-
-
 def _check_weights(folder: Path, model: DuoForCausalLM, found: Mapping[str, Any]) -> None:
     """Refuse weights that are not the model's, or no numbers."""
-    if found["mismatched_keys"]:
-        name, kept, expected = min(found["mismatched_keys"])
-        sizes = f"{tuple(kept)} and not {tuple(expected)}"
-        raise ValueError(f"the weights in {folder}: {name} has shape {sizes}, which config.json says")
-    if found["missing_keys"]:
-        raise ValueError(f"the weights in {folder} lack {min(found['missing_keys'])}")
+    require_weights(f"in {folder}", found)
     if found["unexpected_keys"]:
         more = min(found["unexpected_keys"])
         raise ValueError(f"the weights in {folder} hold {more}, which the model of its config.json does not have")
