@@ -2,11 +2,12 @@
 
 import copy
 import inspect
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import FAMILIES, ROUTED_ONLY, make_duo, make_original
-from transformers import AutoConfig, AutoModelForCausalLM, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
 
 import duorl
 from duorl.models.generation import NOT_ROUTED, Transcript
@@ -163,6 +164,30 @@ def test_a_view_with_a_router_is_a_model_like_any_other():
     assert torch.equal(copy.deepcopy(view)(input_ids=ids).logits, view(input_ids=ids).logits)
     with pytest.raises(ValueError, match="layers"):
         duo.with_router(PatternRouter([1, 2]))
+
+
+def test_the_trainer_evaluates_a_view_with_its_router(tmp_path):
+    ids = torch.randint(5, 2000, (4, 16), generator=torch.Generator().manual_seed(0))
+    view, data = duorl.load().with_router(ConstantRouter("small")), [{"input_ids": row, "labels": row} for row in ids]
+    options = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "per_device_eval_batch_size": 4}
+    trainer = Trainer(view, TrainingArguments(str(tmp_path), **options), eval_dataset=data)
+    routes = torch.ones(4, 16, 8, dtype=torch.int64)
+    expected = duorl.load()(input_ids=ids, labels=ids, routes=routes).loss.item()
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_threads_that_generate_do_not_mix_up_their_routers(duo):
+    options = {**_GREEDY, "max_new_tokens": 8, "return_dict_in_generate": True}
+
+    def generate(action):
+        return duo.generate(_PADDED[1:], router=ConstantRouter(action), **options)
+
+    expected = {action: generate(action) for action in ("small", "big")}
+    jobs = ["small", "big"] * 6
+    with ThreadPoolExecutor(4) as threads:
+        for action, found in zip(jobs, threads.map(generate, jobs), strict=True):
+            assert torch.equal(found.sequences, expected[action].sequences)
+            assert (found.routes == ["skip", "small", "big"].index(action)).all()
 
 
 def test_a_family_prepares_its_own_inputs():
