@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import duorl
 from duorl import routers
 from duorl.cli import main
-from duorl.cli.commands import COMMANDS
+from duorl.cli.commands import COMMANDS, in_words
 from duorl.cli.console import resume_command
 from duorl.cli.learners import LEARNERS, named
 from duorl.cli.parser import build_parser, parse
@@ -497,6 +497,13 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, smal
     text = [] if "--corpus" in arguments else ["--corpus", small_corpus]
     assert re.search(message, refused(["train", *text, *arguments], capsys))
     assert sorted(path for path in tiny.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_errors_are_told_without_the_names_of_classes_and_numbers(tiny, capsys):
+    assert refused(["train", "--model", "nowhere"], capsys).startswith("duorl: error: no model 'nowhere': give")
+    said = {"No such file or directory: gone.txt": FileNotFoundError(2, "No such file or directory", "gone.txt")}
+    said |= {"no file here": FileNotFoundError("no file here"), "KeyError: 'x'": KeyError("x")}
+    assert {words: in_words(error) for words, error in said.items()} == {words: words for words in said}
 
 
 def test_help_names_the_rewards(capsys):

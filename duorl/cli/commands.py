@@ -130,6 +130,13 @@ def _help() -> str:
     )
 
 
+def in_words(error: BaseException) -> str:
+    """What an error says to a user: its words, and its class where they alone say little."""
+    if isinstance(error, OSError) and error.strerror is not None:  # of the operating system, with a number
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"
+
+
 def fail(line: str, code: int = 2) -> NoReturn:
     """Print one line on standard error and exit; code 2 means bad input."""
     print(f"duorl: error: {' '.join(line.split())}", file=sys.stderr)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_type_hints
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_instance
 
-from duorl.cli.commands import COMMANDS, fail
+from duorl.cli.commands import COMMANDS, fail, in_words
 from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
 from duorl.devices import DeviceOptions, pick_device
 from duorl.models.loading import price_of_model
@@ -191,7 +191,7 @@ def _instantiated(parser: _Parser, parsed: Namespace) -> Namespace:
         cause: BaseException = error
         while cause.__cause__ is not None:
             cause = cause.__cause__
-        said = str(cause) if isinstance(cause, ValueError | OSError) else f"{type(cause).__name__}: {cause}"
+        said = in_words(cause)
         named = re.search(r"class_path='([\w.]+)'", str(error))
         where = f"{named[1]}: " if named and named[1] not in said else ""
         raise ValueError(f"{where}{_condensed(said)}") from error

@@ -15,7 +15,7 @@ import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive, require_seed
-from duorl.cli.commands import COMMANDS, fail
+from duorl.cli.commands import COMMANDS, fail, in_words
 from duorl.cli.console import quieten, resume_command
 from duorl.cli.parser import parse, read_config
 from duorl.corpus import check_sources
@@ -54,7 +54,7 @@ def run_command(name: str, words: list[str]) -> None:
                 if "overwrite" in COMMANDS[name].flags:
                     folder = stack.enter_context(_claimed(called, options, config))
             except Exception as error:  # of the input; running is outside, where an error is a bug and keeps its trace
-                fail(str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}")
+                fail(in_words(error))
             _work(name, work, folder)
         except interrupts.Interrupted as stop:
             _say_stopped(name, folder)
@@ -113,9 +113,9 @@ def _work(name: str, work: Callable[[Path | None], None], folder: Path | None) -
         if isinstance(error, UnusableRouter):
             fail(f"{folder}: {error}", code=1)
         if is_no_room(error):
-            _fail_and_hint(f"the disk is full: {error}", folder if resumable else None)
+            _fail_and_hint(f"the disk is full: {in_words(error)}", folder if resumable else None)
         if isinstance(error, PermissionError):
-            _fail_and_hint(f"no permission: {error}", folder if resumable else None)
+            _fail_and_hint(in_words(error), folder if resumable else None)
         raise
 
 
