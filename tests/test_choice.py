@@ -237,9 +237,13 @@ def test_a_deep_model_is_compared_with_a_lower_bound(deep_comparer):
     assert comparison.frontiers["oracle"] == []
     assert [point["big"] for point in comparison.frontiers["fixed"]] == list(range(25))
     assert len(deep_comparer.best_patterns()) == 25
-    assert "regret (at least)" in markdown(comparison)
+    assert "| regret (at least) | agree with bound |" in markdown(comparison)
+    assert "agreement with coordinate descent in the reference" in table(comparison).caption
     assert "lower bound" in frontier(comparison).axes[0].get_title()
-    assert len(deep_comparer.traces(Names())["difficulty"]) == 2 * 7
+    traces = deep_comparer.traces(Names())
+    assert len(traces["difficulty"]) == 2 * 7 and traces["bound"] == "lower bound"
+    for row in traces["difficulty"]:
+        assert row["difficulty"] == pytest.approx(row["all_small"] - row["lower_bound"]) and "oracle" not in row
 
 
 def test_without_a_bound_there_is_no_regret(duo, windows):
@@ -250,7 +254,8 @@ def test_without_a_bound_there_is_no_regret(duo, windows):
     for row in comparison.rows:
         assert row["bound"] is row["regret"] is row["agreement"] is row["reference"] is None
     assert "no bound" in frontier(comparison).axes[0].get_title()
-    assert comparer.traces(Names())["difficulty"] == []
+    traces = comparer.traces(Names())
+    assert (traces["difficulty"], traces["bound"]) == ([], None)
     cells = markdown(comparison).splitlines()[2].split("|")
     assert cells[-3].strip() == cells[-2].strip() == ""
 

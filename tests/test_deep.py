@@ -173,6 +173,8 @@ def test_oracle(capsys):
     found = json.loads(Path("oracle/oracle.json").read_text())
     assert (found["method"], found["bound"]) == ("descent", "lower bound") and "oracle" not in found
     assert "Token difficulty, at least" in Path("oracle/difficulty.html").read_text()
+    head = Path("oracle/tokens.csv").read_text().splitlines()[0].split(",")
+    assert "lower_bound" in head and "oracle" not in head
     assert "descent is a lower bound of the oracle's return" in printed
 
 

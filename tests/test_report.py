@@ -54,7 +54,9 @@ def comparison_run(duo, tmp_path_factory):
     settings = {"command": "duorl compare --out 'a folder'", "price": 0.1}
     seeds = {name: [router] for name, router in routers.items()}
     comparer.compare({**seeds, **comparer.bounds}, settings).save(folder)
-    (folder / "traces.json").write_text(json.dumps(comparer.traces(Names())))
+    traces = comparer.traces(Names())
+    assert traces["bound"] == "exact" and {"oracle", "difficulty"} <= set(traces["difficulty"][0])
+    (folder / "traces.json").write_text(json.dumps(traces))
     return folder
 
 

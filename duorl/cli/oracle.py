@@ -15,7 +15,7 @@ from duorl.cli.console import console, say, typed_command
 from duorl.cli.material import Material
 from duorl.cli.parser import read_config
 from duorl.evaluation import RouteSearchOptions, RouteSearchPlan, flops_per_second, plan_route_search, search_routes
-from duorl.evaluation.difficulty import TokenRow, save_table
+from duorl.evaluation.difficulty import TokenRow, named_rows, save_table
 from duorl.files import write_json, write_text, writing
 from duorl.models import DuoForCausalLM
 from duorl.prices import check_price
@@ -65,13 +65,14 @@ def _run(
         title = (
             "Token difficulty" if found.exact else f"Token difficulty, at least: the routes are those of {found.method}"
         )
-        _write_difficulty(found.difficulty, title, {"command": typed_command(), **read_config(config)}, folder)
+        settings = {"command": typed_command(), **read_config(config)}
+        _write_difficulty(found.difficulty, found.exact, title, settings, folder)
     say(f"wrote {folder}/: " + ", ".join(sorted(path.name for path in folder.glob("[!.]*.*"))))
 
 
-def _write_difficulty(rows: list[TokenRow], title: str, settings: dict, folder: Path) -> None:
+def _write_difficulty(rows: list[TokenRow], exact: bool, title: str, settings: dict, folder: Path) -> None:
     for ending in ("csv", "parquet"):
         with writing(folder / f"tokens.{ending}") as beside:
-            save_table(rows, beside)
-    text = page.text_page(title, settings, [row._asdict() for row in rows])
+            save_table(rows, beside, exact=exact)
+    text = page.text_page(title, settings, named_rows(rows, exact=exact))
     write_text(folder / "difficulty.html", text)

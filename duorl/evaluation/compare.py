@@ -23,7 +23,7 @@ from duorl.costs import ACTIONS, BIG
 from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.bound import find_bound
 from duorl.evaluation.choice import choose
-from duorl.evaluation.difficulty import token_names
+from duorl.evaluation.difficulty import named_rows, token_names
 from duorl.evaluation.flat import flatten
 from duorl.evaluation.measure import Measurement, measure, stacked, top1_agreement
 from duorl.evaluation.options import EvaluationOptions
@@ -198,14 +198,16 @@ class Comparer:
 
         Returns:
             `routers`: per router `share_of_big` (L, T), `per_layer` by action (L,), and the `routes` (L, T) of the
-            first window, whose tokens are `tokens`; `difficulty`: rows of `token_difficulty`, of the first windows.
+            first window, whose tokens are `tokens`; `difficulty`: `named_rows` of the first windows; `bound`: the kind
+            of bound that they are of, or None.
         """
         shown = self.windows[:_SHOWN_WINDOWS]
         both = {"small", "big"} <= set(self.actions)
         rows = self.bound.difficulty(self.model, tokenizer) if self.bound and both else []
         return {
             "tokens": token_names(shown[0, 1:], tokenizer),
-            "difficulty": [row._asdict() for row in rows],
+            "bound": self.bound.kind if self.bound else None,
+            "difficulty": named_rows(rows, exact=self.bound is not None and self.bound.exact),
             "routers": self._traced,
         }
 

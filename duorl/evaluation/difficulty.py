@@ -7,8 +7,9 @@ save_table(rows, Path("tokens.parquet"))
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ class TokenRow(NamedTuple):
     Attributes:
         window, position: its place; `position` counts from the window's first prediction.
         token: its text.
-        all_small, all_big, oracle: its losses in nats, in the context of the search.
+        all_small, all_big, oracle: its losses in nats, in the context of the search. If the routes are not the best,
+            `oracle` and all after it are those of the routes that were found, and `difficulty` is a lower bound.
         difficulty: all_small - oracle, nats.
         compute: compute of the oracle's route, in [0, 1].
         route: the oracle's route, one character per layer: `.` skip, `s` small, `B` big.
@@ -100,10 +102,16 @@ def token_names(tokens: Tensor, tokenizer: PreTrainedTokenizerBase) -> list[str]
     return [str(tokenizer.decode([token])) for token in tokens.tolist()]
 
 
-def save_table(rows: list[TokenRow], path: Path) -> None:
-    """Write the rows as .parquet or .csv, by the suffix of the path."""
+def named_rows(rows: Sequence[TokenRow], *, exact: bool) -> list[dict[str, Any]]:
+    """Rows for files. If the routes are not the best (`exact` is false), `lower_bound` stands in place of `oracle`."""
+    names = [name if exact or name != "oracle" else "lower_bound" for name in TokenRow._fields]
+    return [dict(zip(names, row, strict=True)) for row in rows]
+
+
+def save_table(rows: Sequence[TokenRow], path: Path, *, exact: bool = True) -> None:
+    """Write the rows as .parquet or .csv, by the suffix of the path; see `named_rows`."""
     from datasets import Dataset, disable_progress_bars
 
     disable_progress_bars()
-    table = Dataset.from_list([row._asdict() for row in rows])
+    table = Dataset.from_list(named_rows(rows, exact=exact))
     table.to_parquet(path) if path.suffix == ".parquet" else table.to_csv(path)

@@ -130,10 +130,10 @@ def _title(comparison: Comparison) -> str:
 
 def _caption(comparison: Comparison) -> str:
     routed = max(row["tokens"] for row in comparison.rows)
-    searched = f"; regret and agreement in the reference context, {_searched(comparison):,} of them"
+    searched = f"; regret and agreement with {{}} in the reference context, {_searched(comparison):,} of them"
     against = {
-        "exact": f"{searched}. ",
-        "lower bound": f"{searched}, against coordinate descent, a lower bound of the oracle's return: regrets are at "
+        "exact": f"{searched.format('the oracle')}. ",
+        "lower bound": f"{searched.format('coordinate descent')}, a lower bound of the oracle's return: regrets are at "
         "least so large. ",
         None: ". No bound was searched, so there is no regret and no agreement. ",
     }[bound_of(comparison)]
@@ -145,8 +145,8 @@ def _caption(comparison: Comparison) -> str:
 
 
 def _titles(comparison: Comparison) -> list[str]:
-    at_least = bound_of(comparison) == "lower bound"
-    return [f"{name} (at least)" if at_least and name == "regret" else name for name in _COLUMNS]
+    of_bound = {"regret": "regret (at least)", "agree": "agree with bound"}
+    return [of_bound.get(name, name) if bound_of(comparison) == "lower bound" else name for name in _COLUMNS]
 
 
 def markdown(comparison: Comparison) -> str:
