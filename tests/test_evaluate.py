@@ -88,6 +88,9 @@ def test_known_rows(comparison):
                 continue
             low, high = row[f"{name}_interval"]
             assert low - 1e-6 <= row[name] <= high + 1e-6
+        for name in ("compute", "agreement", "top1_agreement"):
+            assert row[f"{name}_interval"][0] >= 0 and row[f"{name}_interval"][1] <= 1
+        assert all(low >= 0 and high <= 1 for low, high in row["actions_interval"].values())
     assert found["heads"]["tokens"] == 84 and found["heads"]["reference"]["tokens"] == 28
 
 

@@ -10,7 +10,7 @@ from scipy import stats
 
 from benchmarks.coverage import Spread, draw
 from duorl.evaluation.budgets import Ladder, budget_rows, loss_at, minus, summaries
-from duorl.evaluation.statistics import estimate, holm, hypervolume, reaches
+from duorl.evaluation.statistics import as_share, estimate, holm, hypervolume, named, reaches
 from duorl.prices import ladder
 
 
@@ -132,6 +132,17 @@ def test_agreement_and_speed_are_interpolated_like_losses():
     assert low < 1 / 3 < high
     (row,) = budget_rows({"mine": [Ladder(spent, torch.ones(2, 2), **found)]}, [0.9])
     assert row["top1_agreement"] is row["tokens_per_second"] is row["loss"] is None
+
+
+def test_the_interval_of_a_share_stays_in_its_range_and_that_of_a_loss_does_not():
+    few = torch.tensor([[0.8, 1.0], [1.0, 0.9]])  # two seeds on two windows: the t quantiles are 12.7
+    assert named("loss", estimate(few))["loss_interval"][1] > 1
+    low, high = named("share", estimate(few), as_share)["share_interval"]
+    assert (low, high) == (max(0, estimate(few).interval[0]), 1)
+    assert named("share", estimate(1 - few), as_share)["share_interval"][0] == 0
+    ladders = [Ladder(torch.tensor([[0.5, 0.5]]), torch.ones(1, 2), top1_agreement=few[None, seed]) for seed in (0, 1)]
+    (row,) = budget_rows({"mine": ladders}, [0.5])
+    assert row["top1_agreement"] == pytest.approx(0.925) and row["top1_agreement_interval"] == (low, high)
 
 
 def test_what_windows_spend_is_chance_too():

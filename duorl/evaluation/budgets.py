@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duorl.evaluation.measure import measure, stacked, top1_agreement
-from duorl.evaluation.statistics import Estimate, estimate, holm, hypervolume, named, reaches
+from duorl.evaluation.statistics import Estimate, as_share, estimate, holm, hypervolume, named, reaches
 from duorl.models.modeling import DuoForCausalLM
 from duorl.routers import ConstantRouter, Router, spent
 
@@ -125,7 +125,7 @@ def _rows_at(ladders: Ladders, target: float, files: Tensor | None) -> list[Row]
             "spends": _range(ladders[name]),
             "compute": None if loss is None else target,
             **named("loss", loss),
-            **named("top1_agreement", agreement_at(ladders[name], target, files)),
+            **named("top1_agreement", agreement_at(ladders[name], target, files), as_share),
             **named("tokens_per_second", speed_at(ladders[name], target), math.exp),
             "minus": {
                 rival: minus(loss, other)

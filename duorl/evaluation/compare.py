@@ -27,7 +27,7 @@ from duorl.evaluation.difficulty import named_rows, token_names
 from duorl.evaluation.flat import flatten
 from duorl.evaluation.measure import Measurement, measure, stacked, top1_agreement
 from duorl.evaluation.options import EvaluationOptions
-from duorl.evaluation.statistics import estimate, holm, named
+from duorl.evaluation.statistics import as_share, estimate, holm, named
 from duorl.files import write_json, writing
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.patterns import pattern_losses
@@ -222,9 +222,9 @@ class Comparer:
         size = len(self.searched)
         return measure(self.model, router, self.searched, context="reference", batch=size, memories=[self._memory])
 
-    def _estimated(self, values: Tensor, name: str) -> dict[str, Any]:
+    def _estimated(self, values: Tensor, name: str, scale: Callable[[float], float] = float) -> dict[str, Any]:
         """A mean over windows, (W,) or (S, W), with its interval."""
-        return named(name, estimate(values, self.files[: values.shape[-1]]))
+        return named(name, estimate(values, self.files[: values.shape[-1]]), scale)
 
     def _returns(self, measured: Measurement, context: Context) -> Tensor:
         """Mean return of each window, (W,), or (S, W) for several seeds."""
@@ -243,13 +243,13 @@ class Comparer:
         return {
             **self._estimated(loss, "loss"),
             **named("perplexity", estimate(loss, self.files[: loss.shape[-1]]), math.exp),
-            **self._estimated(compute, "compute"),
+            **self._estimated(compute, "compute", as_share),
             **self._estimated(flops, "flops_per_token"),
-            **self._estimated(agreement, "top1_agreement"),
+            **self._estimated(agreement, "top1_agreement", as_share),
             **self._estimated(returns, "return"),
             "actions": {name: share.mean().item() for name, share in shares.items()},
             "actions_interval": {
-                name: self._estimated(share, name)[f"{name}_interval"] for name, share in shares.items()
+                name: self._estimated(share, name, as_share)[f"{name}_interval"] for name, share in shares.items()
             },
             **named("tokens_per_second", seconds, math.exp),
         }
@@ -279,7 +279,7 @@ class Comparer:
         return {
             **self._estimated(regret, "regret"),
             **self._avoidable(returns),
-            **self._estimated(agreement, "agreement"),
+            **self._estimated(agreement, "agreement", as_share),
             "reference": {
                 "context": "reference",
                 "tokens": measured.loss[0].numel(),

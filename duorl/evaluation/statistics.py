@@ -127,6 +127,11 @@ def named(name: str, found: Estimate | None, scale: Callable[[float], float] = f
     return {name: scale(found.value), f"{name}_interval": interval}
 
 
+def as_share(value: float) -> float:
+    """A scale for `named`: a share is in [0, 1], so an interval ends there too."""
+    return min(max(float(value), 0.0), 1.0)
+
+
 def drift(new: Estimate, old: Estimate) -> dict[str, Any]:
     """`drift`, an estimate on one text minus the same on another, with its interval; seeds are paired.
 

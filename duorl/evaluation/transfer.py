@@ -17,7 +17,7 @@ from torch import Tensor
 from duorl.corpus import Windows
 from duorl.evaluation.budgets import Ladder, Ladders
 from duorl.evaluation.measure import measure
-from duorl.evaluation.statistics import drift, estimate, named
+from duorl.evaluation.statistics import as_share, drift, estimate, named
 from duorl.models.modeling import DuoForCausalLM
 from duorl.routers import Router
 
@@ -36,7 +36,7 @@ def learned_on(model: DuoForCausalLM, router: Router, new: Windows, learned: Win
     return {
         "tokens": there.loss.numel(),
         **named("loss", estimate(there.loss.mean(1), learned.files)),
-        **named("compute", spent),
+        **named("compute", spent, as_share),
         **drift(estimate(here.compute.mean(1), new.files), spent),
     }
 
@@ -79,7 +79,7 @@ def _mixed(seeds: Sequence[Ladder], calibration: Sequence[Tensor], target: float
         spent.append(share @ ladder.spent)
         losses.append(share @ ladder.losses)
     compute, loss = (estimate(torch.stack(values), files) for values in (spent, losses))
-    return {**named("compute", compute), **named("loss", loss)}
+    return {**named("compute", compute, as_share), **named("loss", loss)}
 
 
 def steps_for(compute: Tensor, target: float) -> Tensor | None:
