@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 
+class BadInput(ValueError):
+    """Input that a run cannot use, found only while it works. To resume would not help."""
+
+
 def require_seed(seed: int) -> None:
     """Refuse a seed that not all generators take.
 

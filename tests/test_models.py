@@ -208,6 +208,17 @@ def test_a_family_that_computes_something_else_is_refused_with_the_difference(mo
         duorl.convert(make_original("granite"))
 
 
+def test_numbers_that_are_not_finite_are_named():
+    original = make_original("llama")
+    original.model.layers[1].mlp.down_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"^Llama\w+: model\.layers\.1\.mlp\.down_proj\.weight holds numbers"):
+        duorl.convert(original)
+    original = make_original("llama").half()
+    original.model.norm.weight.data.fill_(60_000)
+    with pytest.raises(ValueError, match="logits are not finite in float16, although its weights are: load it in"):
+        duorl.convert(original)
+
+
 def test_layers_with_norms_after_their_sums_are_not_skipped_as_blocks():
     with pytest.raises(ValueError, match="its norms come after its sums, so use skip='ffn'"):
         duorl.convert(make_original("opt 350M"), skip="block")

@@ -5,9 +5,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_duo
+from safetensors.torch import load_file, save_file
+from test_cli import refused
 from torch.nn.functional import kl_div
 
 import duorl
+from duorl.corpus import load_windows
 from duorl.costs import BIG
 from duorl.models.shared import WEIGHTS, small_weights
 from duorl.models.trainer import random_routes
@@ -229,8 +232,11 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bit(tmp_path, monkeypatch)
 def test_activations_that_are_no_numbers_are_refused():
     model = make_duo("llama")
     model.stack.ffns[1].big.down_proj.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="layer 1: the big network gives numbers that are not finite"):
+    said = "layer 1: the big network gives numbers that are not finite on this text in "
+    with pytest.raises(ValueError, match=f"{said}float32: the weights or the text are at fault"):
         Making(model, options(), tokens_of(model, 16), tokens_of(model, 4))
+    with pytest.raises(ValueError, match=f"{said}bfloat16: give --dtype float32"):
+        list(big_passes(model.bfloat16(), tokens_of(model)))
 
 
 @pytest.fixture
@@ -269,6 +275,21 @@ def test_the_command_stops_after_a_stage_and_goes_on(place, small_corpus, capsys
         duorl.load("whole").named_parameters(), apart.named_parameters(), strict=True
     ):
         assert torch.equal(weight, other), name
+
+
+def test_a_text_that_a_model_cannot_read_is_one_line_and_leaves_nothing(place, small_corpus, capsys):
+    """The token with which it goes wrong is not in the window that is tried first."""
+    read = load_windows(small_corpus, duorl.load_tokenizer(), length=16, split="model")
+    order = torch.randperm(len(read), generator=torch.Generator().manual_seed(0))
+    known = {*read[order[0]].tolist(), *range(9)}
+    bad = next(token for token in read[order[1:16]].flatten().tolist() if token not in known)
+    weights = load_file("original/model.safetensors")
+    weights["model.embed_tokens.weight"][bad] = torch.nan
+    save_file(weights, "original/model.safetensors", {"format": "pt"})
+    words = ["convert", "--model", "original", "--corpus", small_corpus, "--window=16", "--choose.tokens=256"]
+    words += ["--regress.tokens_per_update=64", "--distil.tokens_per_update=64", "--evaluation_windows=2"]
+    assert "layer 0: the big network gives numbers that are not finite" in refused([*words, "--out", "small"], capsys)
+    assert [path.name for path in Path("small").iterdir()] == [".duorl"]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from jsonargparse import Namespace
 from rich.table import Table
 from torch import Tensor, nn
 
+from duorl.checks import BadInput
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.trainings import finish_all
 from duorl.corpus import load_windows, source_names, spread
@@ -27,6 +28,7 @@ from duorl.models.footprint import weight_bytes
 from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.shared import WEIGHTS, cast_small, remember_base, save_small, take_small
+from duorl.runs.folders import abandon
 from duorl.runs.jobs import InProcess, Job, Tell
 from duorl.runs.pretraining import Saving
 from duorl.smalls import ConvertOptions, Making, held_out_losses
@@ -71,7 +73,12 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     def work(folder: Path) -> None:
         jobs = _jobs(making, folder)
         _say_costs(making, [job for job in jobs if not job.finished])
-        finish_all(jobs, InProcess(), folder)
+        try:
+            finish_all(jobs, InProcess(), folder)
+        except BadInput:
+            if not (folder / "config.json").is_file():  # no model of a run --until an earlier stage
+                abandon(folder)
+            raise
         _finish(making, base, texts, jobs, folder)
         if options.whole:
             _make_whole(base, folder)

@@ -14,7 +14,7 @@ from typing import NoReturn
 import torch
 from jsonargparse import Namespace
 
-from duorl.checks import require_positive, require_seed
+from duorl.checks import BadInput, require_positive, require_seed
 from duorl.cli.commands import COMMANDS, fail, in_words
 from duorl.cli.console import quieten, resume_command
 from duorl.cli.parser import parse, read_config
@@ -108,6 +108,8 @@ def _work(name: str, work: Callable[[Path | None], None], folder: Path | None) -
     except BaseException as error:
         if folder is not None and not resumable:
             folders.abandon(folder)
+        if isinstance(error, BadInput):
+            fail(str(error))
         if isinstance(error, JobsFailed):
             _fail_and_hint(str(error), folder)
         if isinstance(error, UnusableRouter):

@@ -82,7 +82,7 @@ def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
     """Compare a layer-by-layer all-big pass with the forward pass of the original.
 
     Raises:
-        ValueError: they differ, so routes in this family would give wrong results.
+        ValueError: they differ, so routes in this family would give wrong results; or they are not finite.
     """
     inputs = torch.arange(1, _PROBE + 1, device=original.device)[None] % original.config.vocab_size
     family = type(original).__name__
@@ -95,5 +95,16 @@ def check_all_big(duo: DuoForCausalLM, original: PreTrainedModel) -> None:
         raise ValueError(f"{family} cannot be run layer by layer: {' '.join(str(problem).split())}") from problem
     finally:
         duo.train(modes[0]), original.train(modes[1])
+    if not expected.isfinite().all():
+        raise ValueError(f"{family}: {_not_finite(original)}")
     if not error <= max(1e-4, 8 * torch.finfo(original.dtype).eps):  # lower precisions add up in another order
         raise ValueError(f"{family}: all-big differs from the original's logits by {error:.1e} of their size")
+
+
+def _not_finite(model: PreTrainedModel) -> str:
+    """Why a model's logits are not finite: names the first weight that is not."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            return f"{name} holds numbers that are not finite"
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"its logits are not finite in {dtype}, although its weights are: load it in float32"

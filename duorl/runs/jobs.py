@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from duorl.checks import BadInput
 from duorl.devices import threads_for
 from duorl.files import is_no_room, write_json, write_text
 from duorl.runs import interrupts
@@ -107,9 +108,11 @@ class InProcess(Executor):
     """Runs one job after the other in this process."""
 
     def execute(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
-        """Call the function."""
+        """Call the function; `BadInput` ends the run, because no job can use the input."""
         try:
             return function(**arguments, tell=tell)
+        except BadInput:
+            raise
         except Exception as error:  # a job runs users' code, which may raise anything
             raise described(error) from error
 
@@ -148,6 +151,7 @@ def run(jobs: Sequence[Job], place: Executor, folder: Path, tell: Callable[[Job,
 
     Raises:
         Interrupted: the process got a signal to end; running jobs have saved their state.
+        BadInput: a job in this process cannot use the input of the run.
     """
     if place.slots == 1:
         for job in jobs:

@@ -35,7 +35,7 @@ def choose(
         tell: called with the number of tokens that one more pass has read.
 
     Raises:
-        ValueError: a network has no single last map, or its activations are not finite.
+        ValueError: a network has no single last map, or its outputs are not finite.
     """
     lasts = [last_map(ffn) for ffn in model.stack.ffns]
     typical: list[Tensor] = []

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from duorl.checks import BadInput
 from duorl.costs import BIG
 from duorl.models.modeling import DuoForCausalLM
 
@@ -24,7 +25,7 @@ def big_passes(model: DuoForCausalLM, tokens: Tensor) -> Iterator[tuple[int, Ten
         The layer, and input and output of its big network, both (B * T, d).
 
     Raises:
-        ValueError: an output is not finite.
+        BadInput: an output is not finite.
     """
     stack = model.stack
     hidden, arguments = stack.embed(tokens[:, :-1])
@@ -32,9 +33,10 @@ def big_passes(model: DuoForCausalLM, tokens: Tensor) -> Iterator[tuple[int, Ten
         residual, read = stack.attend(layer, hidden, arguments[layer])
         written = ffn.run(read, BIG)
         if not written.isfinite().all():
-            raise ValueError(
-                f"layer {layer}: the big network gives numbers that are not finite on this text in "
-                f"{str(written.dtype).removeprefix('torch.')}: give --dtype float32"
+            name = str(written.dtype).removeprefix("torch.")
+            fix = "the weights or the text are at fault" if written.dtype == torch.float32 else "give --dtype float32"
+            raise BadInput(
+                f"layer {layer}: the big network gives numbers that are not finite on this text in {name}: {fix}"
             )
         yield layer, read.flatten(0, 1), written.flatten(0, 1)
         hidden = stack.complete(layer, residual, written)
