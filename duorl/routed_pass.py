@@ -24,11 +24,11 @@ from torch.nn.functional import cross_entropy
 from duorl.closeness import Closeness
 from duorl.costs import SKIP, Tally
 from duorl.inputs import View
+from duorl.models.ffn import DuoFFN, group_sizes
 from duorl.models.footprint import head_rows
 from duorl.models.memory import Memory, remembering
 
 if TYPE_CHECKING:
-    from duorl.models.ffn import DuoFFN
     from duorl.models.modeling import DuoForCausalLM
 
 Context = Literal["routed", "reference"]
@@ -133,18 +133,22 @@ class RoutedPass:
         """Number of branches of every window, K."""
         return len(self.residual) // len(self.inputs)
 
-    def step(self, actions: Tensor) -> None:
-        """Apply the action of each token, (K * B, P) int64; only the chosen networks run."""
-        output = self.stack.ffns[self.layer](self.hidden, actions=actions)
+    def step(self, actions: Tensor, sizes: list[int] | None = None) -> None:
+        """Apply the action of each token, (K * B, P) int64; only the chosen networks run. For `sizes` see `DuoFFN`."""
+        output = self.stack.ffns[self.layer](self.hidden, actions=actions, sizes=sizes)
         if self.tally:
             self.tally.flops += self.flops.ffns[self.layer, actions.cpu()].sum().item()
         skipped = actions == SKIP if self._drops_blocks else False
         self._advance(self._joined(output, skipped), self.action_compute[self.layer][actions], actions)
 
     def follow(self, routes: Tensor) -> RoutedPass:
-        """Complete the pass along a route per token, (K * B, P, L) action codes of all layers; returns the pass."""
+        """Complete the pass along a route per token, (K * B, P, L) action codes of all layers; returns the pass.
+
+        All groups are counted at once, so the host waits for a device once and not in every layer.
+        """
+        sizes = group_sizes(routes.flatten(0, -2).T).tolist()
         while not self.done:
-            self.step(routes[..., self.layer])
+            self.step(routes[..., self.layer], sizes[self.layer])
         return self
 
     def take(self, action: int) -> None:

@@ -14,11 +14,12 @@ from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import duorl
-from duorl import agents, devices, envs
+from duorl import agents, devices, envs, routed_pass
 from duorl.cli.parser import parse
 from duorl.devices import free_bytes, pick_device, pick_dtype, processes_for, require_memory, threads_for
+from duorl.models import ffn
 from duorl.models.config import DuoConfig
-from duorl.models.ffn import DuoFFN
+from duorl.models.ffn import DuoFFN, group_sizes
 from duorl.models.footprint import Keeps, peak_bytes, weight_bytes
 from duorl.routed_pass import RoutedPass
 from duorl.runs.folders import CONFIG, check_same_options
@@ -186,8 +187,21 @@ def walked(duo, tokens, actions, differentiable, watch):
     return [losses.detach(), *(torch.autograd.grad(losses.sum(), choices) if choices else ())]
 
 
+def test_known_routes_are_counted_once_and_a_routers_in_every_layer(tokens, monkeypatch):
+    duo = make_duo("llama").requires_grad_(False)
+    routes, counted = torch.randint(3, (*tokens[:, 1:].shape, 3)), []
+    for module in (ffn, routed_pass):
+        monkeypatch.setattr(module, "group_sizes", lambda codes: counted.append(codes.shape) or group_sizes(codes))
+    known = RoutedPass(duo, tokens).follow(routes)
+    assert counted == [(3, routes[..., 0].numel())]
+    steered = RoutedPass(duo, tokens)
+    while not steered.done:
+        steered.step(routes[..., steered.layer])
+    assert len(counted) == 4 and torch.equal(known.losses(), steered.losses())
+
+
 def test_large_groups_are_waited_for():
-    ffn = make_duo("llama").stack.ffns[0]
+    networks = make_duo("llama").stack.ffns[0]
     for count, cheap in ((1, True), (10**9, False)):
-        assert ffn.cheaper_than_waiting(torch.empty(count, 32, device="meta")) == cheap
-    assert not ffn.cheaper_than_waiting(torch.empty(1, 32))
+        assert networks.cheaper_than_waiting(torch.empty(count, 32, device="meta")) == cheap
+    assert not networks.cheaper_than_waiting(torch.empty(1, 32))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -11,6 +13,11 @@ from duorl.models.calls import current
 _CACHED = 2**20  # inner activations that fit into a processor's cache
 _FEW = 16  # tokens that are never split: to look for the largest weight takes longer than they do
 _WAIT = 10**10  # FLOPs that an accelerator does while the host waits for one number of it
+
+
+def group_sizes(codes: Tensor) -> Tensor:
+    """Number of tokens that each action has: (..., N) to (..., 3)."""
+    return torch.stack([(codes == action).sum(-1) for action in (SKIP, SMALL, BIG)], dim=-1)
 
 
 class DuoFFN(nn.Module):
@@ -24,15 +31,16 @@ class DuoFFN(nn.Module):
         self.big = big
         self.small = small
 
-    def forward(self, hidden: Tensor, *, actions: Tensor | int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, *, actions: Tensor | int | None = None, sizes: list[int] | None = None) -> Tensor:
         """Shape (..., d) to (..., d).
 
         Args:
             hidden: (..., d).
             actions: codes 0 skip, 1 small, 2 big: (...), one per token, or one for all; None: the call decides.
+            sizes: see `route`.
         """
         if isinstance(actions, Tensor):
-            return self.route(hidden, actions)
+            return self.route(hidden, actions, sizes)
         if actions is not None:
             return self.run(hidden, actions)
         call = current()
@@ -44,28 +52,29 @@ class DuoFFN(nn.Module):
             return torch.zeros_like(hidden)
         return _in_cache(self.big if action == BIG else self.small, hidden)
 
-    def route(self, hidden: Tensor, actions: Tensor) -> Tensor:
+    def route(self, hidden: Tensor, actions: Tensor, sizes: list[int] | None = None) -> Tensor:
         """Apply the action of each token: tokens are sorted by action, and each network runs on its group only.
 
         Args:
             hidden: (..., d).
             actions: (...), codes 0 skip, 1 small, 2 big.
+            sizes: number of tokens of each action, if the host knows it.
 
         Returns:
             Shape (..., d); zeros for skip.
         """
-        if actions.numel() == 1:
-            return self.run(hidden, int(actions))
         tokens, codes = hidden.flatten(0, -2), actions.flatten()  # (N, d), (N,)
-        if self.cheaper_than_waiting(tokens):
-            return self._select(hidden, actions)
-        order = codes.argsort()
-        kinds = torch.arange(3, device=codes.device)[:, None]
-        counts = (codes == kinds).sum(1).tolist()  # sizes of the groups: the only host synchronisation
-        if max(counts) == len(tokens):
-            return self.run(hidden, counts.index(len(tokens)))
+        if sizes is None:
+            if actions.numel() == 1:
+                return self.run(hidden, int(actions))
+            if self.cheaper_than_waiting(tokens):
+                return self._select(hidden, actions)
+            sizes = group_sizes(codes).tolist()  # the only host synchronisation
+        if max(sizes) == len(tokens):
+            return self.run(hidden, sizes.index(len(tokens)))
         # index_select copies rows in both directions: on a CPU, this is several times faster than indexing.
-        groups = tokens.index_select(0, order).split(counts)
+        order = codes.argsort()
+        groups = tokens.index_select(0, order).split(sizes)
         outputs = torch.cat([self.run(group, action) for action, group in enumerate(groups) if len(group)])
         return outputs.index_select(0, order.argsort()).view_as(hidden)
 
@@ -86,9 +95,9 @@ class DuoFFN(nn.Module):
 class AddingDuoFFN(DuoFFN):
     """For layers that leave the sum to their network, as Bloom's do: they call it with the residual stream."""
 
-    def forward(self, hidden: Tensor, residual: Tensor | None = None, *, actions: Tensor | int | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, residual: Tensor | None = None, **choice: Any) -> Tensor:
         """Shape (..., d) to (..., d); the residual stream (..., d) is added if it is given."""
-        output = super().forward(hidden, actions=actions)
+        output = super().forward(hidden, **choice)
         return output if residual is None else residual + output
 
 
