@@ -31,6 +31,19 @@ class DeviceOptions:
     threads: int | None = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class TrainerDeviceOptions(DeviceOptions):
+    """Where a command trains whole models, with the Trainer of transformers.
+
+    Args:
+        device: `auto`, `cpu`, `cuda` or `mps`; on `cuda`, all GPUs that are visible. `auto` is CUDA if the machine has
+            it, else MPS, else the processor.
+        dtype: mixed precision: layers compute in bfloat16 or float16, and weights, their updates and losses are
+            float32. `auto` is what the options of the training say, by `bf16` and `fp16`; without them, float32.
+        threads: threads of torch, in every training process; by default all cores, shared by the processes.
+    """
+
+
 def pick_device(name: str = "auto") -> torch.device:
     """The device of a name.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from typing import get_args
@@ -15,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import duorl
 from duorl import agents, devices, envs, routed_pass
+from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.devices import free_bytes, pick_device, pick_dtype, processes_for, require_memory, threads_for
 from duorl.models import ffn
@@ -146,6 +148,14 @@ def test_the_page_states_what_is_computed(name):
     head = f"{(2 * peak(512, 'nothing') - peak(1024, 'nothing')) / 1e9:.2f} GB"
     each = [f"{(peak(1512, keeps) - peak(512, keeps)) / 1e6:,.0f} kB" for keeps in get_args(Keeps)]
     assert " | ".join([f"| {name}", weights, head, *each]) in (ROOT / "docs" / "performance.md").read_text()
+
+
+def test_the_page_names_the_commands_with_a_device():
+    page = (ROOT / "docs" / "performance.md").read_text()
+    routed, trained = page.split(" have three options")[0], page.split(" train whole models with the Trainer")[0]
+    for text, flag in ((routed, "device"), (trained, "trainer")):
+        named = set(re.findall(r"`(\w+)`", text.split("\n\n")[-1]))
+        assert named == {name for name, command in COMMANDS.items() if flag in command.flags}
 
 
 class NoWaiting(TorchDispatchMode):

@@ -11,6 +11,7 @@ from conftest import make_duo
 from test_routed_pass import reference_losses, routed_losses
 
 import duorl
+from duorl.cli import dense as cli_dense
 from duorl.corpus import Windows
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
@@ -259,6 +260,12 @@ RECIPE = PretrainOptions(
               "num_attention_heads": 2},
     training={"max_steps": 3, "per_device_train_batch_size": 2, "report_to": "none", "disable_tqdm": True},
 )  # fmt: skip
+
+
+def test_dense_models_train_where_the_command_says(tmp_path):
+    where = {"device": "cpu", "dtype": "bfloat16"}
+    jobs = cli_dense.plan(dense.DenseOptions(RECIPE), tmp_path, where)
+    assert all(where.items() <= job.arguments.items() for job in jobs)
 
 
 def test_dense_models_have_the_duos_flops(tmp_path):

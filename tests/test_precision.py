@@ -5,15 +5,18 @@ from __future__ import annotations
 import gymnasium
 import pytest
 import torch
+import yaml
 from conftest import make_original
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import duorl
 from duorl import agents, envs, learners
+from duorl.cli.parser import parse
 from duorl.evaluation.compare import measure
 from duorl.inputs import View, update_norm
-from duorl.models.pretrain import Pretraining, PretrainOptions, backbone_config
+from duorl.models.pretrain import Pretraining, PretrainOptions, _trainers_device, backbone_config
+from duorl.models.training_options import in_precision
 from duorl.oracle import beam, exhaustive
 from duorl.rewards import LogitLensShaping, TeacherKL
 from duorl.routed_pass import RoutedPass
@@ -128,10 +131,35 @@ _QUIET = {"disable_tqdm": True, "save_strategy": "no"}
 
 
 def stage_one(folder, corpus, **options):
+    Pretraining(recipe(folder, corpus, **options)).train()
+    return load_file(folder / "model.safetensors")
+
+
+def recipe(folder, corpus, **options):
     sizes = {"window": 16, "evaluation_windows": 2, "vocab_size": 300, "small_ratio": 4}
     options = {"corpus": corpus, "training": {**_TRAINING, **_QUIET}, **sizes, **options}
-    Pretraining(PretrainOptions(out=str(folder), **options)).train()
-    return load_file(folder / "model.safetensors")
+    return PretrainOptions(out=str(folder), **options)
+
+
+def test_stage_one_trains_in_the_precision_that_is_given_or_else_in_that_of_the_recipe():
+    mixed = {"max_steps": 2, "bf16": True}
+    assert in_precision(mixed, "auto") == mixed
+    assert in_precision(mixed, "float32") == {**mixed, "bf16": False, "fp16": False}
+    assert in_precision(mixed, "float16") == {**mixed, "bf16": False, "fp16": True}
+    _, text = parse("pretrain", ["--out", "x", "--dtype", "bfloat16", "--device", "cpu"])
+    assert {"device": "cpu", "dtype": "bfloat16", "threads": None}.items() <= yaml.safe_load(text).items()
+
+
+def test_stage_one_trains_where_it_is_told_to(tmp_path, small_corpus, monkeypatch):
+    backbone = {"backbone": _BACKBONE}
+    made = Pretraining(recipe(tmp_path, small_corpus, **backbone), device="cpu", dtype="bfloat16")
+    assert made.arguments.bf16 and made.arguments.use_cpu and made.arguments.device == torch.device("cpu")
+    with pytest.raises(ValueError, match="device mps is not there"):
+        Pretraining(recipe(tmp_path, small_corpus, **backbone), device="mps")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert _trainers_device("cuda") == torch.device("cuda")
+    with pytest.raises(ValueError, match="takes all GPUs that are visible: set CUDA_VISIBLE_DEVICES=1, and give cuda"):
+        Pretraining(recipe(tmp_path, small_corpus, **backbone), device="cuda:1")
 
 
 @pytest.mark.slow

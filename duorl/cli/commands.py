@@ -15,8 +15,8 @@ class Command(NamedTuple):
         summary: description in one line.
         options: its options, `module:Class`.
         module: its module, which has `prepare(options, config)`.
-        flags: further flags: `resume`, `overwrite`, `quick`, `whole`; `device` and `threads`, see
-            `duorl.devices.DeviceOptions`.
+        flags: further flags: `resume`, `overwrite`, `quick`, `whole`; `device` and `trainer`, see
+            `DeviceOptions` and `TrainerDeviceOptions` of `duorl.devices`.
     """
 
     summary: str
@@ -74,7 +74,7 @@ COMMANDS = {
         "Train a duo model and dense models with the same FLOPs, and measure them on held-out text.",
         "duorl.paper.dense:DenseOptions",
         "duorl.cli.dense",
-        (*_RESUMABLE, "threads"),
+        (*_RESUMABLE, "trainer"),
     ),
     "convert": Command(
         "Make a duo model from a language model: its own networks become the big ones, small ones are made.",
@@ -86,7 +86,7 @@ COMMANDS = {
         "Stage 1: train a duo model under random routing.",
         "duorl.models.recipe:PretrainOptions",
         "duorl.cli.pretrain",
-        (*_RESUMABLE, "threads"),
+        (*_RESUMABLE, "trainer"),
     ),
 }
 

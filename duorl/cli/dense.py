@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 from rich.markdown import Markdown
@@ -28,14 +29,15 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     """
     settings = DenseOptions(**{name: getattr(options, name) for name in DenseOptions.__dataclass_fields__})
     first = dense.plan(settings.recipe, settings.shares, Path())["duo"]
-    tokenizer = Pretraining(first).tokenizer  # this checks the recipe and its text
+    where = {"device": options.device, "dtype": options.dtype}
+    tokenizer = Pretraining(first, **where).tokenizer  # this checks the recipe and its text
     for text in settings.texts:
         dense.evaluation_windows(text, tokenizer, settings)
 
     def work(folder: Path) -> None:
-        jobs = plan(settings, folder)
+        jobs = plan(settings, folder, where)
         finish_all(jobs, executor(settings.processes, options.threads), folder)
-        rows = dense.measure_all(settings, folder)
+        rows = dense.measure_all(settings, folder, device=options.device)
         numbers = {"settings": {"command": typed_command(), **read_config(config)}, "rows": rows}
         write_json(folder / "dense.json", numbers)
         write_text(folder / "dense.md", dense.markdown(rows))
@@ -45,10 +47,11 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     return "dense", work
 
 
-def plan(settings: DenseOptions, folder: Path) -> list[Job]:
-    """One job per model; the last one starts from one of the others."""
+def plan(settings: DenseOptions, folder: Path, where: dict[str, Any]) -> list[Job]:
+    """One job per model; the last one starts from one of the others. `where`: `device` and `dtype` of `Pretraining`."""
     trainings = dense.plan(settings.recipe, settings.shares, folder)
-    jobs = [Job(name, folder / name, pretrain, {"options": asdict(training)}) for name, training in trainings.items()]
+    given = {name: {"options": asdict(training), **where} for name, training in trainings.items()}
+    jobs = [Job(name, folder / name, pretrain, given[name]) for name in trainings]
     last = jobs.pop()
     source = Path(trainings[last.name].model or "").name
     return [*jobs, Job(last.name, last.place, last.function, last.arguments, after=(source,))]

@@ -132,7 +132,8 @@ class Paper:
         if self.options.quick:
             self.say("figure 8: training small models")
             with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its log
-                self.dense = dense.quick(self.folder / "dense", self.sources, self.options.seed)
+                where = self.model.device.type  # a Trainer takes no number of a GPU
+                self.dense = dense.quick(self.folder / "dense", self.sources, self.options.seed, where)
         return figures | scaling(self.dense, {name: ", ".join(names) for name, names in self.sources.items()})
 
     def _lockstep(self, price: float, **more: Any) -> Lockstep:

@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_i
 
 from duorl.cli.commands import COMMANDS, fail, in_words
 from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
-from duorl.devices import DeviceOptions, pick_device
+from duorl.devices import DeviceOptions, TrainerDeviceOptions, pick_device
 from duorl.models.loading import price_of_model
 
 _COMPARE_ONLY = ("agents", "starts", "seeds", "processes", "targets", "reach_targets", "transfer", "knowable")
@@ -28,6 +28,7 @@ _FLAGS = {
     "quick": "few windows, short trainings, Fig. 8 on small models: takes minutes, results are noisy",
     "whole": "also write the weights of the model itself, so that the folder needs nothing else",
 }
+_WHERE = {"device": DeviceOptions, "trainer": TrainerDeviceOptions}
 
 
 _TYPE = re.compile(r"Expected an? <class '(\w+)'>\.? Got value:")
@@ -89,8 +90,9 @@ def build_parser(name: str, without: Collection[str] = (), price: float | None =
     for flag in command.flags:
         if flag in _FLAGS:
             parser.add_argument(f"--{flag}", action="store_true", help=_FLAGS[flag])
-    if {"device", "threads"} & set(command.flags):
-        parser.add_class_arguments(DeviceOptions, skip=set() if "device" in command.flags else {"device", "dtype"})
+    for flag, where in _WHERE.items():
+        if flag in command.flags:
+            parser.add_class_arguments(where)
     if name in ("train", "compare"):
         _add_defaults(parser, name, without, price)
     elif price is not None and name == "evaluate":

@@ -18,7 +18,8 @@ from duorl.runs.pretraining import run
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
     """The folder, and the function that trains the model in it; see `Pretraining` for the errors."""
     fields = {name: getattr(options, name) for name in PretrainOptions.__dataclass_fields__}
-    prepared = Pretraining(PretrainOptions(**fields), resume=options.resume)
+    where = {"device": options.device, "dtype": options.dtype}
+    prepared = Pretraining(PretrainOptions(**fields), resume=options.resume, **where)
 
     def work(folder: Path) -> None:
         def function(tell: Tell) -> dict:

@@ -30,6 +30,7 @@ from transformers.trainer_utils import set_seed
 
 from duorl.corpus import documents, load_windows, source_names
 from duorl.costs import BIG, SMALL
+from duorl.devices import Dtype, pick_device
 from duorl.files import write_json
 from duorl.models.bases import said
 from duorl.models.card import write_card
@@ -42,7 +43,7 @@ from duorl.models.recipe import PretrainOptions
 from duorl.models.saving import precisions, save
 from duorl.models.tokenizer import train_tokenizer
 from duorl.models.trainer import RoutingTrainer, WindowSet, random_routes
-from duorl.models.training_options import training_arguments
+from duorl.models.training_options import in_precision, training_arguments
 
 
 def next_token_loss(logits: Tensor, targets: Tensor) -> Tensor:
@@ -144,17 +145,20 @@ class Pretraining:
     Args:
         options: see `PretrainOptions`.
         resume: continue from the last checkpoint in the folder, if there is one.
+        device, dtype: see `duorl.devices.TrainerDeviceOptions`.
 
     Raises:
-        ValueError: text is too short, the model cannot be converted, or an option of `training` is unknown.
+        ValueError: text is too short, the model cannot be converted, an option of `training` is unknown, or the device
+            is not there or has not this precision.
         FileNotFoundError: text is missing.
     """
 
-    def __init__(self, options: PretrainOptions, *, resume: bool = False):
+    def __init__(self, options: PretrainOptions, *, resume: bool = False, device: str = "auto", dtype: Dtype = "auto"):
         self.out = Path(options.out)
         self.resume = resume
         self.options = options
-        self.arguments = _training_arguments(options, self.out)
+        self.device, self.dtype = _trainers_device(device), dtype
+        self.arguments = self._arguments(self.out)
         if options.model is not None and not Path(options.model).is_dir():
             raise FileNotFoundError(f"no model in {options.model}: give a folder")
         self.model, self.tokenizer = build(options)
@@ -174,11 +178,17 @@ class Pretraining:
         """Make what trains, once, and draw a batch: what cannot be made is found before anything is written."""
         with TemporaryDirectory() as folder:
             try:
-                trainer = self._trainer(_training_arguments(self.options, Path(folder)))
+                trainer = self._trainer(self._arguments(Path(folder)))
                 trainer.create_optimizer_and_scheduler(1)
                 next(iter(trainer.get_train_dataloader()))
             except Exception as error:  # of many kinds, for the options are
                 raise ValueError(f"training: {type(error).__name__}: {error}") from error
+
+    def _arguments(self, out: Path) -> TrainingArguments:
+        # Without use_cpu, the arguments refuse bf16 if there is no GPU, although CPUs support it.
+        defaults = {"use_cpu": self.device.type == "cpu", "seed": self.options.seed, "remove_unused_columns": False}
+        given = in_precision(self.options.training, self.dtype)
+        return training_arguments(given, output_dir=str(out / "checkpoints"), save_total_limit=2, **defaults)
 
     def _trainer(self, arguments: TrainingArguments) -> RoutingTrainer:
         return RoutingTrainer(
@@ -208,16 +218,18 @@ class Pretraining:
         write_json(self.out / "history.json", trainer.state.log_history)
 
 
-def _training_arguments(options: PretrainOptions, out: Path) -> TrainingArguments:
-    # Without use_cpu, the arguments refuse bf16 if there is no GPU, although CPUs support it.
-    defaults = {"use_cpu": not torch.cuda.is_available(), "seed": options.seed, "remove_unused_columns": False}
-    defaults["save_total_limit"] = 2
-    return training_arguments(options.training, output_dir=str(out / "checkpoints"), **defaults)
+def _trainers_device(name: str) -> torch.device:
+    """The device of a name, which the Trainer takes too: it has no way to be given one GPU out of several."""
+    device = pick_device(name)
+    if device.index is not None:
+        visible = f"CUDA_VISIBLE_DEVICES={device.index}"
+        raise ValueError(f"device {name}: a Trainer takes all GPUs that are visible: set {visible}, and give cuda")
+    return device
 
 
 def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, evaluation: dict[str, Tensor]) -> None:
     """Write the model card of a trained model, with losses of the saved model on windows by text."""
-    model = load(out)
+    model = load(out, device=str(arguments.device))
     losses = {
         source: {"tokens": windows[:, 1:].numel(), **constant_losses(model, windows)}
         for source, windows in evaluation.items()

@@ -8,6 +8,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from transformers import TrainingArguments
 
+from duorl.devices import Dtype
+
 # Options that stage 1 sets itself, or that do not work with its model and loss.
 _OURS = {
     "output_dir": "give out",
@@ -27,6 +29,11 @@ _AT_LEAST = {
     **dict.fromkeys(("adam_epsilon", "dataloader_num_workers", "eval_delay", "seed", "data_seed"), 0),
 }
 _ABOVE_0 = ("num_train_epochs", "logging_steps", "eval_steps", "save_steps")
+
+
+def in_precision(given: dict[str, Any], dtype: Dtype) -> dict[str, Any]:
+    """Options of a training in mixed precision, or none; `auto`: as they are."""
+    return given if dtype == "auto" else {**given, "bf16": dtype == "bfloat16", "fp16": dtype == "float16"}
 
 
 def training_arguments(given: dict[str, Any], **defaults: Any) -> TrainingArguments:

@@ -91,8 +91,13 @@ def _resized(recipe: PretrainOptions, size: int) -> dict[str, Any]:
     return {**recipe.backbone, inner_size_name(backbone_config(recipe.backbone)): size}
 
 
-def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
+def measure_all(options: DenseOptions, folder: Path, *, device: str = "cpu") -> list[dict[str, Any]]:
     """A row per text, model and share of big.
+
+    Args:
+        options: of the study.
+        folder: the models, by name.
+        device: where they are measured, see `duorl.devices`.
 
     Returns:
         Rows with `text`, `model`, `big_share`, `tokens`, `loss` (nats), `accuracy` (of the likeliest next token), and
@@ -101,7 +106,7 @@ def measure_all(options: DenseOptions, folder: Path) -> list[dict[str, Any]]:
     """
     tokenizer = load_tokenizer(folder / "duo")
     dense = {share: f"dense-{dense_size(options.recipe, share)}" for share in options.shares}
-    models = {name: load(folder / name) for name in ("duo", "frozen", *dense.values())}
+    models = {name: load(folder / name, device=device) for name in ("duo", "frozen", *dense.values())}
     rows = []
     for text in options.texts:
         windows = evaluation_windows(text, tokenizer, options)
@@ -156,13 +161,14 @@ def find(place: str | None, model: Path, texts: Sequence[str]) -> list[dict[str,
     return rows
 
 
-def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[dict[str, Any]]:
+def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int, device: str = "auto") -> list[dict[str, Any]]:
     """The whole study in a minute, with very small models and very short trainings; only to show that it works.
 
     Args:
         folder: folder for the models.
         texts: sources by name; the models are trained on all of them.
         seed: seed of initial weights, order and routes.
+        device: see `duorl.devices.TrainerDeviceOptions`.
     """
     sizes = {"num_hidden_layers": 4, "hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 2}
     schedule = {"max_steps": 60, "per_device_train_batch_size": 8, "learning_rate": 4e-3, "warmup_steps": 5}
@@ -181,8 +187,8 @@ def quick(folder: Path, texts: Mapping[str, Sequence[str]], seed: int) -> list[d
     options = DenseOptions(recipe, shares=(0.0, 0.5, 1.0), texts=named, windows=64, seed=seed)
     for job in plan(recipe, options.shares, folder).values():
         if not (Path(job.out) / "history.json").is_file():  # written last
-            Pretraining(job).train()
-    return measure_all(options, folder)
+            Pretraining(job, device=device).train()
+    return measure_all(options, folder, device=device)
 
 
 def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -207,12 +213,12 @@ def _difference(rival: Mapping[str, Any] | None) -> str:
 def _score(model: DuoForCausalLM, share: float, *, windows: Tensor, seed: int) -> dict[str, Tensor]:
     """Mean loss and accuracy of each window, both (W,), with a random share of big decisions."""
     generator, parts = torch.Generator().manual_seed(seed), []
-    for tokens in windows.split(16):
+    for tokens in windows.to(model.device).split(16):
         inputs, targets = tokens[:, :-1], tokens[:, 1:]
         routes = random_routes(inputs.numel(), model.num_layers, big_share=share, generator=generator)
-        logits = model(input_ids=inputs, routes=routes.view(*inputs.shape, -1)).logits
+        logits = model(input_ids=inputs, routes=routes.view(*inputs.shape, -1).to(model.device)).logits
         losses = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
-        parts.append((losses.mean(1), (logits.argmax(-1) == targets).float().mean(1)))
+        parts.append((losses.mean(1).cpu(), (logits.argmax(-1) == targets).float().mean(1).cpu()))
     return dict(zip(("loss", "accuracy"), map(torch.cat, zip(*parts, strict=True)), strict=True))
 
 

@@ -15,17 +15,18 @@ from duorl.runs.jobs import Tell
 _SAVE_EVERY = 120.0
 
 
-def pretrain(options: dict[str, Any], tell: Tell) -> dict[str, Any]:
+def pretrain(options: dict[str, Any], tell: Tell, **where: Any) -> dict[str, Any]:
     """Train, from the last checkpoint if there is one, and save the model: the function of a job.
 
     Args:
         options: values of `PretrainOptions`.
         tell: called after every step.
+        where: `device` and `dtype` of `Pretraining`.
 
     Raises:
         Interrupted: the process got a signal to end, and a checkpoint is saved.
     """
-    return run(Pretraining(PretrainOptions(**options), resume=True), tell, card=False)
+    return run(Pretraining(PretrainOptions(**options), resume=True, **where), tell, card=False)
 
 
 def run(prepared: Pretraining, tell: Tell, *, card: bool = True) -> dict[str, Any]:
