@@ -29,6 +29,7 @@ Spending = Callable[[Router], float]
 """Measures the mean compute of a deployed router on text that no training uses."""
 
 _TOLERANCE = 0.005  # of the compute, within which a price alone is good enough
+_MET = 5e-4  # of the compute: nearer to a target is not searched for, since a pass over the text is a step
 _MOST = 4.0**8  # nats; logits that differ by more are taken for certain
 
 
@@ -151,5 +152,8 @@ def _crossing(
     """Where a falling function meets a target, between two numbers, by bisection."""
     for _ in range(steps):
         place = middle(low, high)
-        low, high = (place, high) if falling(place) > target else (low, place)
+        found = falling(place)
+        if abs(found - target) < _MET:
+            return place
+        low, high = (place, high) if found > target else (low, place)
     return middle(low, high)
