@@ -125,5 +125,10 @@ def require_memory(needed: float, device: torch.device, what: str, fix: str) -> 
     """
     free = free_bytes(device)
     if needed > free:
-        size = f"about {needed / 2**30:,.1f} GiB, and {device} has {free / 2**30:,.1f} GiB free"
+        size = f"about {_size(needed)}, and {device} has {_size(free)} free"
         raise ValueError(f"{what} do not fit into memory: they take {size}; {fix}")
+
+
+def _size(count: float) -> str:
+    """A number of bytes in words."""
+    return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"

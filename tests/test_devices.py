@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -23,8 +22,10 @@ from duorl.models import ffn
 from duorl.models.config import DuoConfig
 from duorl.models.ffn import DuoFFN, group_sizes
 from duorl.models.footprint import Keeps, peak_bytes, weight_bytes
+from duorl.models.loading import EMBEDDED
 from duorl.routed_pass import RoutedPass
 from duorl.runs.folders import CONFIG, check_same_options
+from duorl.smalls.recipe import STAGES
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -84,6 +85,9 @@ def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch, tokens):
     said = "they do not fit into memory: they take about 4.5 GiB, and cpu has 3.0 GiB free; buy more"
     with pytest.raises(ValueError, match=said):
         require_memory(4.5 * 2**30, CPU, "they", "buy more")
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 700 * 2**20)
+    with pytest.raises(ValueError, match=r"about 1\.0 GiB, and cpu has 700\.0 MiB free"):
+        require_memory(2**30, CPU, "they", "buy more")
     monkeypatch.setattr(devices, "free_bytes", lambda device: 2**18)
     with pytest.raises(ValueError, match=r"the weights in .* do not fit into memory"):
         duorl.load("duo-tiny")
@@ -135,19 +139,50 @@ _SHAPES = {  # layers, hidden, inner, heads, key-value heads, vocabulary, tied
 }
 
 
-@pytest.mark.parametrize("name", _SHAPES)
-def test_the_page_states_what_is_computed(name):
+def config_of(name):
     keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
     backbone = dict(zip((*keys, "vocab_size", "tie_word_embeddings"), _SHAPES[name], strict=True))
-    config = DuoConfig({"model_type": "llama", **backbone}, small_size=backbone["intermediate_size"] // 16)
+    return DuoConfig({"model_type": "llama", **backbone}, small_size=backbone["intermediate_size"] // 16)
+
+
+@pytest.mark.parametrize("name", _SHAPES)
+def test_the_page_states_what_is_computed(name):
+    config = config_of(name)
 
     def peak(tokens, keeps):
         return peak_bytes(config, tokens, torch.bfloat16, keeps=keeps)
 
     weights = f"{weight_bytes(config, torch.bfloat16) / 1e9:.2f} GB"
     head = f"{(2 * peak(512, 'nothing') - peak(1024, 'nothing')) / 1e9:.2f} GB"
-    each = [f"{(peak(1512, keeps) - peak(512, keeps)) / 1e6:,.0f} kB" for keeps in get_args(Keeps)]
+    keeps: tuple[Keeps, ...] = ("nothing", "states", "everything")
+    each = [f"{(peak(1512, kept) - peak(512, kept)) / 1e6:,.0f} kB" for kept in keeps]
     assert " | ".join([f"| {name}", weights, head, *each]) in (ROOT / "docs" / "performance.md").read_text()
+
+
+def spent_per_token(layers, width, inner, heads, keys, vocabulary, tied):
+    """FLOPs of the three stages of a conversion per token, by the formula of the page, and weights of small networks."""
+    attention = 2 * layers * width * (width + width // heads * keys)
+    big, small, head = (3 * layers * width * size for size in (inner, inner // 16, vocabulary / (3 * layers)))
+    whole, rest = attention + big, attention + small
+    return (2 * whole, whole + 3 * rest, whole + head + 1.5 * (whole + rest + 2 * head)), small
+
+
+@pytest.mark.parametrize("name", _SHAPES)
+def test_the_tutorial_states_what_is_computed_and_extrapolated(name):
+    page, card = (ROOT / "docs" / "your-model.md").read_text(), (EMBEDDED["smollm2"] / "README.md").read_text()
+    measured = [float(re.search(rf"\| {stage} \| [\d,]+ \| ([\d.]+) \|", card)[1]) for stage in STAGES]
+    spent, small = spent_per_token(*_SHAPES[name])
+    ratios = [own / one for own, one in zip(spent, spent_per_token(*_SHAPES["SmolLM2-135M"])[0], strict=True)]
+    choose, regress, distil = (minutes * ratio for minutes, ratio in zip(measured, ratios, strict=True))
+    config = config_of(name)
+    whole = 2 * weight_bytes(config, torch.float32) / 1e9
+    peak = peak_bytes(config, 512, torch.bfloat16, keeps="everything")
+    training = (weight_bytes(config, torch.bfloat16) + peak + 16 * small) / 1e9
+    hours = f"{distil / 60:.1f} h | {distil * 200_000 / 1_228_800 / 60:.1f} h"
+    minutes = f"{choose:.0f} min | {regress:.{1 if regress < 10 else 0}f} min"
+    assert f"| {name} | {minutes} | {hours} | {whole:.1f} GB | {training:.1f} GB |" in page
+    if name == "8 B":
+        assert f"for an 8 B model {whole:.1f} GB" in (ROOT / "docs" / "families.md").read_text()
 
 
 def test_the_page_names_the_commands_with_a_device():

@@ -12,6 +12,7 @@ from torch.nn.functional import kl_div
 import duorl
 from duorl.corpus import load_windows
 from duorl.costs import BIG
+from duorl.models.footprint import peak_bytes
 from duorl.models.shared import WEIGHTS, small_weights
 from duorl.models.trainer import random_routes
 from duorl.routed_pass import RoutedPass
@@ -342,4 +343,45 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(place, capsys, m
     with pytest.raises(SystemExit) as stop:
         main(["convert", "--model", "original", "--out", "small"])
     said = capsys.readouterr().err
-    assert stop.value.code == 2 and "original and its duo model do not fit into memory" in said and "GiB" in said
+    assert stop.value.code == 2 and "original and its duo model do not fit into memory: they take about 1." in said
+    monkeypatch.setattr(duorl.devices, "free_bytes", lambda device: 1000 if device.type == "cuda" else 2**40)
+    monkeypatch.setattr("duorl.cli.convert.pick_device", lambda name: torch.device("cuda"))
+    line = refused(["convert", "--model", "original", "--out", "small"], capsys)
+    assert "the weights of the duo model of original do not fit" in line and "cuda has 0.0 MiB free" in line
+
+
+@pytest.mark.parametrize(
+    ("changed", "fix"),
+    [
+        ({}, r"96 tokens at once .*; lower --window \(12\)"),
+        ({"regress": RegressOptions(480, 480)}, r"480 tokens at once .*; lower --regress\.tokens_per_update \(480\)"),
+        ({"distil": DistilOptions(480, 240)}, r"240 tokens at once .*; lower --distil\.tokens_per_update \(240\)"),
+    ],
+)
+def test_a_stage_that_does_not_fit_is_refused_before_it_starts(changed, fix, monkeypatch):
+    model = make_duo("llama")
+    free = peak_bytes(model.config, 150, torch.float32, keeps="everything") if changed else 1000
+    monkeypatch.setattr(duorl.devices, "free_bytes", lambda device: free)
+    with pytest.raises(ValueError, match=fix):
+        Making(model, options(**changed), tokens_of(model, 40), tokens_of(model, 4))
+
+
+@pytest.mark.parametrize(("objective", "keeps"), [(regress, "errors"), (Distil("text"), "everything")])
+def test_what_the_derivatives_of_a_stage_need_is_what_is_stated(objective, keeps):
+    model = make_trainable()
+    tokens, kept = tokens_of(model, 64, 32), []
+    weights = {weight.data_ptr() for weight in model.parameters()}
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = objective(model, tokens, torch.Generator().manual_seed(0))
+    loss.backward()
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    needed = sum(size for place, size in storages.items() if place not in weights)
+    stated = peak_bytes(model.config, 64 * 32, torch.float32, keeps=keeps)
+    if keeps == "errors":
+        stated -= peak_bytes(model.config, 64 * 32, torch.float32)
+    assert 0.2 * stated < needed < 1.1 * stated

@@ -1,11 +1,12 @@
 """What is taught by the oracle: values against naive enumeration, targets, and the routers that learn from them."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 
-from duorl import routers
+from duorl import devices, routers
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
 from duorl.inputs import View
@@ -60,6 +61,15 @@ def test_action_values_are_those_of_all_completions(table, temperature):
         for layer in range(3):
             naive = [naive_value(table, token, route[:layer], action, temperature) for action in range(3)]
             assert values[token][layer].tolist() == pytest.approx(naive, abs=1e-5)
+
+
+@pytest.mark.parametrize("learner", [Supervised, Ensemble, partial(KNN, neighbours=1)])
+def test_more_labels_than_fit_are_refused_before_they_are_made(duo, windows, learner, monkeypatch):
+    env = task(duo, windows)
+    monkeypatch.setattr(devices, "free_bytes", lambda device: 2 * 4 * 3 * 45 * 32)  # 3 layers, 45 tokens
+    learner(env, windows=5)
+    with pytest.raises(ValueError, match=r"the states of 54 routes do not fit into memory: .*; lower windows \(6\)"):
+        learner(env, windows=6)
 
 
 def test_the_soft_maximum_runs_from_the_maximum_to_the_mean():

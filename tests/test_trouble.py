@@ -243,6 +243,10 @@ class Exits(duorl.rewards.Reward):
         (["--seed", "-1"], "seed must be in 0 to 4294967295"),
         (["--env.window", "2000"], "longer than the model's 1024 positions"),
         (["--env.group_size", "1000000000"], r"do not fit into memory: they take .* GiB free; lower group_size"),
+        (
+            ["--evaluation.batch", "1000000000", "--evaluation.windows", "1000000000"],
+            r"32,000,000,000 tokens at once do not fit .* GiB free; lower evaluation\.batch \(1000000000\)",
+        ),
         (["--device", "gpu"], "device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
         (["--device", "cuda:99"], "device cuda:99 is not there: this machine has cpu"),
         (["--threads", "0"], "threads must be at least 1, not 0"),

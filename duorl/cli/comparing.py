@@ -13,8 +13,10 @@ from duorl.cli.console import console, say
 from duorl.costs import ACTIONS
 from duorl.evaluation.choice import choose, flops_per_second, training_flops
 from duorl.evaluation.compare import Comparer, Comparison
+from duorl.evaluation.options import EvaluationOptions
 from duorl.files import write_json, write_text, writing
 from duorl.models import DuoForCausalLM
+from duorl.models.footprint import require_room
 from duorl.reports import page
 from duorl.reports.figures import frontier, markdown, table
 from duorl.routers import ConstantRouter, RandomRouter, Router, describe
@@ -60,8 +62,12 @@ def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor
     """Check before a training that the evaluation after it is possible.
 
     Raises:
-        ValueError: a search that was asked for by name is impossible; the message says which and why.
+        ValueError: a search that was asked for by name is impossible, or the windows of a pass do not fit into memory;
+            the message says which and why.
     """
+    given: EvaluationOptions = options.evaluation
+    tokens = min(given.batch, max(given.windows, given.final_windows)) * (held_out.shape[1] - 1)
+    require_room(model, tokens, "nothing", f"lower evaluation.batch ({given.batch})")
     choose(model, training, held_out, actions=options.actions, options=options.evaluation)
 
 

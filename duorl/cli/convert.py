@@ -56,7 +56,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     settings = ConvertOptions(**{name: getattr(options, name) for name in ConvertOptions.__dataclass_fields__})
     base = find_base(settings.model)
     device = pick_device(options.device)
-    _require_room(base, settings.small_ratio)
+    dtype = pick_dtype(options.dtype, device, base.config.hidden_size)
+    _require_room(base, settings.small_ratio, device, dtype)
     tokenizer = base.tokenizer()
     read = partial(load_windows, tokenizer=tokenizer, length=settings.window)
     sources = source_names(settings.corpus)
@@ -64,7 +65,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     texts = {name: read(name, split="evaluation") for name in sources}
     model = convert(base.load(), small_ratio=settings.small_ratio)
     remember_base(model, base)
-    cast_weights(model, pick_dtype(options.dtype, device, model.hidden_size))
+    cast_weights(model, dtype)
     nn.Module.to(model, device)
     for windows in (training, held_out, *texts.values()):
         check_windows(model, windows)
@@ -87,11 +88,14 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     return "convert", work
 
 
-def _require_room(base: Base, small_ratio: int) -> None:
-    """Refuse a model that does not fit into memory beside its copy: a conversion has both."""
+def _require_room(base: Base, small_ratio: int, device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse a model that does not fit into memory: a conversion has it and its copy, an accelerator the copy."""
     config = DuoConfig(backbone=base.config.to_dict(), small_size=small_size(base.config, small_ratio))
     needed = 2 * weight_bytes(config, torch.float32)
     require_memory(needed, torch.device("cpu"), f"{base} and its duo model", "give a smaller model")
+    if device.type != "cpu":
+        fix = "give --dtype bfloat16, another --device or a smaller model"
+        require_memory(weight_bytes(config, dtype), device, f"the weights of the duo model of {base}", fix)
 
 
 def _jobs(making: Making, folder: Path) -> list[Job]:

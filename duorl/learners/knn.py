@@ -9,7 +9,7 @@ from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.learners.base import Learner, State, Task
-from duorl.learners.labels import Source, action_values, walked
+from duorl.learners.labels import Source, action_values, require_stored, walked
 from duorl.oracle import RouteTable
 from duorl.prices import ladder
 from duorl.routed_pass import remember
@@ -35,7 +35,8 @@ class KNN(Learner):
         base: see `Supervised`.
 
     Raises:
-        ValueError: a count is below 1, the temperature is not above 0, or there are fewer states than `neighbours`.
+        ValueError: a count is below 1, the temperature is not above 0, there are fewer states than `neighbours`, or the
+            states do not fit into memory.
     """
 
     router: KNNRouter
@@ -56,6 +57,7 @@ class KNN(Learner):
             raise ValueError(f"temperature must be above 0, not {temperature}")
         self.windows, self.neighbours, self.temperature, self.rungs = windows, neighbours, temperature, rungs
         self.source = Source(env, base)
+        require_stored(env, self._text(1)[:, 1:].numel(), windows)
         self.router = self._empty(self._text(1))
 
     @property

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from duorl.costs import action_ids
+from duorl.devices import require_memory
 from duorl.inputs import Inputs
 from duorl.models.attention import Memory
 from duorl.oracle import RouteTable, exhaustive
@@ -95,6 +96,22 @@ class Source:
         """Deviations from the routes of the base policy, see `deviated`."""
         model, actions = self.env.model, self.env.actions
         return deviated(model, tokens, prices, actions, base=self.policy, generator=generator, inputs=inputs)
+
+
+def require_stored(env: Task, routes: int, windows: int) -> None:
+    """Refuse more labelled routes than fit into memory with the states of their layers.
+
+    Args:
+        env: the task.
+        routes: number of routes, of all tokens.
+        windows: number of windows that they are on, for the message.
+
+    Raises:
+        ValueError: says how much is needed and how much is free.
+    """
+    states = 4 * env.layers * routes * env.model.hidden_size
+    fix = f"lower windows ({windows})"
+    require_memory(2 * states, env.model.device, f"the states of {routes:,} routes", fix)  # twice while they are joined
 
 
 def _loaded(base: str, env: Task) -> Router:

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from duorl.checks import require_positive
 from duorl.inputs import Inputs, View
 from duorl.learners.base import HeadLearner, Learner, Task
-from duorl.learners.labels import Decisions, Deviations, Source, label
+from duorl.learners.labels import Decisions, Deviations, Source, label, require_stored
 from duorl.oracle import RouteTable
 from duorl.prices import ladder
 from duorl.routers import HeadRouter
@@ -28,6 +28,9 @@ class Labels:
         temperature: temperature of values and routes, in nats.
         rungs: number of labelled prices, evenly spaced in the range on a log scale.
         base: the base policy of deviations, see `duorl.learners.labels.Source`.
+
+    Raises:
+        ValueError: a count is below 1, the base policy cannot be used, or the labels do not fit into memory.
     """
 
     def __init__(self, env: Task, *, windows: int, temperature: float, rungs: int, base: str | None = None):
@@ -35,6 +38,7 @@ class Labels:
         self.env, self.temperature, self.rungs = env, temperature, rungs
         self.source = Source(env, base)
         self.text = env.windows[:windows]
+        require_stored(env, self.count, windows)
         self._found: RouteTable | Deviations | None = None
         self._made: tuple[float, Decisions] | None = None
 

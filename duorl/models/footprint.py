@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from duorl.models.config import DuoConfig
     from duorl.models.modeling import DuoForCausalLM
 
-Keeps = Literal["nothing", "states", "everything"]
-"""What a pass keeps until its end: nothing; the states that heads learn from (PPO, REINFORCE); or everything that
-derivatives through the model need (ReinMax, Soft)."""
+Keeps = Literal["nothing", "states", "errors", "everything"]
+"""What a pass keeps until its end: nothing; the states that heads learn from (PPO, REINFORCE); the inputs and errors of
+small networks that learn each by itself (stage regress of convert); or everything that derivatives through the model
+need (ReinMax, Soft, stage distil)."""
 
 _LOGITS_AT_ONCE = {"cpu": 2**20}  # elements of the head's output that fit into a processor's cache
 _MANY_LOGITS = 2**26  # on an accelerator, to bound its memory
@@ -69,6 +70,7 @@ def peak_bytes(
     kept = {
         "nothing": 0,
         "states": _FLOAT * width,
+        "errors": 2 * _FLOAT * width + size * _KEPT_INNER * config.small_size,
         "everything": size * (_KEPT_STATES * width + heads + _KEPT_INNER * inner) + _KEPT_FLOATS * _FLOAT * width,
     }
     rows = min(tokens, head_rows(backbone.vocab_size, device or torch.device("cpu")))
@@ -78,18 +80,19 @@ def peak_bytes(
     return tokens * (layer + backbone.num_hidden_layers * kept[keeps]) + head
 
 
-def require_room(model: DuoForCausalLM, tokens: int, keeps: Keeps, fix: str) -> None:
+def require_room(model: DuoForCausalLM, tokens: int, keeps: Keeps, fix: str, beside: int = 0) -> None:
     """Refuse more tokens at once than the free memory of the model's device holds.
 
     Args:
         model: a loaded duo model.
         tokens, keeps: see `peak_bytes`.
         fix: what the user can change.
+        beside: bytes that are needed at the same time, for example of an optimizer.
 
     Raises:
         ValueError: says how much is needed and how much is free.
     """
-    needed = peak_bytes(cast("DuoConfig", model.config), tokens, model.dtype, keeps=keeps, device=model.device)
+    needed = beside + peak_bytes(cast("DuoConfig", model.config), tokens, model.dtype, keeps=keeps, device=model.device)
     require_memory(needed, model.device, f"{tokens:,} tokens at once", fix)
 
 

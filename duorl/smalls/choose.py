@@ -19,12 +19,14 @@ from duorl.models.ffn import DuoFFN
 from duorl.models.modeling import DuoForCausalLM
 from duorl.smalls.recording import big_passes, token_weights
 
+BATCH = 8
+"""Windows per pass."""
 _RIDGE = 1e-3  # of the mean square of the inner activations: neurons that rarely act get small weights
 
 
 @torch.no_grad()
 def choose(
-    model: DuoForCausalLM, windows: Tensor, *, batch: int = 8, tell: Callable[[int], None] = lambda tokens: None
+    model: DuoForCausalLM, windows: Tensor, *, batch: int = BATCH, tell: Callable[[int], None] = lambda tokens: None
 ) -> None:
     """Set the small networks of a model, in place.
 
@@ -54,6 +56,12 @@ def choose(
         kept.append((score * lengths).topk(_inner_size(_named(ffn.small, last, ffn.big))).indices.sort().values)
         _take_neurons(ffn, kept[-1], len(score))
     _refit(model, windows, lasts, kept, typical, batch, tell)
+
+
+def sum_bytes(model: DuoForCausalLM) -> int:
+    """Bytes of the sums that the least squares of all layers are solved from, in float64."""
+    size = model.config.small_size + 1  # a bias
+    return 8 * model.num_layers * size * (size + model.hidden_size)
 
 
 def last_map(ffn: DuoFFN) -> nn.Module:

@@ -18,16 +18,19 @@ from transformers import TrainerCallback, TrainingArguments
 
 from duorl.corpus import spread
 from duorl.files import write_json, writing
+from duorl.models.footprint import Keeps, require_room
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.shared import WEIGHTS, small_weights, take_small
 from duorl.models.trainer import Objective, RoutingTrainer, WindowSet
-from duorl.smalls.choose import choose, last_map
+from duorl.smalls.choose import BATCH, choose, last_map, sum_bytes
 from duorl.smalls.objectives import Distil, held_out_losses, regress
 from duorl.smalls.recipe import STAGES, ConvertOptions, DistilOptions, RegressOptions, Stage
 from duorl.smalls.recording import big_passes
 
 _TRAINERS = "model.safetensors"  # where the Trainer looks for weights in a checkpoint
 _WARM_UP = 0.05  # of the updates
+_KEEPS: dict[Stage, Keeps] = {"choose": "nothing", "regress": "errors", "distil": "everything"}
+_LEARNING = 3 * 4  # bytes per weight that learns: its derivative and two moments of AdamW in float32
 
 Progress = Callable[..., None]
 """Called with completed=, total=, note=."""
@@ -60,7 +63,8 @@ class Making:
         held_out: (W, T+1), text for the losses after and during the stages.
 
     Raises:
-        ValueError: the text is shorter than an update, a network has no single last map, or its output is not finite.
+        ValueError: the text is shorter than an update, a network has no single last map, its output is not finite, or
+            a stage does not fit into memory.
     """
 
     def __init__(self, model: DuoForCausalLM, options: ConvertOptions, training: Tensor, held_out: Tensor):
@@ -75,8 +79,20 @@ class Making:
         needed = max(self._batch(stage) for stage in STAGES[1:])
         if len(training) < needed:
             raise ValueError(f"the text gives {len(training)} windows, but an update takes {needed}: give more text")
+        for stage in options.stages:
+            self._require_room(stage)
         for _ in big_passes(model, training[:1].to(model.device)):
             pass
+
+    def _require_room(self, stage: Stage) -> None:
+        """Refuse a stage that does not fit into memory."""
+        if stage == "choose":
+            windows, fix, beside = BATCH, f"lower --window ({self.options.window})", sum_bytes(self.model)
+        else:
+            windows = self._batch(stage)
+            fix = f"lower --{stage}.tokens_per_update ({self._options(stage).tokens_per_update})"
+            beside = _LEARNING * sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
+        require_room(self.model, windows * self.options.window, _KEEPS[stage], fix, beside)
 
     def cost(self, stage: Stage) -> tuple[int, float]:
         """Tokens that a stage reads, and its approximate FLOPs."""
