@@ -44,6 +44,7 @@ FAMILIES = {
     "olmo3": {**_LLAMA_LIKE, "sliding_window": 4},
     "phi3": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
+    "biogpt": _LLAMA_LIKE,
     "bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 3, "n_head": 4},
     "cohere": _LLAMA_LIKE,
     "falcon": {**_LLAMA_LIKE, "ffn_hidden_size": 64},
@@ -56,15 +57,17 @@ FAMILIES = {
 }
 # Families whose attention has no reference context.
 ROUTED_ONLY = {
+    "diffllama": {**_LLAMA_LIKE, "head_dim": 8},
     "gpt_neo": {"vocab_size": 61, "hidden_size": 32, "num_layers": 2, "num_heads": 4, **_GPT_NEO_ATTENTION},
     "olmo_hybrid": _LLAMA_LIKE,
     "qwen3_5_text": {**_LLAMA_LIKE, "head_dim": 8, "layer_types": ["linear_attention", *["full_attention"] * 2]},
 }
 # Families that need no entry in `duorl.models.families`, beside those in FAMILIES.
-LIKE_LLAMA = {
-    name: {**_LLAMA_LIKE, "head_dim": 8}
-    for name in ("apertus", "arcee", "cohere2", "ernie4_5", "gemma", "glm", "internlm3", "nanochat", "olmo", "seed_oss")
-}
+_ALIKE = ("apertus", "arcee", "bitnet", "cohere2", "ernie4_5", "gemma", "glm", "hunyuan_v1_dense")
+_ALIKE += ("internlm3", "jais2", "ministral", "nanochat", "olmo", "persimmon", "seed_oss")
+LIKE_LLAMA = {name: {**_LLAMA_LIKE, "head_dim": 8} for name in _ALIKE}
+LIKE_LLAMA["cwm"] = {**LIKE_LLAMA["glm"], "sliding_window": 4, "bos_token_id": 1, "eos_token_id": 2}
+LIKE_LLAMA["vaultgemma"] = {**LIKE_LLAMA["glm"], "sliding_window": 4, "query_pre_attn_scalar": 8}
 # Models whose configuration builds other layers than the family's default.
 VARIANTS = {
     "bloom, norm as residual": {**FAMILIES["bloom"], "apply_residual_connection_post_layernorm": True, "n_head": 2},
@@ -82,6 +85,11 @@ _SMALL = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2}
 _ATTENTION = {**_SMALL, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2}
 _SEQ2SEQ = {"vocab_size": 61, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1}
 _TEXT = {**_ATTENTION, "pad_token_id": None}
+_NO_MLP, _NO_SIZE = "no decoder layers with an `mlp` module", "no single FFN inner size"
+_PER_LAYER = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8, "num_kv_shared_layers": 0}
+_PER_LAYER |= {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_MINICPM3 = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
+_GEMMA3N = {"intermediate_size": [64, 64], "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 4}
 # What `duorl.convert` refuses: a configuration and the reason, by its words in the message and in docs/families.md.
 REFUSED = {
     "bart": ({**_SEQ2SEQ, "encoder_attention_heads": 2, "decoder_attention_heads": 2}, "encoder-decoder"),
@@ -91,8 +99,8 @@ REFUSED = {
     ),
     "mamba": ({**_SMALL, "state_size": 4}, "state-space or recurrent layers"),
     "rwkv": (_SMALL, "state-space or recurrent layers"),
-    "bert": ({**_ATTENTION, "is_decoder": True}, "no decoder layers with an `mlp` module"),
-    "ctrl": ({"vocab_size": 61, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 4}, "no decoder layers with an `mlp`"),
+    "bert": ({**_ATTENTION, "is_decoder": True}, _NO_MLP),
+    "ctrl": ({"vocab_size": 61, "n_embd": 32, "dff": 64, "n_layer": 2, "n_head": 4}, _NO_MLP),
     "granitemoe": ({**_TEXT, "num_local_experts": 4}, "mixtures of experts"),
     "mixtral": ({**_TEXT, "num_local_experts": 4}, "mixtures of experts"),
     "qwen2_moe": ({**_TEXT, "num_experts": 4, "moe_intermediate_size": 16}, "mixtures of experts"),
@@ -102,6 +110,15 @@ REFUSED = {
         "more than text",
     ),
     "granite_swa": (_TEXT, "all-big differs from the original's logits"),
+    "minicpm3": ({**_TEXT, "num_key_value_heads": 4, **_MINICPM3}, "all-big differs from the original's logits"),
+    "mpt": ({"vocab_size": 61, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64}, _NO_MLP),
+    "xglm": ({"vocab_size": 61, "d_model": 32, "ffn_dim": 64, "num_layers": 2, "attention_heads": 4}, _NO_MLP),
+    "lfm2": ({**_TEXT, "layer_types": ["conv", "full_attention"]}, _NO_MLP),
+    "openai-gpt": ({"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}, _NO_SIZE),
+    "gpt_neox_japanese": ({**_SMALL, "intermediate_multiple_size": 2, "num_attention_heads": 4}, _NO_SIZE),
+    "gemma3n_text": ({**_TEXT, **_PER_LAYER, **_GEMMA3N}, _NO_SIZE),
+    "moshi": ({**_SMALL, "num_attention_heads": 4, "ffn_dim": 64, "num_codebooks": 2}, _NO_SIZE),
+    "gemma4_text": ({**_TEXT, **_PER_LAYER, "global_head_dim": 8}, "cannot be run layer by layer"),
 }
 
 

@@ -251,7 +251,7 @@ def test_the_page_lists_what_the_tests_convert_and_refuse():
     assert listed["both"] == {*FAMILIES, *LIKE_LLAMA} - cached
     assert listed["both, through the cache"] == cached
     assert listed["routed"] == set(ROUTED_ONLY)
-    reasons = {name: row[0] for row in rows for name in re.findall("`(\\w+)`", row[1])}
+    reasons = {name: row[0] for row in rows for name in re.findall(r"`([\w-]+)`", row[1])}
     assert reasons.keys() == REFUSED.keys()
     assert all(reason in reasons[name] for name, (_, reason) in REFUSED.items())
 

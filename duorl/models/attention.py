@@ -38,12 +38,18 @@ def steered_attention(
 
     Returns:
         Shape (n * B, P, H, k), and None for the weights.
+
+    Raises:
+        ValueError: the family calls it twice in a layer, so that one memory per layer does not hold what it reads.
     """
     memory, layer = active_memory(), cast(int, module.layer_idx)
     if memory is None:
         return _plain(module, query, key, value, attention_mask, options), None
     every_key, every_value = _per_query_head(module, key), _per_query_head(module, value)
     if memory.mode == "record":
+        if layer in memory.stored:  # only the last keys and values would be read
+            said = "a layer's attention runs more than once, so it has no reference context"
+            raise ValueError(f"{type(module).__name__}: {said}; use context='routed'")
         memory.stored[layer] = every_key.contiguous(), every_value.contiguous()
         return _plain(module, query, key, value, attention_mask, options), None
     key, value = every_key, every_value

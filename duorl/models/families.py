@@ -108,6 +108,7 @@ _NORM_AFTER = Family(ffn_norm="post_feedforward_layernorm")
 _GPT = Family(attention=("attn",), inner_size="n_inner")
 
 FAMILIES: dict[str, Family] = {
+    "biogpt": Family(ffn="fc2", parts=("fc1", "activation_fn", "fc2")),
     "bloom": Family(
         parts=("dense_h_to_4h", "gelu_impl", "dense_4h_to_h"),
         adds_residual=True,
