@@ -160,11 +160,12 @@ def test_the_page_states_what_is_computed(name):
 
 
 def spent_per_token(layers, width, inner, heads, keys, vocabulary, tied):
-    """FLOPs of the three stages of a conversion per token, by the formula of the page, and weights of small networks."""
+    """The formula of the page: weights times uses per token in the three stages; and the weights of small networks."""
     attention = 2 * layers * width * (width + width // heads * keys)
-    big, small, head = (3 * layers * width * size for size in (inner, inner // 16, vocabulary / (3 * layers)))
-    whole, rest = attention + big, attention + small
-    return (2 * whole, whole + 3 * rest, whole + head + 1.5 * (whole + rest + 2 * head)), small
+    big, small = (3 * layers * width * size for size in (inner, inner // 16))
+    with_big, with_small, head = attention + big, attention + small, vocabulary * width
+    distil = with_big + head + 3 * (with_big + with_small + 2 * head) / 2
+    return (2 * with_big, with_big + 3 * with_small, distil), small
 
 
 @pytest.mark.parametrize("name", _SHAPES)
