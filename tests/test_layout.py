@@ -1,6 +1,7 @@
 """The house: imports run one way, functions and files stay short, and nothing is unpickled."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,13 @@ def test_a_module_knows_only_what_stands_below_it(path):
     for other in imported(tree) - {part}:
         assert other in RANK, f"{other} has no place in the order"
         assert RANK[other] < RANK[part] and (part, other) not in BESIDE, f"{part} imports {other}"
+
+
+def test_the_map_names_every_part_and_every_module_of_models():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"\w+", text[text.index("    duorl/\n") : text.index("    examples/")]))
+    modules = {path.stem for path in (ROOT / "duorl" / "models").glob("*.py")} - {"__init__"}
+    assert RANK.keys() | modules <= named | {"envs", "agents"}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
