@@ -118,7 +118,7 @@ def join(kind: type[Duo], folder: Path, config: DuoConfig, *, dtype: torch.dtype
     # float16 would round the weights before they are identified, so they are rounded afterwards.
     loaded = base.load(None if wanted == torch.float16 else wanted, attn_implementation=function, **more)
     config.backbone, config.base = loaded.config, {**record, **base.record()}
-    config.backbone._name_or_path = record["name"]  # a whole model that is saved later tells no path of this machine
+    config.backbone._name_or_path = str(record["name"])  # a whole model, saved later, tells no path of this machine
     with torch.device("meta"):  # the small networks come from the file
         model = kind(config, backbone=loaded)
     if fingerprint(model) != record.get("fingerprint"):
