@@ -1,15 +1,23 @@
 """Making small networks: against closed forms, naive computation, and an uninterrupted run."""
 
+import os
+import shutil
+import signal
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_duo
+import yaml
+from conftest import COMMIT, make_duo, make_original
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_cli import refused
 from torch.nn.functional import kl_div
 
 import duorl
+from duorl import hub
+from duorl.cli.convert import _base, _run
 from duorl.corpus import load_windows
 from duorl.costs import BIG
 from duorl.models.footprint import peak_bytes
@@ -30,6 +38,7 @@ from duorl.smalls import (
     regress,
 )
 from duorl.smalls.choose import last_map
+from duorl.smalls.recipe import STAGES
 from duorl.smalls.recording import big_passes, token_weights
 
 FAMILIES = ["llama", "phi3", "gpt2", "opt", "bloom", "falcon", "gemma2"]  # gated, fused, biases, Conv1D, adapters
@@ -230,6 +239,28 @@ def test_a_stage_that_was_stopped_goes_on_to_the_same_bit(tmp_path, monkeypatch)
     assert (tmp_path / "parts" / WEIGHTS).is_file() and not (tmp_path / "parts" / "checkpoints").exists()
 
 
+def test_the_first_stage_stops_after_a_pass():
+    model = make_duo("llama")
+    making, passes = Making(model, options(choose=ChooseOptions(288)), tokens_of(model, 24), tokens_of(model, 4)), []
+
+    def tell(**said):
+        passes.append(said)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with interrupts.listening(), pytest.raises(interrupts.Interrupted), interrupts.deferred():
+        _run(making, "choose", Path("nowhere"), None, tell)
+    assert passes == [{"completed": 96, "total": 576}]
+
+
+def test_a_run_goes_on_with_the_commit_of_the_hub_with_which_it_began(hub_cache):
+    make_original("llama").save_pretrained(hub_cache("someone/llama"))
+    now = _base("someone/llama", None)
+    kept = hub.fetch("someone/llama", "config.json").parent
+    shutil.copytree(kept, kept.with_name("0" * 40))
+    assert now.revision == COMMIT == _base("someone/llama", {"revision": COMMIT}).revision
+    assert _base("someone/llama", {"revision": "0" * 40}).revision == "0" * 40
+
+
 def test_activations_that_are_no_numbers_are_refused():
     model = make_duo("llama")
     model.stack.ffns[1].big.down_proj.weight.data[0, 0] = float("nan")
@@ -253,6 +284,23 @@ def place(tmp_path, small_corpus, monkeypatch):
     return tmp_path
 
 
+def not_tried(corpus):
+    """Tokens that are neither in the window that is tried first, nor in the comparison with the original."""
+    first = load_windows(corpus, duorl.load_tokenizer(), length=16, split="model")[0]
+    return sorted({*range(9, 2048)} - {*first.tolist()})
+
+
+@contextmanager
+def changed_base(name, rows, number):
+    """In this block, the language model has another number in all of some rows."""
+    kept = Path("original/model.safetensors").read_bytes()
+    weights = load_file("original/model.safetensors")
+    weights[name][rows] = number
+    save_file(weights, "original/model.safetensors", {"format": "pt"})
+    yield
+    Path("original/model.safetensors").write_bytes(kept)
+
+
 @pytest.mark.slow
 def test_the_command_stops_after_a_stage_and_goes_on(place, small_corpus, capsys):
     from duorl.cli import main
@@ -263,33 +311,41 @@ def test_the_command_stops_after_a_stage_and_goes_on(place, small_corpus, capsys
     main([*words, "--until", "choose"])
     assert "choose: takes" in capsys.readouterr().out
     assert not Path("small/stages/regress").exists() and duorl.load("small").num_layers == 2
+    with changed_base("model.layers.1.mlp.up_proj.weight", 0, 1.0):
+        line = refused([*words, "--resume"], capsys)
+        assert "original has other big networks than the model with which the run in small began: give that one" in line
+    with changed_base("model.embed_tokens.weight", not_tried(small_corpus), torch.nan):
+        assert "numbers that are not finite on this text" in refused([*words, "--resume"], capsys)
+    assert duorl.load("small").num_layers == 2  # a usable model is kept
     main([*words, "--resume"])
     said = capsys.readouterr().out
     assert "regress: learns" in said and "choose: takes" not in said
+    assert yaml.safe_load(Path("small/config.yaml").read_text())["until"] == "distil"
+    tags = [set(EventAccumulator(f"small/stages/{stage}/tensorboard").Reload().Tags()["scalars"]) for stage in STAGES]
+    assert tags[0] == {"eval/all_small", "eval/half_big", "eval/all_big"} and tags[0] < tags[1] == tags[2]
     card = Path("small/README.md").read_text()
     assert "# Small networks for original" in card and "| distil | 128 |" in card
+    assert "The weights of original are not in this folder" in card
     assert Path("small/small.safetensors").is_file() and not Path("small/model.safetensors").exists()
     apart = duorl.load("small")
     main([*words[:4], "whole", *words[5:], "--whole"])
     assert Path("whole/model.safetensors").is_file() and not Path("whole/small.safetensors").exists()
+    assert "The weights of original are in this folder too" in Path("whole/README.md").read_text()
     for (name, weight), (_, other) in zip(
         duorl.load("whole").named_parameters(), apart.named_parameters(), strict=True
     ):
         assert torch.equal(weight, other), name
+    main([*words[:4], "whole", *words[5:], "--resume"])
+    assert Path("whole/small.safetensors").is_file() and not Path("whole/model.safetensors").exists()
+    assert "The weights of original are not in this folder" in Path("whole/README.md").read_text()
 
 
 def test_a_text_that_a_model_cannot_read_is_one_line_and_leaves_nothing(place, small_corpus, capsys):
-    """The token with which it goes wrong is not in the window that is tried first."""
-    read = load_windows(small_corpus, duorl.load_tokenizer(), length=16, split="model")
-    order = torch.randperm(len(read), generator=torch.Generator().manual_seed(0))
-    known = {*read[order[0]].tolist(), *range(9)}
-    bad = next(token for token in read[order[1:16]].flatten().tolist() if token not in known)
-    weights = load_file("original/model.safetensors")
-    weights["model.embed_tokens.weight"][bad] = torch.nan
-    save_file(weights, "original/model.safetensors", {"format": "pt"})
     words = ["convert", "--model", "original", "--corpus", small_corpus, "--window=16", "--choose.tokens=256"]
     words += ["--regress.tokens_per_update=64", "--distil.tokens_per_update=64", "--evaluation_windows=2"]
-    assert "layer 0: the big network gives numbers that are not finite" in refused([*words, "--out", "small"], capsys)
+    with changed_base("model.embed_tokens.weight", not_tried(small_corpus), torch.nan):
+        line = refused([*words, "--out", "small"], capsys)
+    assert "layer 0: the big network gives numbers that are not finite" in line
     assert [path.name for path in Path("small").iterdir()] == [".duorl"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,7 +20,8 @@ from duorl.cli.trainings import finish_all
 from duorl.corpus import load_windows, source_names, spread
 from duorl.devices import pick_device, pick_dtype, require_memory
 from duorl.evaluation.choice import duration, flops_per_second
-from duorl.models.bases import Base, cast_weights, find_base
+from duorl.files import write_json
+from duorl.models.bases import Base, cast_weights, find_base, read_object, recorded_in
 from duorl.models.card import write_small_card
 from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
@@ -27,14 +29,17 @@ from duorl.models.families import inner_size, small_size
 from duorl.models.footprint import weight_bytes
 from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
-from duorl.models.shared import WEIGHTS, cast_small, remember_base, save_small, take_small
+from duorl.models.shared import WEIGHTS, cast_small, fingerprint, remember_base, save_small, take_small
+from duorl.runs import interrupts
 from duorl.runs.folders import abandon
 from duorl.runs.jobs import InProcess, Job, Tell
+from duorl.runs.journal import Journal
 from duorl.runs.pretraining import Saving
 from duorl.smalls import ConvertOptions, Making, held_out_losses
 from duorl.smalls.recipe import STAGES, Stage
 from duorl.smalls.recording import in_own_precision
 
+_BASE = Path("stages", "base.json")  # in the folder: the base model with which the run began
 _SAVED = torch.bfloat16  # precision of the small networks in their file
 _PRICE = 0.75  # of the loss between all-small and all-big: there routers spend about half of the compute
 _TIMED_WINDOWS = 4  # for the speed of the machine
@@ -54,7 +59,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         ValueError, OSError: the model cannot be found or converted, or the text cannot be used.
     """
     settings = ConvertOptions(**{name: getattr(options, name) for name in ConvertOptions.__dataclass_fields__})
-    base = find_base(settings.model)
+    began = _began(settings) if options.resume else None
+    base = _base(settings.model, began)
     device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device, base.config.hidden_size)
     _require_room(base, settings.small_ratio, device, dtype)
@@ -65,6 +71,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     texts = {name: read(name, split="evaluation") for name in sources}
     model = convert(base.load(), small_ratio=settings.small_ratio)
     remember_base(model, base)
+    if began is not None:
+        _require_same(model, base, began, settings.out)
     cast_weights(model, dtype)
     nn.Module.to(model, device)
     for windows in (training, held_out, *texts.values()):
@@ -72,6 +80,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     making = Making(model, settings, training, held_out)
 
     def work(folder: Path) -> None:
+        if began is None:
+            write_json(folder / _BASE, recorded_in((folder / _BASE).parent, model.config.base))
         jobs = _jobs(making, folder)
         _say_costs(making, [job for job in jobs if not job.finished])
         try:
@@ -80,12 +90,34 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
             if not (folder / "config.json").is_file():  # no model of a run --until an earlier stage
                 abandon(folder)
             raise
-        _finish(making, base, texts, jobs, folder)
+        _finish(making, base, texts, jobs, folder, whole=options.whole)
         if options.whole:
             _make_whole(base, folder)
+        else:
+            _leave_base_out(folder)
         say(f"wrote {folder}/: load it with --model {folder}")
 
     return "convert", work
+
+
+def _began(settings: ConvertOptions) -> dict[str, Any] | None:
+    """The base model at the start of the run in the folder, if it has come so far."""
+    path = Path(settings.out) / _BASE
+    return read_object(path) if path.is_file() else None
+
+
+def _base(name: str, began: dict[str, Any] | None) -> Base:
+    """The base model, at the commit of the hub with which the run began."""
+    base = find_base(name)
+    commit = began and began.get("revision")
+    return base if commit in (None, base.revision) else find_base(f"{base.name}@{commit}")
+
+
+def _require_same(model: DuoForCausalLM, base: Base, began: dict[str, Any], out: str) -> None:
+    """Refuse to go on with another base model: its small networks would be trained on two."""
+    if began.get("fingerprint") != fingerprint(model):
+        fix = "give that one, or --overwrite to begin anew"
+        raise ValueError(f"{base} has other big networks than the model with which the run in {out} began: {fix}")
 
 
 def _require_room(base: Base, small_ratio: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -111,7 +143,17 @@ def _jobs(making: Making, folder: Path) -> list[Job]:
 def _run(making: Making, stage: Stage, place: Path, after: Path | None, tell: Tell) -> dict[str, Any]:
     """The function of a stage's job."""
     started = time.monotonic()
-    losses = making.run(stage, place, tell, after=after, callbacks=[Saving(tell)])
+
+    def tell_or_stop(**said: Any) -> None:
+        tell(**said)
+        interrupts.check()  # in `choose`, after every pass; the other stages stop when they have saved
+
+    losses = making.run(stage, place, tell_or_stop, after=after, callbacks=[Saving(tell)])
+    if stage == "choose":  # the Trainer writes those of the other stages
+        shutil.rmtree(place / "tensorboard", ignore_errors=True)
+        journal = Journal(place / "tensorboard")
+        journal.scalars(0, {f"eval/{name}": loss for name, loss in losses.items()})
+        journal.close()
     words = ", ".join(f"{name.replace('_', '-')} {loss:.3f}" for name, loss in losses.items())
     tell(line=f"held-out loss {words} nats per token")
     return {**losses, "minutes": round((time.monotonic() - started) / 60, 1)}
@@ -126,7 +168,9 @@ def _say_costs(making: Making, jobs: list[Job]) -> None:
         say(f"{stage}: {_SAYS[stage]}; {tokens:,} tokens, about {duration(flops / speed)}")
 
 
-def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job], folder: Path) -> None:
+def _finish(
+    making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job], folder: Path, *, whole: bool
+) -> None:
     """Write the small networks, and the card with losses on the evaluation split."""
     model = making.model
     take_small(model, jobs[-1].place / WEIGHTS)
@@ -136,7 +180,7 @@ def _finish(making: Making, base: Base, texts: dict[str, Tensor], jobs: list[Job
     save_small(model, folder)
     cast_small(model, model.dtype)  # what is measured is what was saved
     losses = {name: _measured(model, windows) for name, windows in texts.items()}
-    write_small_card(folder, facts=_facts(making, base, jobs), losses=losses, header=base.header)
+    write_small_card(folder, facts=_facts(making, base, jobs), losses=losses, header=base.header, whole=whole)
     _print(losses)
 
 
@@ -145,6 +189,12 @@ def _make_whole(base: Base, folder: Path) -> None:
     load(folder, dtype=base.load(None).dtype).save_pretrained(folder)
     base.tokenizer().save_pretrained(folder)
     (folder / WEIGHTS).unlink()
+
+
+def _leave_base_out(folder: Path) -> None:
+    """Remove the weights that an earlier run with --whole left: the folder names its base model again."""
+    for path in folder.glob("model*.safetensors*"):
+        path.unlink()
 
 
 def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:

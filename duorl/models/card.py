@@ -48,7 +48,7 @@ tags: [duorl]
 
 Small feed-forward networks for {base}. With them, every layer has its own network, called big, and a small one behind
 one shared attention, after Duo-LLM (arXiv 2410.10846), and a router of DuoRL decides for each token which of them runs.
-The weights of {base} are not in this folder: `duorl.load` finds them.
+{where}
 
     {command}
 
@@ -57,9 +57,17 @@ Loss in nats per token on held-out text, which neither these networks nor any ro
 
 {losses}"""
 
+_APART = "The weights of {base} are not in this folder: `duorl.load` finds them."
+_WHOLE = "The weights of {base} are in this folder too, so it needs nothing else."
+
 
 def write_small_card(
-    out: Path, *, facts: dict[str, Any], losses: dict[str, dict[str, float]], header: dict[str, str] | None = None
+    out: Path,
+    *,
+    facts: dict[str, Any],
+    losses: dict[str, dict[str, float]],
+    header: dict[str, str] | None = None,
+    whole: bool = False,
 ) -> None:
     """Write the card of small networks, `README.md`.
 
@@ -69,10 +77,12 @@ def write_small_card(
             objects are shown as tables, for example the stages with their tokens and minutes.
         losses: by text, then by what was measured: `{"stdlib-docs": {"tokens": 4096, "all-big": 3.19, ...}}`.
         header: more lines for the hub, for example `license` and `base_model`.
+        whole: the folder also has the weights of the base model.
     """
     rest = {name: value for name, value in facts.items() if name not in ("name", "base", "command")}
     text = _SMALL.format(
         **{name: facts[name] for name in ("name", "base", "command")},
+        where=(_WHOLE if whole else _APART).format(base=facts["base"]),
         header="".join(f"{name}: {value}\n" for name, value in (header or {}).items()),
         facts=markdown.facts(rest),
         losses=markdown.table([{"text": name, **found} for name, found in losses.items()]),
