@@ -110,8 +110,8 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
     for done, (text, windows) in enumerate(texts.items()):
         tell(completed=done, total=len(texts), note=text)
         with writing(ladder_path(Path(router), text)) as beside:
-            Ladder.climb(bench.model, steps, windows.tokens, router_text(bench, text)).save(beside)
-        interrupts.check()
+            own = router_text(bench, text)
+            Ladder.climb(bench.model, steps, windows.tokens, own, between=interrupts.check).save(beside)
     return {}
 
 
@@ -123,6 +123,7 @@ def _around(targets: Sequence[float]) -> list[float]:
 
 def _calibrated(bench: Workbench, router: Router, target: float, otherwise: Router) -> Router:
     """The router calibrated on router text that no training uses; another one where it cannot spend so much."""
+    interrupts.check()
     try:
         return router.calibrated(bench.model, bench.validation, compute=target)
     except ValueError:  # the table says what the router spends

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from duorl.evaluation.measure import measure, stacked, top1_agreement
+from duorl.evaluation.measure import Measurement, measure, stacked, top1_agreement
 from duorl.evaluation.statistics import Estimate, as_share, estimate, holm, hypervolume, named, reaches
 from duorl.models.modeling import DuoForCausalLM
 from duorl.routers import ConstantRouter, Router, spent
@@ -47,11 +47,25 @@ class Ladder:
 
     @classmethod
     def climb(
-        cls, model: DuoForCausalLM, steps: Sequence[Router], windows: Tensor, calibrate_on: Tensor | None = None
+        cls,
+        model: DuoForCausalLM,
+        steps: Sequence[Router],
+        windows: Tensor,
+        calibrate_on: Tensor | None = None,
+        between: Callable[[], None] = lambda: None,
     ) -> Ladder:
-        """Measure routers, one per step, on windows (W, T+1), and their compute on router text, (W', T+1)."""
-        all_big = measure(model, ConstantRouter("big"), windows).predicted
-        measured = stacked([measure(model, router, windows) for router in steps])
+        """Measure routers, one per step, on windows (W, T+1), and their compute on router text, (W', T+1).
+
+        `between` is called after each measurement.
+        """
+
+        def measured_on(router: Router) -> Measurement:
+            found = measure(model, router, windows)
+            between()
+            return found
+
+        all_big = measured_on(ConstantRouter("big")).predicted
+        measured = stacked([measured_on(router) for router in steps])
         agreement = top1_agreement(measured.predicted, all_big)
         found = cls(measured.compute.mean(-1), measured.loss.mean(-1), agreement, measured.seconds)
         if calibrate_on is None:
