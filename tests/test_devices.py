@@ -12,6 +12,7 @@ import yaml
 from conftest import make_duo
 from torch.nn.functional import one_hot
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoConfig
 
 import duorl
 from duorl import agents, devices, envs, routed_pass
@@ -109,11 +110,31 @@ def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
 def test_a_run_keeps_its_device_and_precision_and_may_change_its_threads(tmp_path):
     _, text = parse("train", ["--threads", "3"])
     kept = yaml.safe_load(text)
-    assert (kept["device"], kept["dtype"], kept["threads"]) == (str(pick_device()), "auto", 3)
+    assert (kept["device"], kept["dtype"], kept["threads"]) == (str(pick_device()), "float32", 3)
     (tmp_path / CONFIG).write_text(text)
     check_same_options(str(tmp_path), parse("train", ["--device", str(pick_device())])[1])
-    with pytest.raises(ValueError, match="was made with dtype auto, not bfloat16"):
+    with pytest.raises(ValueError, match="was made with dtype float32, not bfloat16"):
         check_same_options(str(tmp_path), parse("train", ["--dtype", "bfloat16"])[1])
+
+
+def test_a_run_is_not_resumed_in_another_precision_on_another_processor(tmp_path, monkeypatch):
+    AutoConfig.for_model("llama", hidden_size=512).save_pretrained(tmp_path / "wide")
+    (tmp_path / "wide" / "model.safetensors").touch()
+    runs = {"train": "smollm2", "convert": str(tmp_path / "wide")}
+
+    def text(command):
+        return parse(command, ["--model", runs[command], "--out", "run", "--device", "cpu"])[1]
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    for command in runs:
+        (tmp_path / command).mkdir()
+        (tmp_path / command / CONFIG).write_text(text(command))
+        check_same_options(str(tmp_path / command), text(command))
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False}, raising=False)
+    for command in runs:
+        with pytest.raises(ValueError, match="was made with dtype bfloat16, not float32: cannot resume it"):
+            check_same_options(str(tmp_path / command), text(command))
+    assert yaml.safe_load(parse("convert", ["--model", "nowhere", "--out", "run"])[1])["dtype"] == "auto"
 
 
 def test_a_model_is_loaded_in_a_precision_by_its_name():

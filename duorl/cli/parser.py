@@ -12,13 +12,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
 
+import torch
 import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_instance
 
 from duorl.cli.commands import COMMANDS, fail, in_words
 from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
-from duorl.devices import DeviceOptions, TrainerDeviceOptions, pick_device
-from duorl.models.loading import price_of_model
+from duorl.devices import DeviceOptions, TrainerDeviceOptions, pick_device, pick_dtype
+from duorl.models.bases import find_base
+from duorl.models.loading import price_of_model, width_of_model
 
 _COMPARE_ONLY = ("agents", "starts", "seeds", "processes", "targets", "reach_targets", "transfer", "knowable")
 _TRAIN_ONLY = ("target_compute",)
@@ -153,9 +155,21 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
         parser = build_parser(name, without=replaced, price=price)
         parsed = parser.parse_args(list(words))
     if "device" in parsed:
-        parsed.device = str(pick_device(parsed.device))  # a run is resumed on the device of its beginning
+        device = pick_device(parsed.device)
+        parsed.device = str(device)  # a run is resumed on the device and in the precision of its beginning
+        if parsed.dtype == "auto" and "device" in COMMANDS[name].flags:  # for trainers, it depends on options alone
+            parsed.dtype = _precision(name, parsed.model, device)
     text = parser.dump(parsed, skip_unset=False)
     return _instantiated(parser, parsed), text
+
+
+def _precision(command: str, model: str, device: torch.device) -> str:
+    """What the precision `auto` is for a model; still `auto` if it cannot be read, which is said when it is loaded."""
+    try:
+        width = find_base(model).config.hidden_size if command == "convert" else width_of_model(model)
+    except (OSError, ValueError):
+        return "auto"
+    return str(pick_dtype("auto", device, width)).removeprefix("torch.")
 
 
 def _check_yaml(path: Path) -> None:

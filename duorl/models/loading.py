@@ -65,6 +65,23 @@ def price_of_model(name: str | Path) -> float | None:
     return price if isinstance(price, float) and isfinite(price) and price > 0 else None
 
 
+def width_of_model(name: str | Path) -> int:
+    """A model's hidden size, from its configuration alone: nothing else is read or fetched.
+
+    Raises:
+        OSError: there is no configuration.
+        ValueError: it is broken.
+    """
+    folder = EMBEDDED.get(str(name), Path(name))
+    known = None if folder.is_dir() else hub.remote_name(name)
+    settings = read_object(folder / "config.json" if known is None else hub.fetch(known[0], "config.json", known[1]))
+    _require_backbone(folder, settings)
+    with _told(folder):
+        from duorl.models.config import DuoConfig
+
+        return DuoConfig.from_dict(settings).backbone.hidden_size
+
+
 def _from_hub(name: str) -> Path:
     known = hub.remote_name(name)
     if known is None:
