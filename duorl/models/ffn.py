@@ -11,13 +11,21 @@ from duorl.costs import BIG, SKIP, SMALL, linear_flops
 from duorl.models.calls import current
 
 _CACHED = 2**20  # inner activations that fit into a processor's cache
-_FEW = 16  # tokens that are never split: to look for the largest weight takes longer than they do
+_FEW = 16  # tokens: one more operation of torch takes longer than they do in Python
 _WAIT = 10**10  # FLOPs that an accelerator does while the host waits for one number of it
 
 
 def group_sizes(codes: Tensor) -> Tensor:
     """Number of tokens that each action has: (..., N) to (..., 3)."""
     return torch.stack([(codes == action).sum(-1) for action in (SKIP, SMALL, BIG)], dim=-1)
+
+
+def _sizes(codes: Tensor) -> list[int]:
+    """The same of (N,) for the host, which waits for it; a few tokens are counted there."""
+    if len(codes) > _FEW:
+        return group_sizes(codes).tolist()
+    few = codes.tolist()
+    return [few.count(action) for action in (SKIP, SMALL, BIG)]
 
 
 class DuoFFN(nn.Module):
@@ -65,11 +73,9 @@ class DuoFFN(nn.Module):
         """
         tokens, codes = hidden.flatten(0, -2), actions.flatten()  # (N, d), (N,)
         if sizes is None:
-            if actions.numel() == 1:
-                return self.run(hidden, int(actions))
             if self.cheaper_than_waiting(tokens):
                 return self._select(hidden, actions)
-            sizes = group_sizes(codes).tolist()  # the only host synchronisation
+            sizes = _sizes(codes)
         if max(sizes) == len(tokens):
             return self.run(hidden, sizes.index(len(tokens)))
         # index_select copies rows in both directions: on a CPU, this is several times faster than indexing.
@@ -79,7 +85,10 @@ class DuoFFN(nn.Module):
         return outputs.index_select(0, order.argsort()).view_as(hidden)
 
     def cheaper_than_waiting(self, tokens: Tensor) -> bool:
-        """Whether an accelerator runs the networks on all tokens (N, d) sooner than the host learns a group's size."""
+        """Whether an accelerator runs the networks on all tokens (N, d) sooner than the host learns a group's size.
+
+        On a processor, groups are never much slower, also those of single tokens (`benchmarks/speed.py`).
+        """
         if tokens.device.type == "cpu":
             return False
         return linear_flops(self) * len(tokens) < _WAIT
