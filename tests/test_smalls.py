@@ -271,6 +271,14 @@ def test_activations_that_are_no_numbers_are_refused():
         list(big_passes(model.bfloat16(), tokens_of(model)))
 
 
+def test_a_training_that_leads_nowhere_is_not_kept(tmp_path):
+    model = make_duo("llama")
+    making = Making(model, options(regress=RegressOptions(96, 48, 1e30)), tokens_of(model, 16), tokens_of(model, 4))
+    with pytest.raises(ValueError, match=r"not finite: lower --regress\.learning_rate"):
+        making.run("regress", tmp_path, lambda **said: None)
+    assert not (tmp_path / WEIGHTS).exists()
+
+
 @pytest.fixture
 def place(tmp_path, small_corpus, monkeypatch):
     """A folder with a language model of transformers and its tokenizer."""

@@ -137,6 +137,9 @@ class Making:
 
         Returns:
             The losses on the held-out windows.
+
+        Raises:
+            ValueError: the small networks are no numbers after it.
         """
         if after is not None:
             take_small(self.model, after / WEIGHTS)
@@ -145,8 +148,11 @@ class Making:
             losses = held_out_losses(self.model, self.held_out)
         else:
             losses = self._train(stage, place, callbacks)
+        weights = small_weights(self.model)
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise ValueError(f"the small networks hold numbers that are not finite: lower --{stage}.learning_rate")
         with writing(place / WEIGHTS) as beside:
-            save_file(small_weights(self.model), beside)
+            save_file(weights, beside)
         return losses
 
     def _choose(self, tell: Progress) -> None:
