@@ -109,7 +109,9 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
         steps += [_calibrated(bench, loaded, target, steps[-1]) for target in _around(bench.options.targets)]
     for done, (text, windows) in enumerate(texts.items()):
         tell(completed=done, total=len(texts), note=text)
-        with writing(ladder_path(Path(router), text)) as beside:
+        if (path := ladder_path(Path(router), text)).exists():  # measured before the run was stopped
+            continue
+        with writing(path) as beside:
             own = router_text(bench, text)
             Ladder.climb(bench.model, steps, windows.tokens, own, between=interrupts.check).save(beside)
     return {}
