@@ -20,6 +20,7 @@ from duorl.envs import Lockstep
 from duorl.evaluation import Baseline, EvaluationOptions, Ladder
 from duorl.evaluation.budgets import loss_at
 from duorl.evaluation.statistics import Estimate, hypervolume
+from duorl.markdown import grid
 from duorl.prices import ladder
 from duorl.rewards import LossImprovement
 from duorl.routers import ConstantRouter, PatternRouter, Router
@@ -81,15 +82,14 @@ def _minus(own: Estimate | None, rival: Estimate | None) -> list[float] | None:
 def markdown(table: list[dict]) -> str:
     """The rows as a table."""
     head = ["frontier", "spends", "hypervolume", *(f"minus one per price, at {target:g}" for target in TARGETS)]
-    lines = [f"| {' | '.join(head)} |", f"| {' | '.join(['---'] * len(head))} |"]
+    lines = []
     for row in table:
         low, high = row["compute"]
         minus = [
             "" if cell is None else f"{cell[0]:+.4f} ({cell[1]:+.4f}, {cell[2]:+.4f})" for cell in row["minus"].values()
         ]
-        cells = [row["name"], f"{low:.2f} to {high:.2f}", f"{row['hypervolume']:.4f}", *minus]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        lines.append([row["name"], f"{low:.2f} to {high:.2f}", f"{row['hypervolume']:.4f}", *minus])
+    return grid(head, lines)
 
 
 def main() -> None:

@@ -1,8 +1,7 @@
 """RoutedPass: a forward pass in which the network of each token is chosen layer by layer.
 
     walk = RoutedPass(model, tokens)                              # tokens (B, T+1)
-    while not walk.done:
-        walk.step(router.decide(walk.view))                       # actions (B, T)
+    walk.steer(router.decide)                                     # routes (B, T, L)
     walk.losses()                                                 # (B, T), nats
 
 Environment, oracle, evaluation and training use it. The *context* says which keys and values a token reads from the
@@ -13,7 +12,7 @@ so that tokens do not depend on each other's routes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
@@ -27,6 +26,7 @@ from duorl.inputs import View
 from duorl.models.ffn import DuoFFN, group_sizes
 from duorl.models.footprint import head_rows
 from duorl.models.memory import Memory, remembering
+from duorl.scores import each
 
 if TYPE_CHECKING:
     from duorl.models.modeling import DuoForCausalLM
@@ -151,6 +151,13 @@ class RoutedPass:
             self.step(routes[..., self.layer], sizes[self.layer])
         return self
 
+    def steer(self, decide: Callable[[View], Tensor]) -> Tensor:
+        """Complete the pass with a router's `decide`; returns the routes, (K * B, P, remaining layers) action codes."""
+        before = self.layer
+        while not self.done:
+            self.step(decide(self.view))
+        return torch.stack(self._taken[before:], dim=-1)
+
     def take(self, action: int) -> None:
         """Apply the same action to all tokens."""
         taken = torch.full(self.compute.shape, action, device=self.compute.device)
@@ -214,7 +221,7 @@ class RoutedPass:
                 loss. Its derivatives are known; those of the head's weights are not.
         """
         stream = self.residual if stream is None else stream
-        return torch.cat(_each(self._loss, self._head_parts(stream))).view(stream.shape[:2])
+        return torch.cat(each(self._loss, self._head_parts(stream))).view(stream.shape[:2])
 
     @torch.no_grad()
     def losses_and_predictions(self) -> tuple[Tensor, Tensor]:
@@ -244,7 +251,7 @@ class RoutedPass:
         def score(own: Tensor, teacher: Tensor) -> Tensor:
             return closeness(self._log_probabilities(own), self._log_probabilities(teacher))
 
-        return torch.cat(_each(score, parts), dim=1).view(self.compute.shape)
+        return torch.cat(each(score, parts), dim=1).view(self.compute.shape)
 
     def _head_parts(self, stream: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """A stream (K * B, P, d), normalised, (N, d), with its targets (N,), few enough tokens at a time."""
@@ -334,29 +341,6 @@ def _output(ffn: DuoFFN, hidden: Tensor, action: int, chosen: Tensor | None) -> 
     with torch.no_grad():
         rest = torch.empty_like(tokens).index_copy_(0, outside, ffn(tokens.index_select(0, outside), actions=action))
     return rest.index_copy(0, inside, ffn(tokens.index_select(0, inside), actions=action)).view_as(hidden)
-
-
-def _each(score: Callable[[Tensor, Tensor], Tensor], parts: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
-    """Scores of parts of a pass, whose logits are not kept."""
-    return [_Scores.apply(score, *part) if part[0].requires_grad else score(*part) for part in parts]
-
-
-class _Scores(torch.autograd.Function):
-    """Scores of states (..., d), each from its own state: derivatives are made beside them, so logits are made once."""
-
-    @staticmethod
-    def forward(ctx, score: Callable[[Tensor, Tensor], Tensor], states: Tensor, others: Tensor) -> Tensor:
-        with torch.enable_grad():
-            inside = states.detach().requires_grad_()
-            scores = score(inside, others)
-            steps = not scores.requires_grad  # a step function of the states
-            ctx.save_for_backward(torch.zeros_like(inside) if steps else torch.autograd.grad(scores.sum(), inside)[0])
-        return scores.detach()
-
-    @staticmethod
-    def backward(ctx, slopes: Tensor) -> tuple[None, Tensor, None]:
-        (own,) = ctx.saved_tensors
-        return None, slopes[..., None].to(own.dtype) * own, None
 
 
 def along(walk: RoutedPass, routes: Tensor, index: Tensor | None = None) -> Iterator[tuple[Tensor, RoutedPass]]:

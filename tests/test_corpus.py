@@ -103,7 +103,7 @@ ROWS = [json.dumps({"text": f"row {number}"}) for number in range(5)]
     [
         ("a.txt", "caf\xe9 bar".encode("latin-1"), r"a\.txt is not UTF-8: byte 3 is 0xe9; convert it"),
         ("a.txt", "text".encode("utf-16"), "looks like UTF-16"),
-        ("a.txt", gzip.compress(b"text"), "looks like gzip"),
+        ("a.txt", gzip.compress(b"text", mtime=0), "looks like gzip"),
         ("a.txt", b"one\ntwo\0", r"a\.txt: line 2 of the text holds U\+0000"),
         ("a.txt", b" \n\t\n", "holds no text"),
         ("a.jsonl", "\n".join([*ROWS, "{'text': 1}"]).encode(), r"a\.jsonl, line 6 is not JSON"),

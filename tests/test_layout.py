@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; those of one line do not know each other, but a package's own modules do.
 ORDER = [
-    {"corpus", "costs", "closeness", "prices", "checks", "files", "hub", "markdown", "auto", "extensions", "devices"},
+    {"corpus", "costs", "closeness", "prices", "scores", "checks", "files", "hub", "markdown", "auto", "extensions"}
+    | {"devices"},
     {"inputs"},
     {"models"},
     {"routed_pass"},

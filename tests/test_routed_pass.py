@@ -54,6 +54,15 @@ def test_families_without_a_reference_context_have_routed_passes(family, tokens)
         RoutedPass(model, tokens, context="reference")
 
 
+def test_a_router_steers_the_layers_that_are_left(duo, tokens):
+    routes = random_routes(duo, tokens)
+    walk = RoutedPass(duo, tokens)
+    walk.step(routes[..., 0])
+    left = walk.steer(lambda view: routes[..., view.layer])
+    assert torch.equal(left, routes[..., 1:]) and torch.equal(torch.stack(walk.view.taken, -1), routes)
+    assert torch.allclose(walk.losses(), routed_losses(duo, tokens, routes), atol=1e-5)
+
+
 def test_copies_are_independent_passes(duo, tokens):
     first, second = random_routes(duo, tokens, 1), random_routes(duo, tokens, 2)
     for context in ("routed", "reference"):

@@ -11,6 +11,7 @@ import duorl
 from duorl.cli import main
 from duorl.corpus import documents
 from duorl.evaluation.tasks import ALL_BIG, load_tasks, task_rows
+from duorl.reports.tasks import tasks_markdown
 from duorl.routers import ConstantRouter, HeadRouter, PatternRouter
 
 pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
@@ -58,6 +59,13 @@ def test_all_big_is_above_chance(task):
     assert row["questions"] == 240 and row["compute"] == pytest.approx(1.0)
     low, high = row["metrics"]["acc_norm"]["interval"]
     assert 0.25 < 0.3 < low < row["metrics"]["acc_norm"]["value"] < high < 0.6
+
+
+def test_one_question_has_no_interval(task):
+    routers = {"half": PatternRouter([1, 2] * 4), ALL_BIG: ConstantRouter("big")}
+    rows = task_rows(duorl.load(), duorl.load_tokenizer(), routers, load_tasks([task]), limit=1)
+    assert all(row["metrics"]["acc"]["interval"] is None for row in rows)
+    assert re.search(r"\| half \| 0\.\d\d \| acc \| [01]\.000 \| [+-][01]\.000 \|", tasks_markdown(rows))
 
 
 def test_the_batch_changes_nothing(task):

@@ -87,7 +87,7 @@ def _prompt(options: Namespace, tokenizer: Any) -> Tensor:
 
 def _require_room(model: DuoForCausalLM, prompt: Tensor, more: int) -> None:
     """Refuse a text that is longer than the model's positions."""
-    most, length = getattr(model.config.backbone, "max_position_embeddings", None), prompt.shape[1]
+    most, length = model.most_positions, prompt.shape[1]
     if most is not None and length + more > most:
         said = f"the prompt has {length} tokens, and with {more} more the text is beyond the model's {most} positions"
         raise ValueError(f"{said}: shorten it, or lower max_new_tokens")

@@ -74,14 +74,11 @@ def measure(
         router.begin(model, tokens)
         started = time.perf_counter()
         walk = RoutedPass(model, tokens, context=context, memory=memories[index] if memories else None)
-        actions = []
-        while not walk.done:
-            actions.append(router.decide(walk.view))
-            walk.step(actions[-1])
+        routes = walk.steer(router.decide)
         # Copies wait for an accelerator, so that the time is right.
         loss, predicted = (found.cpu() for found in walk.losses_and_predictions())
         seconds = torch.tensor([(time.perf_counter() - started) / loss.numel()])
-        parts.append((loss, predicted, walk.compute.cpu(), torch.stack(actions, dim=-1).cpu(), seconds))
+        parts.append((loss, predicted, walk.compute.cpu(), routes.cpu(), seconds))
     return Measurement(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 

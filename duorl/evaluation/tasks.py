@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duorl.evaluation.statistics import estimate
 from duorl.models import DuoForCausalLM, Transcript
+from duorl.models.bases import said
 from duorl.routers import Router
 
 ALL_BIG = "all-big"
 """Name of the router with which the others are compared."""
-_Z = 1.96  # of a 95 % interval: questions are many
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
@@ -40,8 +41,7 @@ def load_tasks(names: Sequence[str]) -> dict[str, Any]:
         except KeyError as problem:
             raise ValueError(f"no task {name!r}: give a task of lm-evaluation-harness, or a YAML file") from problem
         except Exception as problem:  # of many kinds: what the harness and its data sets raise
-            said = " ".join(str(problem).split())[:300]
-            raise ValueError(f"cannot load the task {name}: {type(problem).__name__}: {said}") from problem
+            raise ValueError(f"cannot load the task {name}: {said(problem)}") from problem
     return found
 
 
@@ -71,7 +71,7 @@ def task_rows(
     Returns:
         Rows with `router`, `task`, `questions`, `compute` (mean over the tokens that were read, without padding), and
         `metrics`: by name `value`, its 95 % `interval` over questions, and the paired `minus_all_big` with its
-        `minus_interval`.
+        `minus_interval`. An interval is None if there is one question.
     """
     from lm_eval import evaluator
 
@@ -102,16 +102,14 @@ Answers = Sequence[Mapping[str, Any]]
 
 
 def _measured(own: Answers, reference: Answers, metric: str) -> dict[str, Any]:
-    values, all_big = (torch.tensor([float(one[metric]) for one in answers]) for answers in (own, reference))
-    value, interval = _mean(values)
-    difference, around = _mean(values - all_big)
-    return {"value": value, "interval": interval, "minus_all_big": difference, "minus_interval": around}
-
-
-def _mean(values: Tensor) -> tuple[float, list[float]]:
-    """The mean of (N,) and its 95 % interval."""
-    mean, error = values.mean().item(), values.std(correction=0).item() / len(values) ** 0.5
-    return mean, [mean - _Z * error, mean + _Z * error]
+    value, all_big = (estimate(torch.tensor([float(one[metric]) for one in answers])) for answers in (own, reference))
+    difference = value - all_big
+    return {
+        "value": value.value,
+        "interval": value.interval,
+        "minus_all_big": difference.value,
+        "minus_interval": difference.interval,
+    }
 
 
 @cache
@@ -123,8 +121,8 @@ def _harness() -> Any:
         """Asks a model with a router, and counts the compute."""
 
         def __init__(self, model: DuoForCausalLM, tokenizer: Any, router: Router, batch: int):
-            length = getattr(model.config.backbone, "max_position_embeddings", None)
-            super().__init__(model.with_router(router), tokenizer=tokenizer, batch_size=batch, max_length=length)
+            view, length = model.with_router(router), model.most_positions
+            super().__init__(view, tokenizer=tokenizer, batch_size=batch, max_length=length)
             self.router, self.tokens, self.total = router, 0, 0.0
 
         @property

@@ -245,10 +245,7 @@ def routes_of(
 ) -> Tensor:
     """The routes that a router takes in the reference context, (B, T, L) action codes."""
     router.begin(model, tokens)
-    walk = RoutedPass(model, tokens, context="reference", memory=memory, price=price)
-    while not walk.done:
-        walk.step(router.decide(walk.view))
-    return torch.stack(walk.view.taken, dim=-1)
+    return RoutedPass(model, tokens, context="reference", memory=memory, price=price).steer(router.decide)
 
 
 def deviations(walk: RoutedPass, routes: Tensor, actions: Sequence[int]) -> tuple[Tensor, Tensor]:

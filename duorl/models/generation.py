@@ -177,10 +177,10 @@ class RoutedGenerationMixin(GenerationMixin):
     ) -> DuoForCausalLM:
         """The view of the model that drafts."""
         model: Any = self
-        config = options.get("generation_config") or self.generation_config
+        beams = self._setting("num_beams", options)
         if prompt is not None and len(prompt) > 1:
             raise ValueError(f"draft: {len(prompt)} prompts: give one at a time")
-        if (options.get("num_beams", config.num_beams) or 1) > 1:
+        if (beams or 1) > 1:
             raise ValueError("draft: beam search has no drafts: set num_beams to 1")
         if isinstance(tokens, int) and tokens < 0:
             raise ValueError(f"draft_tokens must be at least 0, not {tokens}")
@@ -217,9 +217,13 @@ class RoutedGenerationMixin(GenerationMixin):
 
     def _ends(self, options: dict[str, Any]) -> list[int]:
         """The tokens that end a text."""
-        config = options.get("generation_config") or self.generation_config
-        ends = options.get("eos_token_id", config.eos_token_id)
+        ends = self._setting("eos_token_id", options)
         return [] if ends is None else torch.as_tensor(ends).flatten().tolist()
+
+    def _setting(self, name: str, options: dict[str, Any]) -> Any:
+        """A setting of this generation."""
+        config = options.get("generation_config") or self.generation_config
+        return options.get(name, getattr(config, name))
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:

@@ -215,13 +215,12 @@ def check_windows(model: DuoForCausalLM, windows: Tensor) -> None:
     """
     if windows.ndim != 2 or windows.shape[1] < 2 or windows.is_floating_point():
         raise ValueError(f"windows are token ids of shape (W, T+1), not {windows.dtype} {tuple(windows.shape)}")
-    config, length = model.config.backbone, windows.shape[1] - 1
-    most = getattr(config, "max_position_embeddings", None)
+    most, length, known = model.most_positions, windows.shape[1] - 1, model.config.backbone.vocab_size
     if most is not None and length > most:
         raise ValueError(f"a window of {length} tokens is longer than the model's {most} positions: give a smaller one")
-    unknown = (windows < 0) | (windows >= config.vocab_size)
+    unknown = (windows < 0) | (windows >= known)
     if unknown.any():
         raise ValueError(
-            f"the text holds token {windows[unknown][0].item()}, but the model knows 0 to {config.vocab_size - 1}: "
+            f"the text holds token {windows[unknown][0].item()}, but the model knows 0 to {known - 1}: "
             "give it its own tokenizer"
         )

@@ -149,6 +149,11 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         return len(find_layers(self.backbone))
 
     @property
+    def most_positions(self) -> int | None:
+        """Number of positions that the model knows; None: it sets no bound."""
+        return getattr(self.config.backbone, "max_position_embeddings", None)
+
+    @property
     def hidden_size(self) -> int:
         """Size d of the residual stream."""
         return self.config.backbone.hidden_size

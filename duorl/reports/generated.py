@@ -63,12 +63,9 @@ def token_rows(model: DuoForCausalLM, router: Router, text: Tensor, tokenizer: A
     """
     walk = RoutedPass(model, text)
     router.begin(model, text)
-    routes = []
-    while not walk.done:
-        routes.append(router.decide(walk.view))
-        walk.step(routes[-1])
+    routes = walk.steer(router.decide)
     shares, alternatives = walk.likely(_ALTERNATIVES)
-    columns = (text[0, 1:], torch.stack(routes, -1)[0], walk.compute[0], walk.losses()[0], alternatives[0], shares[0])
+    columns = (text[0, 1:], routes[0], walk.compute[0], walk.losses()[0], alternatives[0], shares[0])
     return [
         {
             "token": tokenizer.decode([token]),

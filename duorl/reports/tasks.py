@@ -38,6 +38,8 @@ def _cells(row: dict[str, Any], name: str) -> list[str]:
     return [row["task"], f"{row['questions']}", row["router"], f"{row['compute']:.2f}", name, value, difference]
 
 
-def _number(value: float, interval: Sequence[float], sign: str = "") -> str:
+def _number(value: float, interval: Sequence[float] | None, sign: str = "") -> str:
+    if interval is None:
+        return f"{value:{sign}.3f}"
     low, high = interval
     return f"{value:{sign}.3f} ({low:{sign}.3f}, {high:{sign}.3f})"

@@ -65,8 +65,7 @@ def spent(model: DuoForCausalLM, router: Router, windows: Tensor, *, batch: int 
     for tokens in windows.to(model.device).split(batch):
         router.begin(model, tokens)
         walk = RoutedPass(model, tokens)
-        while not walk.done:
-            walk.step(router.decide(walk.view))
+        walk.steer(router.decide)
         found.append(walk.compute.cpu())
     return torch.cat(found).mean().item()
 
