@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import kl_div
 
 Closeness = Callable[[Tensor, Tensor], Tensor]
+Target = Literal["teacher", "text"]
+"""What a prediction shall come close to: that of all-big, or the next token of the text."""
 
 
 def minus_divergence(own: Tensor, teacher: Tensor) -> Tensor:

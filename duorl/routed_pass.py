@@ -159,9 +159,15 @@ class RoutedPass:
         return torch.stack(self._taken[before:], dim=-1)
 
     def take(self, action: int) -> None:
-        """Apply the same action to all tokens."""
+        """Apply the same action to all tokens, in this layer."""
         taken = torch.full(self.compute.shape, action, device=self.compute.device)
         self._advance(self._after(action), self.action_compute[self.layer, action], taken)
+
+    def take_all(self, action: int) -> RoutedPass:
+        """Complete the pass with the same action for all tokens; returns the pass."""
+        while not self.done:
+            self.take(action)
+        return self
 
     def mix(self, weights: Tensor, actions: Sequence[int], *, hard: bool = False) -> None:
         """Apply a mixture of actions to each token, differentiable; the soft router of Duo-LLM is trained with it.

@@ -273,10 +273,7 @@ class RoutingDynamics:
 
     def _constant(self, action: int) -> RoutedPass:
         """A finished pass in which all tokens take one action."""
-        walk = self._begin()
-        while not walk.done:
-            walk.take(action)
-        return walk
+        return self._begin().take_all(action)
 
     def _closer(self, closeness: Closeness) -> Tensor:
         """(N,); see `Step.closer`."""

@@ -105,9 +105,7 @@ class Lockstep(RoutingDynamics):
         """Losses of windows (B,) along the reference route, (B, T) nats; computed once for each window."""
         known = self._known_losses[index]
         if known.isnan().any():
-            walk = RoutedPass(self.model, self.windows[index], context=self.context)
-            while not walk.done:
-                walk.take(self.reference)
+            walk = RoutedPass(self.model, self.windows[index], context=self.context).take_all(self.reference)
             known = self._known_losses[index] = walk.losses().float().cpu()
         return known.to(self.windows.device)
 

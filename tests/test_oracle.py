@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import duorl
 from duorl import oracle
+from duorl.closeness import same_token
 from duorl.models import load
 from duorl.oracle import search
 from duorl.oracle.patterns import pattern_losses
@@ -365,6 +366,23 @@ def test_enumerated_patterns_are_the_best_of_every_budget(actions, duo, tokens):
         assert among[index] and pattern.compute == pytest.approx(table.compute[index].item())
 
 
+@pytest.mark.parametrize("method", ["enumeration", "program", "greedy"])
+def test_patterns_for_drafts_are_the_best_by_acceptance(method, duo, tokens):
+    by_text, all_big = oracle.fixed_patterns(duo, tokens), duo(input_ids=tokens[:, :-1]).logits.argmax(-1)
+    patterns = oracle.fixed_patterns(duo, tokens, method=method, closeness=same_token)
+
+    def acceptance(route):
+        routes = torch.tensor(route).expand(*all_big.shape, -1)
+        return (duo(input_ids=tokens[:, :-1], routes=routes).logits.argmax(-1) == all_big).float().mean().item()
+
+    for pattern in patterns:
+        assert -pattern.loss == pytest.approx(acceptance(pattern.route), abs=1e-6)
+        if method == "enumeration":
+            rival = next(other for other in by_text if other.budget == pattern.budget)
+            assert acceptance(pattern.route) >= acceptance(rival.route)
+    assert acceptance([1] * duo.num_layers) < -patterns[-1].loss == 1.0
+
+
 @pytest.mark.parametrize("actions", [BOTH, ALL], ids=len)
 def test_the_program_finds_a_pattern_for_every_budget_and_few_worse_ones(actions, duo, tokens):
     exact = {pattern.budget: pattern for pattern in oracle.fixed_patterns(duo, tokens, actions=actions)}
@@ -382,7 +400,7 @@ def test_the_program_finds_a_pattern_for_every_budget_and_few_worse_ones(actions
 def test_the_program_tries_a_triangle_of_patterns(duo, tokens, monkeypatch):
     tried = []
     monkeypatch.setattr(
-        "duorl.oracle.patterns._losses", lambda model, windows, routes: tried.extend(routes) or [0.0] * len(routes)
+        "duorl.oracle.patterns._Trials._losses", lambda trials, routes: tried.extend(routes) or [0.0] * len(routes)
     )
     oracle.fixed_patterns(duo, tokens, method="program")
     assert len(tried) == 1 + 3 * 4 / 2

@@ -14,7 +14,7 @@ from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
 from duorl.learners import Soft, Supervised
 from duorl.learners.sharpness import Sharpness
-from duorl.learners.soft import hardened, soft_loss, soft_pass
+from duorl.learners.soft import distances, hardened, soft_loss, soft_pass
 from duorl.oracle import exhaustive
 from duorl.rewards import LossImprovement
 from duorl.routers import (
@@ -123,17 +123,35 @@ def test_soft_loss_is_the_papers():
 
 def test_a_sharp_mixture_is_the_deployed_router(duo, windows):
     router = HeadRouter(3, 32, seed=1)
-    losses, compute = soft_pass(duo, router, windows, tau=1e6)
+    walk = soft_pass(duo, router, windows, tau=1e6)
     measured = measure(duo, router, windows)
-    assert torch.allclose(losses, measured.loss, atol=1e-3)
-    assert torch.allclose(compute, measured.compute, atol=1e-3)
+    assert torch.allclose(walk.losses(), measured.loss, atol=1e-3)
+    assert torch.allclose(walk.compute, measured.compute, atol=1e-3)
+
+
+def test_the_distance_of_a_mixture_to_all_big_is_the_divergence(duo, windows):
+    walk = soft_pass(duo, HeadRouter(3, 32, seed=1), windows, tau=1.0)
+    own, teacher = walk.logits().log_softmax(-1), duo(input_ids=windows[:, :-1]).logits.log_softmax(-1)
+    naive = (teacher.exp() * (teacher - own)).sum(-1)
+    assert torch.allclose(distances(walk, duo, windows), naive, atol=1e-5)
+    assert naive.min() > 1e-6
+
+
+def test_a_soft_router_can_learn_from_the_teacher(duo, windows):
+    env = Lockstep(duo, windows, reward=LossImprovement(0.0), windows_per_batch=8)
+
+    def distance(updates):
+        router = Soft(env, updates=updates, target="teacher").learn(1)
+        return distances(soft_pass(duo, router, windows, tau=20.0), duo, windows).mean()
+
+    assert distance(60) < 0.7 * distance(1)
 
 
 def test_straight_through_runs_as_deployed_and_learns_as_the_mixture(duo, windows):
     router = HeadRouter(3, 32, seed=1, prices=(0.1, 1.0))
     price = torch.full((8, 1), 0.4)
-    losses, compute = soft_pass(duo, router, windows, 1.0, price, straight_through=True)
-    measured = measure(duo, router.at(price=0.4), windows)
+    walk = soft_pass(duo, router, windows, 1.0, price, straight_through=True)
+    losses, compute, measured = walk.losses(), walk.compute, measure(duo, router.at(price=0.4), windows)
     assert torch.allclose(losses, measured.loss, atol=1e-4) and torch.allclose(compute, measured.compute, atol=1e-4)
     losses.mean().backward()
     assert all(parameter.grad.abs().sum() > 0 for parameter in router.parameters())

@@ -82,10 +82,7 @@ def found_difficulty(
 
 @torch.no_grad()
 def _constant_losses(model: DuoForCausalLM, tokens: Tensor, action: int) -> Tensor:
-    walk = RoutedPass(model, tokens, context="reference")
-    while not walk.done:
-        walk.take(action)
-    return walk.losses().cpu()
+    return RoutedPass(model, tokens, context="reference").take_all(action).losses().cpu()
 
 
 def find_bound(

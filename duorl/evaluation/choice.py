@@ -110,9 +110,7 @@ def flops_per_second(model: DuoForCausalLM, windows: Tensor, *, batch: int = 16)
     tally, seconds = Tally(), 0.0
     for tokens in (windows[:1], windows[:batch]):
         tally, started = Tally(), time.perf_counter()
-        walk = RoutedPass(model, tokens.to(model.device), tally=tally)
-        while not walk.done:
-            walk.take(SMALL)
+        walk = RoutedPass(model, tokens.to(model.device), tally=tally).take_all(SMALL)
         walk.losses().cpu()  # waits for an accelerator
         seconds = time.perf_counter() - started
     return tally.flops / seconds

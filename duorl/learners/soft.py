@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from duorl.checks import require_positive
+from duorl.closeness import Target, minus_divergence
+from duorl.costs import BIG
 from duorl.learners.base import HeadLearner, Task
 from duorl.learners.sharpness import Schedule, Sharpness
 from duorl.models.footprint import require_room
@@ -40,6 +42,8 @@ class Soft(HeadLearner):
         schedule: how the inverse temperature changes; `constant`: it is `last_sharpness` from the start.
         straight_through: every token takes its most probable action, as in deployment, and only the gradient is that
             of the mixture.
+        target: `text` lowers the next-token loss; `teacher` the distance to all-big, KL(all-big || mixture), which the
+            price then has as its unit.
         learning_rate: learning rate of Adam; it falls linearly to 0.
         width: hidden units of a head; 0 for the paper's linear map.
         init: folder of a saved router to start from.
@@ -62,6 +66,7 @@ class Soft(HeadLearner):
         last_sharpness: float = 20.0,
         schedule: Schedule = "geometric",
         straight_through: bool = False,
+        target: Target = "text",
         learning_rate: float = 1e-2,
         width: int = 0,
         init: str | None = None,
@@ -75,7 +80,7 @@ class Soft(HeadLearner):
         tokens = env.windows_per_batch * (env.windows.shape[1] - 1)
         require_room(env.model, tokens, "everything", f"lower windows_per_batch ({env.windows_per_batch})")
         self.budget, self.alpha, self.updates = budget, alpha, updates
-        self.straight_through = straight_through
+        self.straight_through, self.target = straight_through, target
         self.generator = torch.Generator().manual_seed(env.first_seed)
 
     @property
@@ -95,7 +100,7 @@ class Soft(HeadLearner):
         if env.prices is not None:
             price = draw_prices(env.prices, len(picked), self.generator)[:, None].to(env.model.device)
         tau = self.sharpness.at(self.progress)
-        losses, compute = soft_pass(
+        walk = soft_pass(
             env.model,
             self.router,
             env.windows[picked],
@@ -103,7 +108,11 @@ class Soft(HeadLearner):
             price if isinstance(price, Tensor) else None,
             straight_through=self.straight_through,
         )
-        self.descend(soft_loss(losses, compute, price=price, budget=self.budget, alpha=self.alpha))
+        compute, by_text = walk.compute, self.target == "text"
+        with torch.set_grad_enabled(by_text):
+            losses = walk.losses()
+        lowered = losses if by_text else distances(walk, env.model, env.windows[picked])
+        self.descend(soft_loss(lowered, compute, price=price, budget=self.budget, alpha=self.alpha))
         gain = env.reference_losses(picked) - losses.detach()
         return {
             "rollout/return": (gain - price * compute.detach()).mean().item(),
@@ -138,8 +147,8 @@ def soft_pass(
     price: Tensor | None = None,
     *,
     straight_through: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Losses in nats and compute, both (B, T) and differentiable, of the mixture P = softmax(tau * h).
+) -> RoutedPass:
+    """The finished pass of the mixture P = softmax(tau * h); its losses and compute, (B, T) each, are differentiable.
 
     Args:
         model: a frozen duo model.
@@ -154,7 +163,14 @@ def soft_pass(
         shares = (tau * router.logits(walk.view)).softmax(-1)
         weights = hardened(shares) if straight_through else shares
         walk.mix(weights, router.codes.tolist(), hard=straight_through)
-    return walk.losses(), walk.compute
+    return walk
+
+
+def distances(walk: RoutedPass, model: DuoForCausalLM, tokens: Tensor) -> Tensor:
+    """KL(all-big || a finished pass) of its tokens (B, T+1), (B, T) nats, differentiable."""
+    with torch.no_grad():
+        teacher = RoutedPass(model, tokens).take_all(BIG)
+    return -walk.compare(teacher, minus_divergence)
 
 
 def hardened(shares: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from duorl.closeness import Closeness
 from duorl.costs import BIG, action_ids
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.search import all_routes, completion_flops, count_routes, tree_flops
@@ -35,7 +36,8 @@ class FixedPattern:
     Attributes:
         budget: number of layers with each allowed action, cheapest action first.
         route: L action codes.
-        loss: mean loss in nats of all tokens on this route, over the windows on which it was chosen.
+        loss: mean loss in nats of all tokens on this route, over the windows on which it was chosen; or minus the
+            closeness to all-big by which it was chosen.
         compute: in [0, 1].
     """
 
@@ -46,7 +48,9 @@ class FixedPattern:
 
 
 @torch.no_grad()
-def pattern_losses(model: DuoForCausalLM, windows: Tensor, routes: Tensor, *, batch: int = 16) -> Tensor:
+def pattern_losses(
+    model: DuoForCausalLM, windows: Tensor, routes: Tensor, *, batch: int = 16, closeness: Closeness | None = None
+) -> Tensor:
     """Mean loss in nats of each pattern in the `uniform` context, (R,). Shared prefixes are computed once.
 
     Args:
@@ -54,11 +58,15 @@ def pattern_losses(model: DuoForCausalLM, windows: Tensor, routes: Tensor, *, ba
         windows: (W, T+1).
         routes: (R, L), action codes.
         batch: windows per pass.
+        closeness: of `duorl.closeness`; minus the closeness to all-big then takes the place of the loss.
     """
     total = torch.zeros(len(routes), dtype=torch.float64)
     for tokens in windows.to(model.device).split(batch):
-        for index, done in along(RoutedPass(model, tokens), routes):
-            total[index] += done.losses().sum().item()
+        start = RoutedPass(model, tokens)
+        teacher = closeness and start.fork().take_all(BIG)
+        for index, done in along(start, routes):
+            lowered = -done.compare(teacher, closeness) if closeness and teacher else done.losses()
+            total[index] += lowered.sum().item()
     return total / windows[:, 1:].numel()
 
 
@@ -68,6 +76,7 @@ def fixed_patterns(
     *,
     actions: Sequence[str] = ("small", "big"),
     method: PatternMethod = "enumeration",
+    closeness: Closeness | None = None,
 ) -> list[FixedPattern]:
     """The best pattern for every budget that was tried, cheapest first.
 
@@ -77,6 +86,7 @@ def fixed_patterns(
         actions: names of the allowed actions.
         method: `enumeration` tries all A^L patterns and is exact. The dynamic `program` and the `greedy` search work
             for any depth. With more than two actions, `greedy` does not try every budget.
+        closeness: see `pattern_losses`; the patterns of drafts, for example, are the best by `same_token`.
 
     Raises:
         ValueError: too many routes to enumerate, or an unknown method.
@@ -84,9 +94,10 @@ def fixed_patterns(
     codes = action_ids(actions).tolist()
     if method == "enumeration":
         routes = all_routes(model.num_layers, actions)
-        tried = dict(zip(map(tuple, routes.tolist()), pattern_losses(model, windows, routes).tolist(), strict=True))
+        losses = pattern_losses(model, windows, routes, closeness=closeness).tolist()
+        tried = dict(zip(map(tuple, routes.tolist()), losses, strict=True))
     else:
-        tried = search_patterns(model, windows, actions=actions, method=method)
+        tried = search_patterns(model, windows, actions=actions, method=method, closeness=closeness)
     best = _best_per_budget(codes, tried)
     compute = model.route_compute(torch.tensor(list(best.values()), device=model.device)).tolist()
     patterns = [
@@ -103,6 +114,7 @@ def search_patterns(
     actions: Sequence[str],
     method: PatternMethod,
     price: float = 0.0,
+    closeness: Closeness | None = None,
 ) -> dict[Route, float]:
     """All patterns that `program` or `greedy` tries, and their losses in nats on the windows.
 
@@ -112,13 +124,14 @@ def search_patterns(
         actions: names of the allowed actions.
         method: `program` or `greedy`.
         price: nats per all-big pass; the greedy search changes the best pattern at this price further.
+        closeness: see `pattern_losses`.
 
     Raises:
         ValueError: an unknown method.
     """
     if method not in ("program", "greedy"):
         raise ValueError(f"unknown method {method!r}: choose {', '.join(get_args(PatternMethod))}")
-    trials = _Trials(model, windows)
+    trials = _Trials(model, windows, closeness)
     codes = action_ids(actions).tolist()
     if len(codes) == 1:
         trials.losses([tuple(codes) * model.num_layers])
@@ -182,15 +195,18 @@ def patterns_flops(model: DuoForCausalLM, actions: Sequence[str], positions: flo
 class _Trials:
     """The patterns that were tried, each one once."""
 
-    def __init__(self, model: DuoForCausalLM, windows: Tensor):
-        self.model, self.windows = model, windows
+    def __init__(self, model: DuoForCausalLM, windows: Tensor, closeness: Closeness | None = None):
+        self.model, self.windows, self.closeness = model, windows, closeness
         self.found: dict[Route, float] = {}
 
     def losses(self, routes: Iterable[Route]) -> list[float]:
         routes = list(routes)
         if new := [list(route) for route in dict.fromkeys(routes) if route not in self.found]:
-            self.found |= zip(map(tuple, new), _losses(self.model, self.windows, new), strict=True)
+            self.found |= zip(map(tuple, new), self._losses(new), strict=True)
         return [self.found[route] for route in routes]
+
+    def _losses(self, routes: list[list[int]]) -> list[float]:
+        return pattern_losses(self.model, self.windows, torch.tensor(routes), closeness=self.closeness).tolist()
 
 
 def _best_per_budget(codes: list[int], tried: dict[Route, float]) -> dict[Budget, Route]:
@@ -341,7 +357,3 @@ class _Greedy:
 
     def _compute(self, route: Route) -> float:
         return sum(self.spent[layer, self.codes.index(code)].item() for layer, code in enumerate(route))
-
-
-def _losses(model: DuoForCausalLM, windows: Tensor, routes: list[list[int]]) -> list[float]:
-    return pattern_losses(model, windows, torch.tensor(routes)).tolist()

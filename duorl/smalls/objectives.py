@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from duorl.closeness import minus_divergence
+from duorl.closeness import Target, minus_divergence
 from duorl.costs import BIG, SMALL
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.trainer import random_routes
 from duorl.routed_pass import RoutedPass
 from duorl.smalls.recording import big_passes, in_own_precision, token_weights
-
-Target = Literal["teacher", "text"]
-"""What `distil` comes closer to: the all-big distribution, or the next token of the text."""
 
 # Shares of big that are drawn: 0, 1/8, ..., 7/8. They are few, because kernels are compiled for each size of a group;
 # and one of them is never 1, with which no small network would run.
@@ -66,8 +62,7 @@ class Distil:
             if self.target == "text":
                 return walk.losses().mean()
             with torch.no_grad():
-                while not teacher.done:
-                    teacher.take(BIG)
+                teacher.take_all(BIG)
             return -walk.compare(teacher, minus_divergence).mean()
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from duorl.checks import require_positive
-from duorl.smalls.objectives import Target
+from duorl.closeness import Target
 
 Stage = Literal["choose", "regress", "distil"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

@@ -1,0 +1,293 @@
+"""How far each learner raises the acceptance of drafts: tables of docs/experiments.md.
+
+    python -m benchmarks.acceptance --seeds 5 --out docs/results/acceptance.json
+    python -m benchmarks.acceptance --model smollm2 --dtype bfloat16 --out docs/results/acceptance-smollm2.json
+
+Acceptance is the share of tokens whose most likely next token is that of all-big: what greedy decoding keeps of a
+draft. Every learner trains one router for a range of prices, from equally many layer decisions of the router split. It
+is measured on the evaluation split, in the routed context, and compared with the others at equal compute. Prices range
+from 0.15 to 2.6 times what all-big is better than all-small: in nats of loss, in nats of distance, or in accepted
+tokens. Fixed patterns are chosen on router text, for every number of big layers, by acceptance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import duorl
+from benchmarks.record import record
+from duorl import agents
+from duorl.closeness import minus_divergence, same_token
+from duorl.corpus import Windows, cut, documents
+from duorl.costs import BIG, SMALL
+from duorl.envs import Lockstep
+from duorl.evaluation import Ladder
+from duorl.evaluation.budgets import agreement_at
+from duorl.evaluation.statistics import Estimate
+from duorl.files import write_json
+from duorl.learners import Soft
+from duorl.learners.base import Learner
+from duorl.markdown import grid
+from duorl.oracle import fixed_patterns
+from duorl.prices import ladder
+from duorl.rewards import Acceptance, LossImprovement, Reward, TeacherKL
+from duorl.routed_pass import RoutedPass
+from duorl.routers import HeadRouter, PatternRouter, Router, spent
+from duorl.runs.allocator import keep_freed_memory
+
+CORPORA = ("stdlib-code", "stdlib-docs")
+WINDOW = 128
+CHOSEN_ON = 16  # windows of router text that choose the fixed patterns
+CHEAPEST, DEAREST = 0.15, 2.6  # prices, in what all-big is better than all-small
+STEPS = 6  # prices at which a router is measured
+TARGETS = (0.25, 0.5, 0.75)
+BEYOND = 0.05  # on other text a router spends a little less or more
+FIXED, SOFT = "best fixed", "soft, distance"  # rivals
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A training: a learner, its reward, and the unit of its price: loss, distance or acceptance."""
+
+    learner: Callable[..., Learner]
+    reward: Reward
+    unit: str
+    copies: int = 2
+    share: float = 1.0  # of the decisions
+
+
+def variants(rate: float) -> dict[str, list[Stage]]:
+    """The trainings of every router, one after the other; `rate` is the learning rate of REINFORCE and ReinMax."""
+    reinforce = partial(agents.REINFORCE, learning_rate=rate)
+    reinmax = partial(agents.ReinMax, learning_rate=rate)
+    soft, closer = partial(Soft, updates=None), partial(Soft, updates=None, target="teacher")
+    accepted, likely = Acceptance(), Acceptance(sampled=True)
+    return {
+        "PPO, acceptance": [Stage(agents.PPO, accepted, "acceptance")],
+        "REINFORCE, acceptance": [Stage(reinforce, accepted, "acceptance")],
+        "REINFORCE, chance of acceptance": [Stage(reinforce, likely, "acceptance")],
+        "REINFORCE, distance": [Stage(reinforce, TeacherKL(), "distance")],
+        "REINFORCE, distance, then acceptance": [
+            Stage(reinforce, TeacherKL(), "distance", share=0.5),
+            Stage(reinforce, accepted, "acceptance", share=0.5),
+        ],
+        "ReinMax, chance of acceptance": [Stage(reinmax, likely, "acceptance", copies=1)],
+        "ReinMax, distance": [Stage(reinmax, TeacherKL(), "distance", copies=1)],
+        "soft, loss": [Stage(soft, LossImprovement(), "loss", copies=1)],
+        "soft, distance": [Stage(closer, TeacherKL(), "distance", copies=1)],
+        "soft, distance, then REINFORCE, acceptance": [
+            Stage(closer, TeacherKL(), "distance", copies=1, share=0.5),
+            Stage(partial(reinforce, learning_rate=rate / 3), accepted, "acceptance", share=0.5),
+        ],
+    }
+
+
+@dataclass(frozen=True)
+class Study:
+    """A comparison of the variants on one model.
+
+    Args:
+        model: name of the model.
+        dtype: its precision.
+        decisions: layer decisions of every router's training.
+        rate: see `variants`.
+        held_out: windows that measure.
+        folder: keeps what is done, so that the same call goes on.
+    """
+
+    model: str
+    dtype: str
+    decisions: int
+    rate: float
+    held_out: int
+    folder: Path
+
+    @cached_property
+    def loaded(self) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
+        """The model, windows of the router split, and windows of the evaluation split."""
+        return material(self.model, self.dtype, self.held_out)
+
+    @cached_property
+    def gaps(self) -> dict[str, float]:
+        """By unit, what all-big is better than all-small on router text."""
+        model, training, _ = self.loaded
+        small, big = (RoutedPass(model, training[:CHOSEN_ON]).take_all(action) for action in (SMALL, BIG))
+        return {
+            "loss": (small.losses() - big.losses()).mean().item(),
+            "distance": -small.compare(big, minus_divergence).mean().item(),
+            "acceptance": 1 - small.compare(big, same_token).mean().item(),
+        }
+
+    def prices(self, unit: str) -> tuple[float, float]:
+        """The range of prices, in a unit per all-big pass."""
+        return CHEAPEST * self.gaps[unit], DEAREST * self.gaps[unit]
+
+    def run(self, job: tuple[str, int]) -> Ladder:
+        """Train a router with a seed and measure it, once."""
+        name, seed = job
+        place = self.folder / f"{name}-{seed}"
+        if not (place / "time.json").exists():
+            started, router = time.process_time(), None
+            for stage in variants(self.rate)[name]:
+                router = self.trained(stage, seed, place / "start", router)
+            assert router is not None
+            router.save_pretrained(place)
+            seconds = time.process_time() - started
+            self.measured(router).save(place / "ladder.safetensors")
+            write_json(place / "time.json", {"seconds": seconds})
+        return Ladder.load(place / "ladder.safetensors")
+
+    def trained(self, stage: Stage, seed: int, place: Path, start: Router | None) -> Router:
+        """A router after a stage; it starts from another, whose prices are taken in the stage's unit."""
+        model, training, _ = self.loaded
+        options, prices = {}, self.prices(stage.unit)
+        if start is not None:
+            other = HeadRouter(**{**start.config, "prices": prices})
+            other.load_state_dict(start.state_dict())
+            other.save_pretrained(place)
+            options["init"] = str(place)
+        windows = 8 if stage.copies > 1 else 16  # per batch; the same number of tokens
+        more = {"windows_per_batch": windows, "group_size": stage.copies, "seed": seed, "prices": prices}
+        env = Lockstep(model, training, reward=stage.reward, **more)
+        return stage.learner(env, **options).learn(int(self.decisions * stage.share))
+
+    def measured(self, router: Router) -> Ladder:
+        """A router at prices of its range on the evaluation split, and where these do not lead, calibrated."""
+        model, training, held_out = self.loaded
+        steps = [router.at(price=price) for price in ladder(tuple(router.config["prices"]), STEPS)]
+        spends = [spent(model, step, training[:CHOSEN_ON]) for step in (steps[-1], steps[0])]
+        for target in (TARGETS[0] - BEYOND, *TARGETS, TARGETS[-1] + BEYOND):
+            if not spends[0] + BEYOND < target < spends[1] - BEYOND:
+                steps.append(router.calibrated(model, training[:CHOSEN_ON], compute=target))
+        return Ladder.climb(model, steps, held_out.tokens)
+
+    def fixed(self) -> Ladder:
+        """The best fixed pattern of every number of big layers, by acceptance."""
+        model, training, held_out = self.loaded
+        path = self.folder / "fixed.safetensors"
+        if not path.exists():
+            method = "enumeration" if model.num_layers <= 12 else "greedy"
+            found = fixed_patterns(model, training[:CHOSEN_ON], method=method, closeness=same_token)
+            found_at = [pattern.compute for pattern in found]
+            around = {0, len(found) - 1} | {
+                place + step
+                for target in TARGETS
+                for step in (0, 1)
+                for place, (low, high) in enumerate(pairwise(found_at))
+                if low <= target <= high
+            }
+            steps = [PatternRouter(found[place].route) for place in sorted(around)]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Ladder.climb(model, steps, held_out.tokens).save(path)
+        return Ladder.load(path)
+
+    def rows(self, seeds: int) -> list[dict]:
+        """A row per router: acceptance at every target, and paired differences to two rivals."""
+        names = list(variants(self.rate))
+        ladders = {FIXED: [self.fixed()]} | {name: [self.run((name, seed)) for seed in range(seeds)] for name in names}
+        files = self.loaded[2].files
+        at = {name: {t: agreement_at(own, t, files) for t in TARGETS} for name, own in ladders.items()}
+        return [
+            {
+                "name": name,
+                "seeds": len(ladders[name]),
+                "seconds": self.seconds(name, seeds),
+                "targets": {
+                    str(target): {
+                        "acceptance": _said(own),
+                        **{f"minus {rival}": _said(_minus(own, at[rival][target])) for rival in (FIXED, SOFT)},
+                    }
+                    for target, own in levels.items()
+                },
+            }
+            for name, levels in at.items()
+        ]
+
+    def seconds(self, name: str, seeds: int) -> float | None:
+        """Mean processor time of the trainings; None for fixed patterns."""
+        if name == FIXED:
+            return None
+        kept = [json.loads((self.folder / f"{name}-{seed}" / "time.json").read_text()) for seed in range(seeds)]
+        return sum(one["seconds"] for one in kept) / seeds
+
+
+def _minus(own: Estimate | None, rival: Estimate | None) -> Estimate | None:
+    return None if own is None or rival is None or own is rival else own - rival
+
+
+def _said(found: Estimate | None) -> list[float] | None:
+    return None if found is None else [found.value, *(found.interval or ())]
+
+
+@lru_cache(maxsize=1)
+def material(name: str, dtype: str, held_out: int) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
+    """A model, windows of the router split, and the first ones of the evaluation split."""
+    model, tokenizer = duorl.load(name, dtype=getattr(torch, dtype)), duorl.load_tokenizer(name)
+    learned, measured = (cut(documents(CORPORA, split), tokenizer, WINDOW) for split in ("router", "evaluation"))
+    assert learned is not None and measured is not None
+    return model, learned.tokens, measured.first(held_out)
+
+
+def markdown(table: list[dict]) -> str:
+    """The rows as a table."""
+    head = ["router", "processor time", *(f"at {float(t):.0%}" for t in table[0]["targets"])]
+    head += [f"minus {rival}, at {float(t):.0%}" for rival in (FIXED, SOFT) for t in table[0]["targets"]]
+    lines = []
+    for row in table:
+        levels = row["targets"].values()
+        spent = "" if row["seconds"] is None else f"{row['seconds'] / 60:.1f} min"
+        differences = [_cell(level[f"minus {rival}"], "+") for rival in (FIXED, SOFT) for level in levels]
+        lines.append([row["name"], spent, *(_cell(level["acceptance"]) for level in levels), *differences])
+    return grid(head, lines, numbers=range(1, len(head)))
+
+
+def _cell(found: list[float] | None, sign: str = "") -> str:
+    if found is None:
+        return ""
+    value, *interval = found
+    if not sign:
+        return f"{value:.3f}"
+    return f"{value:+.3f}" + (" ({:+.3f}, {:+.3f})".format(*interval) if interval else "")
+
+
+def main() -> None:
+    """Run all trainings, write the JSON, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="duo-tiny")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--decisions", type=int, default=4_000_000, help="layer decisions of every router's training")
+    parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of REINFORCE and ReinMax")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--windows", type=int, default=128, help="windows that measure the routers")
+    parser.add_argument("--processes", type=int, default=torch.get_num_threads())
+    parser.add_argument("--folder", type=Path, default=Path("runs/acceptance"), help="keeps what is done, to go on")
+    parser.add_argument("--out", type=Path, default=Path("runs/acceptance.json"))
+    options = parser.parse_args()
+    keep_freed_memory()
+    sizes = {"decisions": options.decisions, "rate": options.rate, "held_out": options.windows}
+    place = options.folder / "-".join(map(str, (Path(options.model).name, options.dtype, *sizes.values())))
+    study = Study(options.model, options.dtype, folder=place, **sizes)
+    jobs = [(name, seed) for seed in range(options.seeds) for name in variants(options.rate)]
+    threads = max(1, torch.get_num_threads() // options.processes)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (threads,)) as pool:
+        list(pool.map(study.run, jobs))
+        table = pool.submit(study.rows, options.seeds).result()
+    record(options.out, rows=table)
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()

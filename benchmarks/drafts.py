@@ -1,0 +1,160 @@
+"""What drafts are worth: acceptance, tokens per pass and speed against plain greedy decoding, in docs/speed.md.
+
+    python -m benchmarks.drafts --out docs/results/drafts.json
+    python -m benchmarks.drafts --model smollm2 --dtype bfloat16 --out docs/results/drafts-smollm2.json
+    python -m benchmarks.drafts --router runs/acceptance/router --router runs/soft/router
+
+Every prompt is the beginning of a window of the evaluation split. All ways of decoding go on with it, one after the
+other, so that a slow moment of the machine affects all. Every way must write the tokens of plain decoding. *Speed* is
+plain decoding's time divided by the way's: the median over prompts, and its 95 % interval. A way with a `Pace` keeps
+it from prompt to prompt; it meets two prompts before the clock starts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from scipy.stats import binom
+from torch import Tensor
+
+import duorl
+from benchmarks.record import record
+from duorl.closeness import same_token
+from duorl.markdown import grid
+from duorl.models import DuoForCausalLM, Pace
+from duorl.oracle import fixed_patterns
+from duorl.routers import ConstantRouter, PatternRouter, Router
+from duorl.routers import load as load_router
+from duorl.runs.allocator import keep_freed_memory
+
+CORPORA = {"stdlib-code": "code", "stdlib-docs": "prose"}
+WARM_UP = 2  # prompts
+LOOKUP = 8  # tokens that follow the last ones earlier in the text
+LENGTHS = (2, 4, 8)  # of drafts without a pace
+CHOSEN_ON = 16  # windows of router text that choose the fixed pattern
+SPENDS = 0.4  # compute of the fixed pattern, at most
+
+Way = dict[str, object]
+"""Options of `generate`."""
+
+
+def ways(routers: dict[str, Router]) -> dict[str, Way]:
+    """All ways of decoding; the first is plain."""
+    found: dict[str, Way] = {"plain": {}, "lookup": _lookup()}
+    for name, router in routers.items():
+        found[name] = {"draft": router, "draft_tokens": Pace()}
+        found[f"{name}, and lookup"] = {"draft": router, "draft_tokens": Pace()} | _lookup()
+    small = {"draft": ConstantRouter("small")}
+    return found | {f"all-small, always {length}": {**small, "draft_tokens": length} for length in LENGTHS}
+
+
+def _lookup() -> Way:
+    return {"prompt_lookup_num_tokens": LOOKUP}
+
+
+def rows(model: DuoForCausalLM, routers: dict[str, Router], prompts: dict[str, Tensor], new: int) -> list[dict]:
+    """A row per text and way of decoding."""
+    table = []
+    for text, ids in prompts.items():
+        known = ways(routers)
+        runs = [decode(model, prompt[None], known, new) for prompt in ids]
+        for name in known:
+            plain, own = ([run[one] for run in runs] for one in ("plain", name))
+            table.append({"text": text, "way": name, **_summary(plain, own)})
+    return table
+
+
+def decode(model: DuoForCausalLM, prompt: Tensor, known: dict[str, Way], new: int) -> dict[str, dict]:
+    """Seconds, tokens, and drafts of every way with one prompt (1, P)."""
+    found = {}
+    for name, way in known.items():
+        started = time.perf_counter()
+        written = model.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            max_new_tokens=new,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            **way,
+        )
+        seconds = time.perf_counter() - started
+        found[name] = {"seconds": seconds, "tokens": written.sequences[0], "drafts": getattr(written, "drafts", None)}
+    return found
+
+
+def _summary(plain: Sequence[dict], own: Sequence[dict]) -> dict:
+    equal = [torch.equal(one["tokens"], other["tokens"]) for one, other in zip(plain, own, strict=True)]
+    timed = slice(WARM_UP, None)
+    speeds = [one["seconds"] / other["seconds"] for one, other in zip(plain[timed], own[timed], strict=True)]
+    drafts = [run["drafts"] for run in own[timed] if run["drafts"] is not None]
+    passes, drafted = sum(one.passes for one in drafts), sum(one.drafted for one in drafts)
+    accepted = sum(one.accepted for one in drafts)
+    return {
+        "prompts": len(speeds),
+        "equal": sum(equal) / len(equal),
+        "speed": _median(speeds),
+        "acceptance": accepted / drafted if drafted else None,
+        "tokens_per_pass": 1 + accepted / passes if passes else None,
+    }
+
+
+def _median(values: Sequence[float]) -> list[float]:
+    """The median, and its 95 % interval by order statistics."""
+    rising, count = np.sort(values), len(values)
+    below = max(1, int(binom.ppf(0.025, count, 0.5)))
+    return [float(np.median(rising)), float(rising[below - 1]), float(rising[count - below])]
+
+
+def markdown(table: list[dict]) -> str:
+    """The rows as a table."""
+    head = ("text", "way", "same text", "acceptance", "tokens per pass", "speed")
+    lines = []
+    for row in table:
+        middle, low, high = row["speed"]
+        shares = ["" if row[key] is None else f"{row[key]:.2f}" for key in ("acceptance", "tokens_per_pass")]
+        speed = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        lines.append([row["text"], row["way"], f"{100 * row['equal']:.0f} %", *shares, speed])
+    return grid(head, lines, numbers=range(2, 6))
+
+
+def main() -> None:
+    """Measure, write the JSON, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="duo-tiny")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--prompts", type=int, default=100, help="of each text")
+    parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
+    parser.add_argument("--new", type=int, default=64, help="tokens that are written")
+    parser.add_argument("--router", type=Path, action="append", default=[], help="folder of a router that drafts")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", type=Path, default=Path("runs/drafts.json"))
+    options = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(options.threads)
+    model = duorl.load(options.model, dtype=getattr(torch, options.dtype))
+    tokenizer = duorl.load_tokenizer(options.model)
+    chosen_on = duorl.load_windows(list(CORPORA), tokenizer, split="router", length=128)[:CHOSEN_ON]
+    method = "enumeration" if model.num_layers <= 12 else "greedy"
+    patterns = fixed_patterns(model, chosen_on, method=method, closeness=same_token)
+    fixed = next(pattern for pattern in reversed(patterns) if pattern.compute <= SPENDS)
+    routers: dict[str, Router] = {"all-small": ConstantRouter("small"), "best fixed": PatternRouter(fixed.route)}
+    routers |= {folder.parent.name: load_router(folder) for folder in options.router}
+    prompts = {
+        text: duorl.load_windows([corpus], tokenizer, split="evaluation", length=options.length)[
+            : options.prompts + WARM_UP, :-1
+        ]
+        for corpus, text in CORPORA.items()
+    }
+    table = rows(model, routers, prompts, options.new)
+    record(options.out, rows=table, fixed=fixed.route)
+    print(markdown(table))
+
+
+if __name__ == "__main__":
+    main()
