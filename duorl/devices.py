@@ -65,6 +65,15 @@ def pick_device(name: str = "auto") -> torch.device:
     return torch.device(name)
 
 
+def pick_trainers_device(name: str) -> torch.device:
+    """The device of a name, which a Trainer takes too: it has no way to be given one GPU out of several."""
+    device = pick_device(name)
+    if device.index is not None:
+        visible = f"CUDA_VISIBLE_DEVICES={device.index}"
+        raise ValueError(f"device {name}: a Trainer takes all GPUs that are visible: set {visible}, and give cuda")
+    return device
+
+
 def pick_dtype(name: Dtype, device: torch.device, width: int) -> torch.dtype:
     """The precision of a name.
 

@@ -13,9 +13,10 @@ from transformers import AutoModelForCausalLM
 import duorl
 from duorl import agents, envs, learners
 from duorl.cli.parser import parse
+from duorl.devices import pick_trainers_device
 from duorl.evaluation.compare import measure
 from duorl.inputs import View, update_norm
-from duorl.models.pretrain import Pretraining, PretrainOptions, _trainers_device, backbone_config
+from duorl.models.pretrain import Pretraining, PretrainOptions, backbone_config
 from duorl.models.training_options import in_precision
 from duorl.oracle import beam, exhaustive
 from duorl.rewards import LogitLensShaping, TeacherKL
@@ -157,7 +158,7 @@ def test_stage_one_trains_where_it_is_told_to(tmp_path, small_corpus, monkeypatc
     with pytest.raises(ValueError, match="device mps is not there"):
         Pretraining(recipe(tmp_path, small_corpus, **backbone), device="mps")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert _trainers_device("cuda") == torch.device("cuda")
+    assert pick_trainers_device("cuda") == torch.device("cuda")
     with pytest.raises(ValueError, match="takes all GPUs that are visible: set CUDA_VISIBLE_DEVICES=1, and give cuda"):
         Pretraining(recipe(tmp_path, small_corpus, **backbone), device="cuda:1")
 

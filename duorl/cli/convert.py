@@ -18,7 +18,7 @@ from duorl.checks import BadInput
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.trainings import finish_all
 from duorl.corpus import load_windows, source_names, spread
-from duorl.devices import pick_device, pick_dtype, require_memory
+from duorl.devices import pick_dtype, pick_trainers_device, require_memory
 from duorl.evaluation.choice import duration, flops_per_second
 from duorl.files import write_json
 from duorl.models.bases import Base, cast_weights, find_base, read_object, recorded_in
@@ -61,7 +61,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     settings = ConvertOptions(**{name: getattr(options, name) for name in ConvertOptions.__dataclass_fields__})
     began = _began(settings) if options.resume else None
     base = _base(settings.model, began)
-    device = pick_device(options.device)
+    device = pick_trainers_device(options.device)
     dtype = pick_dtype(options.dtype, device, base.config.hidden_size)
     _require_room(base, settings.small_ratio, device, dtype)
     tokenizer = base.tokenizer()

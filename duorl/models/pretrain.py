@@ -30,7 +30,7 @@ from transformers.trainer_utils import set_seed
 
 from duorl.corpus import documents, load_windows, source_names
 from duorl.costs import BIG, SMALL
-from duorl.devices import Dtype, pick_device
+from duorl.devices import Dtype, pick_trainers_device
 from duorl.files import write_json
 from duorl.models.bases import said
 from duorl.models.card import write_card
@@ -157,7 +157,7 @@ class Pretraining:
         self.out = Path(options.out)
         self.resume = resume
         self.options = options
-        self.device, self.dtype = _trainers_device(device), dtype
+        self.device, self.dtype = pick_trainers_device(device), dtype
         self.arguments = self._arguments(self.out)
         if options.model is not None and not Path(options.model).is_dir():
             raise FileNotFoundError(f"no model in {options.model}: give a folder")
@@ -216,15 +216,6 @@ class Pretraining:
         trainer.run(self.out, callbacks, resume=self.resume)
         save(self.model, self.tokenizer, self.out, self.precisions)
         write_json(self.out / "history.json", trainer.state.log_history)
-
-
-def _trainers_device(name: str) -> torch.device:
-    """The device of a name, which the Trainer takes too: it has no way to be given one GPU out of several."""
-    device = pick_device(name)
-    if device.index is not None:
-        visible = f"CUDA_VISIBLE_DEVICES={device.index}"
-        raise ValueError(f"device {name}: a Trainer takes all GPUs that are visible: set {visible}, and give cuda")
-    return device
 
 
 def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, evaluation: dict[str, Tensor]) -> None:
