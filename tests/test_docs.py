@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import credit, prices
+from benchmarks import credit, later, prices
 from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.evaluation.compare import Comparison
@@ -20,7 +20,11 @@ from duorl.reports.figures import budgets_markdown, markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BENCHMARKS = [("credit", credit, "learning.md"), ("prices", prices, "budgets.md")]
+BENCHMARKS = [
+    ("credit", credit, "learning.md"),
+    ("later-smollm2", later, "learning.md"),
+    ("prices", prices, "budgets.md"),
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:
