@@ -409,7 +409,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(place, capsys, m
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "original and its duo model do not fit into memory: they take about 1." in said
     monkeypatch.setattr(duorl.devices, "free_bytes", lambda device: 1000 if device.type == "cuda" else 2**40)
-    monkeypatch.setattr("duorl.cli.convert.pick_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("duorl.cli.convert.pick_trainers_device", lambda name: torch.device("cuda"))
     line = refused(["convert", "--model", "original", "--out", "small"], capsys)
     assert "the weights of the duo model of original do not fit" in line and "cuda has 0.0 MiB free" in line
 
