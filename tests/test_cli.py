@@ -184,8 +184,10 @@ rivals:
 @pytest.mark.slow
 def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     Path("compare.yaml").write_text(COMPARE)
-    configs = ["--config", "tiny.yaml", "--config", "compare.yaml", "--corpus", small_corpus]
-    Path("other.txt").write_text(Path(small_corpus).read_text())
+    for name in ("second.txt", "other.txt"):
+        Path(name).write_text(Path(small_corpus).read_text())
+    corpus = json.dumps([small_corpus, "second.txt"])
+    configs = ["--config", "tiny.yaml", "--config", "compare.yaml", "--corpus", corpus]
     arguments = ["compare", *configs, "--transfer", '["other.txt"]', "--out", "all"]
     main(arguments)
     first = json.loads(Path("all/comparison.json").read_text())
@@ -198,8 +200,8 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
         Path("all/tensorboard", name, f"seed-{seed}") for name in learned for seed in (0, 1)
     }
     budgets = json.loads(Path("all/budgets.json").read_text())
-    found, other = budgets["texts"].values()
-    assert (found["transfer"]["learned"], other["transfer"]["learned"]) == (True, False)
+    found, second, other = budgets["texts"].values()
+    assert [text["transfer"]["learned"] for text in (found, second, other)] == [True, True, False]
     assert [row["target"] for row in other["transfer"]["rows"]] == [0.3] * 8 + [0.5] * 8
     assert (
         Path("all/figures/budgets-other.txt.png").is_file() and "not learned on" in Path("all/budgets.md").read_text()
@@ -215,7 +217,7 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     measured = {path: path.stat().st_mtime_ns for path in Path("all/routers/ReinMax/seed-1").glob("ladder-*")}
     capsys.readouterr()
     main([*arguments, "--resume"])
-    assert len(measured) == 2 and all(path.stat().st_mtime_ns == when for path, when in measured.items())
+    assert len(measured) == 3 and all(path.stat().st_mtime_ns == when for path, when in measured.items())
     assert Path("all/routers/PPO/seed-1/router.safetensors").read_bytes() == weights
     assert "made with seed 0, not 1" in refused([*arguments, "--resume", "--seed", "1"], capsys)
     again = json.loads(Path("all/comparison.json").read_text())

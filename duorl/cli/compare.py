@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -152,16 +152,13 @@ class Compare:
     def _compare_budgets(self, folder: Path, comparer: Comparer) -> None:
         """Compare all routers at equal compute, on each text."""
         bench, learned = self.bench, source_names(self.options.corpus)
-        patterns, ladders, texts = comparer.best_patterns(), {}, {}
-        for text, windows in held_out_texts(bench).items():
-            fixed = Ladder.climb(bench.model, patterns, windows.tokens, router_text(bench, text))
-            ladders[text] = found = {"best fixed": [fixed]}
-            for place in self.places(folder):
-                found.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
-            texts[text] = {"tokens": windows.tokens[:, 1:].numel(), **self._budgets(found, windows)}
+        patterns, held_out, texts = comparer.best_patterns(), held_out_texts(bench), {}
+        ladders = {text: self._ladders(folder, text, windows, patterns) for text, windows in held_out.items()}
+        for text, windows in held_out.items():
+            texts[text] = {"tokens": windows.tokens[:, 1:].numel(), **self._budgets(ladders[text], windows)}
             if self.options.transfer:
                 at_home = [ladders[name] for name in learned]
-                rows = transfer_rows(found, at_home, self.options.targets, windows.files)
+                rows = transfer_rows(ladders[text], at_home, self.options.targets, windows.files)
                 texts[text]["transfer"] = {"learned": text in learned, "rows": rows}
         numbers = {"command": typed_command(), "texts": texts}
         write_json(folder / "budgets.json", numbers)
@@ -170,6 +167,16 @@ class Compare:
             with writing(folder / "figures" / f"budgets-{text.replace('/', '_')}.png") as beside:
                 budget_frontiers(found, text).savefig(beside, dpi=150)
         page.write(folder)
+
+    def _ladders(
+        self, folder: Path, text: str, windows: Windows, patterns: Sequence[Router]
+    ) -> dict[str, list[Ladder]]:
+        """By router the ladders of its seeds on a text; those of the fixed patterns are measured here."""
+        fixed = Ladder.climb(self.bench.model, patterns, windows.tokens, router_text(self.bench, text))
+        found = {"best fixed": [fixed]}
+        for place in self.places(folder):
+            found.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
+        return found
 
     def _budgets(self, ladders: dict[str, list[Ladder]], windows: Windows) -> dict[str, Any]:
         constant = [ConstantRouter(name) for name in ACTIONS[1:]]
