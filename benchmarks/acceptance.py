@@ -14,19 +14,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
+from bisect import bisect
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import duorl
+from benchmarks.drafts import CHOSEN_ON, draft_patterns
+from benchmarks.processes import side_by_side
 from benchmarks.record import record
 from duorl import agents
 from duorl.closeness import minus_divergence, same_token
@@ -40,7 +40,6 @@ from duorl.files import write_json
 from duorl.learners import Soft
 from duorl.learners.base import Learner
 from duorl.markdown import grid
-from duorl.oracle import fixed_patterns
 from duorl.prices import ladder
 from duorl.rewards import Acceptance, LossImprovement, Reward, TeacherKL
 from duorl.routed_pass import RoutedPass
@@ -49,7 +48,6 @@ from duorl.runs.allocator import keep_freed_memory
 
 CORPORA = ("stdlib-code", "stdlib-docs")
 WINDOW = 128
-CHOSEN_ON = 16  # windows of router text that choose the fixed patterns
 CHEAPEST, DEAREST = 0.15, 2.6  # prices, in what all-big is better than all-small
 STEPS = 6  # prices at which a router is measured
 TARGETS = (0.25, 0.5, 0.75)
@@ -178,16 +176,9 @@ class Study:
         model, training, held_out = self.loaded
         path = self.folder / "fixed.safetensors"
         if not path.exists():
-            method = "enumeration" if model.num_layers <= 12 else "greedy"
-            found = fixed_patterns(model, training[:CHOSEN_ON], method=method, closeness=same_token)
-            found_at = [pattern.compute for pattern in found]
-            around = {0, len(found) - 1} | {
-                place + step
-                for target in TARGETS
-                for step in (0, 1)
-                for place, (low, high) in enumerate(pairwise(found_at))
-                if low <= target <= high
-            }
+            found = draft_patterns(model, training)
+            above = [bisect([pattern.compute for pattern in found], target) for target in TARGETS]
+            around = {place - below for place in above for below in (0, 1)}
             steps = [PatternRouter(found[place].route) for place in sorted(around)]
             path.parent.mkdir(parents=True, exist_ok=True)
             Ladder.climb(model, steps, held_out.tokens).save(path)
@@ -280,9 +271,7 @@ def main() -> None:
     place = options.folder / "-".join(map(str, (Path(options.model).name, options.dtype, *sizes.values())))
     study = Study(options.model, options.dtype, folder=place, **sizes)
     jobs = [(name, seed) for seed in range(options.seeds) for name in variants(options.rate)]
-    threads = max(1, torch.get_num_threads() // options.processes)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (threads,)) as pool:
+    with side_by_side(options.processes) as pool:
         list(pool.map(study.run, jobs))
         table = pool.submit(study.rows, options.seeds).result()
     record(options.out, rows=table)

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import multiprocessing
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -25,6 +23,7 @@ import torch
 from torch import Tensor
 
 import duorl
+from benchmarks.processes import side_by_side
 from benchmarks.record import record
 from duorl import agents
 from duorl.agents.stable_baselines import StableBaselinesAgent
@@ -306,9 +305,7 @@ def main() -> None:
     place = options.folder / "-".join(map(str, (Path(options.model).name, options.dtype, *sizes.values())))
     study = Study(options.model, options.dtype, folder=place, **sizes)
     jobs = [(name, seed) for seed in range(options.seeds) for name in study.variants]
-    threads = max(1, torch.get_num_threads() // options.processes)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.processes, spawn, torch.set_num_threads, (threads,)) as pool:
+    with side_by_side(options.processes) as pool:
         pool.submit(study.prepare).result()
         found = list(pool.map(study.run, jobs))
     table = study.rows(found)

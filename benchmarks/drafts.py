@@ -28,6 +28,7 @@ from duorl.closeness import same_token
 from duorl.markdown import grid
 from duorl.models import DuoForCausalLM, Pace
 from duorl.oracle import fixed_patterns
+from duorl.oracle.patterns import FixedPattern, PatternMethod
 from duorl.routers import ConstantRouter, PatternRouter, Router
 from duorl.routers import load as load_router
 from duorl.runs.allocator import keep_freed_memory
@@ -123,6 +124,12 @@ def markdown(table: list[dict]) -> str:
     return grid(head, lines, numbers=range(2, 6))
 
 
+def draft_patterns(model: DuoForCausalLM, windows: Tensor) -> list[FixedPattern]:
+    """The best fixed pattern of every number of big layers, by acceptance on the first windows (W, T+1)."""
+    method: PatternMethod = "enumeration" if model.num_layers <= 12 else "greedy"
+    return fixed_patterns(model, windows[:CHOSEN_ON], method=method, closeness=same_token)
+
+
 def main() -> None:
     """Measure, write the JSON, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,9 +146,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = duorl.load(options.model, dtype=getattr(torch, options.dtype))
     tokenizer = duorl.load_tokenizer(options.model)
-    chosen_on = duorl.load_windows(list(CORPORA), tokenizer, split="router", length=128)[:CHOSEN_ON]
-    method = "enumeration" if model.num_layers <= 12 else "greedy"
-    patterns = fixed_patterns(model, chosen_on, method=method, closeness=same_token)
+    patterns = draft_patterns(model, duorl.load_windows(list(CORPORA), tokenizer, split="router", length=128))
     fixed = next(pattern for pattern in reversed(patterns) if pattern.compute <= SPENDS)
     routers: dict[str, Router] = {"all-small": ConstantRouter("small"), "best fixed": PatternRouter(fixed.route)}
     routers |= {folder.parent.name: load_router(folder) for folder in options.router}

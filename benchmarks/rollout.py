@@ -94,11 +94,11 @@ def passes(model: duorl.DuoForCausalLM, tokens: Tensor) -> dict[str, tuple[Run, 
         **{f"{name}, without head": (lambda name=name: states(name), "plain, without head") for name in plains},
         "random, without head": (lambda: walked(coin).residual, "plain, without head"),
         "all-big walk, without head": (
-            lambda: walked(lambda walk: walk.take(BIG)).residual,
+            lambda: RoutedPass(model, tokens).take_all(BIG).residual,
             "plain all-big, without head",
         ),
         "all-small walk, without head": (
-            lambda: walked(lambda walk: walk.take(SMALL)).residual,
+            lambda: RoutedPass(model, tokens).take_all(SMALL).residual,
             "plain all-small, without head",
         ),
     }
