@@ -47,7 +47,7 @@ def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
     one = learn(decisions, seed, None)
     rounds = EvaluationOptions(fixed_windows=24, final_windows=96)
     ranked = {"method": "enumeration", "actions": ("small", "big"), "price": 0.0, "options": rounds}
-    patterns = [PatternRouter(route) for route in Baseline(model, training, **ranked).per_big().values()]
+    patterns = [PatternRouter(route) for route in Baseline.search(model, training, **ranked).per_big().values()]
     return {
         "best fixed": Ladder.climb(model, patterns, windows),
         "one router per price": Ladder.climb(model, [learn(decisions, seed, price) for price in steps], windows),

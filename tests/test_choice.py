@@ -78,7 +78,7 @@ def naive_best(model, windows, actions, price, allowed=lambda route: True):
 @pytest.mark.parametrize("actions", [BOTH, ALL, ("skip", "big")], ids=str)
 def test_enumeration_finds_the_best_pattern_for_a_price_a_number_and_a_compute(duo, windows, actions):
     options = replace(FEW, fixed_windows=12, finalists=27)
-    baseline = Baseline(duo, windows[:12], method="enumeration", actions=actions, price=0.1, options=options)
+    baseline = Baseline.search(duo, windows[:12], method="enumeration", actions=actions, price=0.1, options=options)
     assert baseline.at_price(0.1) == naive_best(duo, windows[:12], actions, 0.1)
     for big, route in baseline.per_big().items():
         assert route == naive_best(duo, windows[:12], actions, 0.0, lambda r, big=big: r.count(2) == big)
@@ -98,8 +98,8 @@ def test_searched_patterns_say_what_they_lose_and_cover_every_number_of_big_laye
     assert len(tried) <= pattern_count(3, actions, method)
     losses = pattern_losses(duo, windows[:4], torch.tensor(list(tried)))
     assert list(tried.values()) == pytest.approx(losses.tolist(), abs=1e-6)
-    enumerated = Baseline(duo, windows[:4], method="enumeration", actions=actions, price=0.1, options=FEW)
-    searched = Baseline(duo, windows[:4], method=method, actions=actions, price=0.1, options=FEW)
+    enumerated = Baseline.search(duo, windows[:4], method="enumeration", actions=actions, price=0.1, options=FEW)
+    searched = Baseline.search(duo, windows[:4], method=method, actions=actions, price=0.1, options=FEW)
     assert searched.per_big().keys() == enumerated.per_big().keys()
 
 
@@ -236,7 +236,7 @@ def test_a_deep_model_is_compared_with_a_lower_bound(deep_comparer):
     assert rows["best fixed"]["regret"] >= -1e-5  # from which the descent starts
     assert comparison.frontiers["oracle"] == []
     assert [point["big"] for point in comparison.frontiers["fixed"]] == list(range(25))
-    assert len(deep_comparer.best_patterns()) == 25
+    assert len(deep_comparer.baseline.per_big()) == 25
     assert "| regret (at least) | agree with bound |" in markdown(comparison)
     assert "agreement with coordinate descent in the reference" in table(comparison).caption
     assert "lower bound" in frontier(comparison).axes[0].get_title()

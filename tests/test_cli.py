@@ -214,10 +214,11 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     weights = Path("all/routers/PPO/seed-1/router.safetensors").read_bytes()
     for left in ("REINFORCE/seed-0/result.json", "ReinMax/seed-1/ladder/result.json"):
         Path("all/routers", left).unlink()
-    measured = {path: path.stat().st_mtime_ns for path in Path("all/routers/ReinMax/seed-1").glob("ladder-*")}
+    kept = [*Path("all/routers/ReinMax/seed-1").glob("ladder-*"), *Path("all/fixed").glob("ladder-*")]
+    measured = {path: path.stat().st_mtime_ns for path in [*kept, Path("all/fixed/result.json")]}
     capsys.readouterr()
     main([*arguments, "--resume"])
-    assert len(measured) == 3 and all(path.stat().st_mtime_ns == when for path, when in measured.items())
+    assert len(measured) == 7 and all(path.stat().st_mtime_ns == when for path, when in measured.items())
     assert Path("all/routers/PPO/seed-1/router.safetensors").read_bytes() == weights
     assert "made with seed 0, not 1" in refused([*arguments, "--resume", "--seed", "1"], capsys)
     again = json.loads(Path("all/comparison.json").read_text())

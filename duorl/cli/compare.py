@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,28 +15,20 @@ from jsonargparse import Namespace
 from duorl.checks import require_positive
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write, write_cards
 from duorl.cli.console import say, say_logdir, typed_command
-from duorl.cli.trainings import (
-    Place,
-    climb,
-    climb_apart,
-    finish_all,
-    held_out_texts,
-    ladder_path,
-    router_text,
-    train_apart,
-)
+from duorl.cli.trainings import WORK, Place, do_apart, finish_all, held_out_texts, ladder_path, router_text
 from duorl.cli.workbench import KNOWABLE, Workbench
 from duorl.corpus import Windows, source_names
 from duorl.costs import ACTIONS
 from duorl.devices import processes_for
 from duorl.evaluation.budgets import Ladder, budget_rows, summaries
-from duorl.evaluation.compare import Comparer
 from duorl.evaluation.transfer import transfer_rows
 from duorl.files import write_json, write_text, writing
 from duorl.reports import page
 from duorl.reports.figures import budget_frontiers, budgets_markdown
 from duorl.routers import ConstantRouter, Router
-from duorl.runs.jobs import Job, executor
+from duorl.runs.jobs import RESULT, Job, executor
+
+FIXED = "fixed"  # folder of the fixed patterns in a run's folder
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
@@ -83,9 +76,9 @@ class Compare:
         processes = self.options.processes or processes_for(self.bench.model.device, threads)
         jobs = self.jobs(folder, apart=processes > 1)
         finish_all(jobs, executor(min(processes, len(jobs)), threads), folder)
-        comparer = self._compare(folder)
+        self._compare(folder)
         if self.options.targets:
-            self._compare_budgets(folder, comparer)
+            self._compare_budgets(folder)
         say(f"\nwrote {folder}/: report.html, comparison.json and .csv, figures/, routers/, config.yaml")
         say_logdir(folder)
 
@@ -101,31 +94,44 @@ class Compare:
             folder: folder of the run.
             apart: the jobs run in other processes, which read the run's configuration again.
         """
-        where: dict[str, Any] = {"run": str(folder)} if apart else {}
-        learn: Callable[..., dict[str, Any]] = train_apart if apart else self.bench.train
-        measure: Callable[..., dict[str, Any]] = climb_apart if apart else partial(climb, self.bench)
-        jobs, ladders, options = [], [], self.options
+
+        def job(name: str, place: Path, work: str, arguments: dict[str, Any], *after: str) -> Job:
+            if apart:
+                return Job(name, place, do_apart, {"run": str(folder), "work": work, **arguments}, after)
+            return Job(name, place, partial(WORK[work], self.bench), arguments, after)
+
+        ladders, options, fixed = [], self.options, folder / FIXED
+        jobs = [job("best fixed", fixed, "rank", self._size)]  # on a deep model it takes as long as a training
+        if options.targets:
+            ladders.append(
+                job("best fixed: ladder", fixed / "ladder", "climb fixed", {"place": str(fixed)}, "best fixed")
+            )
         places = self.places(folder)
         knowable = [Place(KNOWABLE, options.seed, folder)] if options.knowable else []
         for place in [*places, *knowable]:
             events = place.router / "tensorboard" if place.name == KNOWABLE else place.events
             arguments = {"name": place.name, "seed": place.seed, "place": str(place.router), "events": str(events)}
-            waits: tuple[str, ...] = ()
+            waits = []
             if place.name in options.starts:
                 first = replace(place, name=options.starts[place.name])
-                arguments["start"], waits = str(first.router), (first.job,)
-            jobs.append(Job(place.job, place.router, learn, {**where, **arguments}, after=waits))
+                arguments["start"], waits = str(first.router), [first.job]
+            jobs.append(job(place.job, place.router, "train", arguments, *waits))
             if options.targets and place.name != KNOWABLE:
-                arguments = {**where, "router": str(place.router)}
-                ladder = Job(f"{place.job}: ladder", place.router / "ladder", measure, arguments, after=(place.job,))
-                ladders.append(ladder)
+                ladder = place.router / "ladder"
+                ladders.append(job(f"{place.job}: ladder", ladder, "climb", {"router": str(place.router)}, place.job))
         return [*jobs, *ladders]
 
-    def _compare(self, folder: Path) -> Comparer:
+    @property
+    def _size(self) -> dict[str, int]:
+        """Layer decisions of all trainings together, and the number of routers to compare."""
+        places = len(self.places(Path()))
+        return {"decisions": self.options.total_decisions * places, "routers": places + 6}
+
+    def _compare(self, folder: Path) -> None:
         """Compare all routers at the run's price."""
         bench, options, places = self.bench, self.options, self.places(folder)
         learned = {name: [place.load(bench) for place in places if place.name == name] for name in self.names}
-        decisions = options.total_decisions * len(places)
+        ranked = json.loads((folder / FIXED / RESULT).read_text())["baseline"]
         comparer = make_comparer(
             options,
             bench.model,
@@ -133,8 +139,8 @@ class Compare:
             bench.held_out,
             bench.price,
             files=bench.evaluation.files,
-            decisions=decisions,
-            routers=len(places) + 6,
+            ranked=ranked,
+            **self._size,
         )
         if options.knowable:
             knowable = Place(KNOWABLE, options.seed, folder).load(bench)
@@ -147,13 +153,12 @@ class Compare:
         comparison = compare(comparer, routers, {"command": typed_command(), "price": bench.price, **bench.config})
         write(comparison, comparer.traces(bench.tokenizer), folder)
         write_cards(comparison, [(place.name, place.router) for place in places])
-        return comparer
 
-    def _compare_budgets(self, folder: Path, comparer: Comparer) -> None:
+    def _compare_budgets(self, folder: Path) -> None:
         """Compare all routers at equal compute, on each text."""
         bench, learned = self.bench, source_names(self.options.corpus)
-        patterns, held_out, texts = comparer.best_patterns(), held_out_texts(bench), {}
-        ladders = {text: self._ladders(folder, text, windows, patterns) for text, windows in held_out.items()}
+        held_out, texts = held_out_texts(bench), {}
+        ladders = {text: self._ladders(folder, text) for text in held_out}
         for text, windows in held_out.items():
             texts[text] = {"tokens": windows.tokens[:, 1:].numel(), **self._budgets(ladders[text], windows)}
             if self.options.transfer:
@@ -168,12 +173,9 @@ class Compare:
                 budget_frontiers(found, text).savefig(beside, dpi=150)
         page.write(folder)
 
-    def _ladders(
-        self, folder: Path, text: str, windows: Windows, patterns: Sequence[Router]
-    ) -> dict[str, list[Ladder]]:
-        """By router the ladders of its seeds on a text; those of the fixed patterns are measured here."""
-        fixed = Ladder.climb(self.bench.model, patterns, windows.tokens, router_text(self.bench, text))
-        found = {"best fixed": [fixed]}
+    def _ladders(self, folder: Path, text: str) -> dict[str, list[Ladder]]:
+        """By router the ladders of its seeds on a text."""
+        found = {"best fixed": [Ladder.load(ladder_path(folder / FIXED, text))]}
         for place in self.places(folder):
             found.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
         return found

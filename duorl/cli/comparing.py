@@ -11,6 +11,7 @@ from torch import Tensor
 
 from duorl.cli.console import console, say
 from duorl.costs import ACTIONS
+from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.choice import choose, flops_per_second, training_flops
 from duorl.evaluation.compare import Comparer, Comparison
 from duorl.evaluation.options import EvaluationOptions
@@ -36,8 +37,9 @@ def make_comparer(
     files: Tensor,
     decisions: int | None = None,
     routers: int = 8,
+    ranked: dict[str, Any] | None = None,
 ) -> Comparer:
-    """Make the comparer for a run's options; it prints first what it will search.
+    """Make the comparer for a run's options; it prints first what it will search, if nothing is ranked.
 
     Args:
         options: with `actions`, `reference` and `evaluation`.
@@ -48,14 +50,24 @@ def make_comparer(
         files: (W,), which file each of these is from.
         decisions: layer decisions of all learners together; None without a training.
         routers: number of routers to measure.
+        ranked: state of the baseline, if its patterns are ranked already.
     """
-    flops = None if decisions is None else training_flops(model, decisions, held_out.shape[1] - 1)
-    given: dict[str, Any] = {"actions": options.actions, "options": options.evaluation, "flops": flops}
-    choice = choose(model, training, held_out, **given, routers=routers)
-    say(choice.text(flops_per_second(model, training)))
-    with console.status("search the best fixed pattern and the bound"):
-        given |= {"price": price, "reference": options.reference, "routers": routers, "files": files}
+    given = searched(options, model, held_out, decisions=decisions, routers=routers)
+    choice = choose(model, training, held_out, **given)
+    if not ranked:
+        say(choice.text(flops_per_second(model, training)))
+    baseline = Baseline.from_state(ranked, model, training, choice.options) if ranked else None
+    with console.status("search the bound" if ranked else "search the best fixed pattern and the bound"):
+        given |= {"price": price, "reference": options.reference, "files": files, "baseline": baseline}
         return Comparer(model, training, held_out, **given)
+
+
+def searched(
+    options: Namespace, model: DuoForCausalLM, held_out: Tensor, *, decisions: int | None, routers: int
+) -> dict[str, Any]:
+    """Arguments of `choose` for a comparison; see `make_comparer`."""
+    flops = None if decisions is None else training_flops(model, decisions, held_out.shape[1] - 1)
+    return {"actions": options.actions, "options": options.evaluation, "flops": flops, "routers": routers}
 
 
 def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -11,15 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duorl.cli.comparing import searched
 from duorl.cli.console import job_bars, quieten
 from duorl.cli.workbench import Workbench
 from duorl.corpus import Windows, source_names
+from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.budgets import Ladder
+from duorl.evaluation.choice import choose, flops_per_second
 from duorl.files import writing
-from duorl.routers import Router
+from duorl.routers import PatternRouter, Router
 from duorl.routers import load as load_router
 from duorl.runs import interrupts
-from duorl.runs.jobs import Executor, Job, Tell, run
+from duorl.runs.jobs import RESULT, Executor, Job, Tell, run
 
 _STEPS = 7  # prices at which a router is measured
 _BEYOND = 0.05  # of the compute
@@ -83,14 +87,57 @@ class Place:
         return load_router(self.router).to(bench.model.device)
 
 
-def train_apart(run: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
-    """Run `Workbench.train` in another process, with a workbench from the run's configuration."""
-    return _bench(run).train(tell=tell, **arguments)
+def do_apart(run: str, work: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
+    """Do a piece of work, a key of `WORK`, in another process, with a workbench from the run's configuration."""
+    return WORK[work](_bench(run), tell=tell, **arguments)
 
 
-def climb_apart(run: str, router: str, tell: Tell) -> dict[str, Any]:
-    """Run `climb` in another process."""
-    return climb(_bench(run), router, tell)
+def rank(bench: Workbench, decisions: int, routers: int, tell: Tell) -> dict[str, Any]:
+    """Rank the fixed patterns: the function of a job.
+
+    Args:
+        bench: workbench of the run.
+        decisions: layer decisions of all learners together.
+        routers: number of routers that will be compared.
+        tell: called with what will be searched, then with the number of patterns so far.
+
+    Returns:
+        `baseline`, its state, and with targets `patterns`, the best of every number of big layers.
+    """
+    options = bench.options
+    given = searched(options, bench.model, bench.held_out, decisions=decisions, routers=routers)
+    choice = choose(bench.model, bench.training, bench.held_out, **given)
+    tell(line=choice.text(flops_per_second(bench.model, bench.training)))
+
+    def tried(count: int) -> None:
+        tell(completed=count, total=choice.patterns)
+        interrupts.check()
+
+    baseline = Baseline.search(
+        bench.model,
+        bench.training,
+        method=choice.baseline,
+        actions=options.actions,
+        price=bench.price,
+        options=choice.options,
+        tried=tried,
+    )
+    baseline.at_price(bench.price)
+    patterns = list(baseline.per_big().values()) if options.targets else []
+    return {"baseline": baseline.state(), "patterns": patterns}
+
+
+def climb_fixed(bench: Workbench, place: str, tell: Tell) -> dict[str, Any]:
+    """Measure the best fixed pattern of every number of big layers on each text: the function of a job.
+
+    Args:
+        bench: workbench of the run.
+        place: folder of the job that ranked the patterns.
+        tell: called after every text.
+    """
+    patterns = json.loads((Path(place) / RESULT).read_text())["patterns"]
+    _climb_texts(bench, [PatternRouter(route) for route in patterns], Path(place), tell)
+    return {}
 
 
 def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
@@ -101,20 +148,26 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
         router: folder of the router.
         tell: called after every text.
     """
-    loaded, texts = load_router(router).to(bench.model.device), held_out_texts(bench)
+    loaded = load_router(router).to(bench.model.device)
     low, high = bench.prices or (0.0, 0.0)
     falling = (high * (low / high) ** (step / (_STEPS - 1)) for step in range(_STEPS))  # so compute rises
     steps = [loaded.at(price=price) for price in falling]
     if bench.options.reach_targets:
         steps += [_calibrated(bench, loaded, target, steps[-1]) for target in _around(bench.options.targets)]
+    _climb_texts(bench, steps, Path(router), tell)
+    return {}
+
+
+def _climb_texts(bench: Workbench, steps: Sequence[Router], place: Path, tell: Tell) -> None:
+    """Measure routers, the steps of a ladder, on each text, and write the ladders in a folder; see `ladder_path`."""
+    texts = held_out_texts(bench)
     for done, (text, windows) in enumerate(texts.items()):
         tell(completed=done, total=len(texts), note=text)
-        if (path := ladder_path(Path(router), text)).exists():  # measured before the run was stopped
+        if (path := ladder_path(place, text)).exists():  # measured before the run was stopped
             continue
         with writing(path) as beside:
             own = router_text(bench, text)
             Ladder.climb(bench.model, steps, windows.tokens, own, between=interrupts.check).save(beside)
-    return {}
 
 
 def _around(targets: Sequence[float]) -> list[float]:
@@ -151,6 +204,15 @@ def router_text(bench: Workbench, text: str) -> Tensor | None:
 def ladder_path(router: Path, text: str) -> Path:
     """File of the measurements of a router at several prices on a text."""
     return router / f"ladder-{text.replace('/', '_')}.safetensors"
+
+
+WORK: dict[str, Callable[..., dict[str, Any]]] = {
+    "train": Workbench.train,
+    "rank": rank,
+    "climb": climb,
+    "climb fixed": climb_fixed,
+}
+"""What the jobs of a comparison do."""
 
 
 @lru_cache(maxsize=1)

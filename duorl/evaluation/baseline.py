@@ -4,13 +4,15 @@ It is chosen on router text in two rounds: patterns are ranked on few windows, a
 on more windows. The method says which patterns are ranked: all A^L, or those that a search tries
 (`duorl.oracle.patterns`).
 
-    baseline = Baseline(model, training, method="greedy", actions=("small", "big"), price=0.3, options=options)
+    searched = {"method": "greedy", "actions": ("small", "big"), "price": 0.3}
+    baseline = Baseline.search(model, training, **searched, options=options)
     baseline.at_price(0.3), baseline.per_big(), baseline.within(0.5)
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,9 +21,7 @@ from duorl.costs import BIG
 from duorl.evaluation.options import EvaluationOptions
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle import exhaustive
-from duorl.oracle.patterns import PatternMethod, pattern_losses, search_patterns, spread
-
-Route = tuple[int, ...]
+from duorl.oracle.patterns import PatternMethod, Route, pattern_losses, search_patterns, spread
 
 
 class Baseline:
@@ -30,22 +30,34 @@ class Baseline:
     Args:
         model: a duo model.
         training: (W, T+1) of the router split.
-        method: method that says which patterns are ranked.
-        actions: names of the allowed actions.
-        price: nats per all-big pass; the greedy search changes the best pattern at this price further.
+        ranked: losses in nats by pattern, on the first `fixed_windows` windows.
         options: it uses `fixed_windows`, `finalists`, `final_windows` and `batch`.
+        finals: losses in nats by pattern, on the first `final_windows` windows, as far as they are measured.
 
     Attributes:
         routes: (N, L), the patterns that were ranked.
         losses: (N,), nats on the first `fixed_windows` windows.
         compute: (N,), in [0, 1].
-
-    Raises:
-        ValueError: too many routes to enumerate, or too much memory for them.
     """
 
     def __init__(
         self,
+        model: DuoForCausalLM,
+        training: Tensor,
+        ranked: Mapping[Route, float],
+        options: EvaluationOptions,
+        finals: Mapping[Route, float] | None = None,
+    ):
+        self.model, self.options = model, options
+        self.routes = torch.tensor(list(ranked), device=model.device)
+        self.losses = torch.tensor(list(ranked.values()), device=model.device)
+        self.compute = model.route_compute(self.routes)
+        self._final = training[: options.final_windows]
+        self._final_losses: dict[Route, float] = dict(finals or {})
+
+    @classmethod
+    def search(
+        cls,
         model: DuoForCausalLM,
         training: Tensor,
         *,
@@ -53,19 +65,45 @@ class Baseline:
         actions: Sequence[str],
         price: float,
         options: EvaluationOptions,
-    ):
-        self.model, self.options = model, options
-        ranked = training[: options.fixed_windows]
+        tried: Callable[[int], None] = lambda count: None,
+    ) -> Baseline:
+        """Rank the patterns that a method tries.
+
+        Args:
+            model: a duo model.
+            training: (W, T+1) of the router split.
+            method: method that says which patterns are ranked.
+            actions: names of the allowed actions.
+            price: nats per all-big pass; the greedy search changes the best pattern at this price further.
+            options: see `Baseline`.
+            tried: called between trials of a search, with the number of patterns so far.
+
+        Raises:
+            ValueError: too many routes to enumerate, or too much memory for them.
+        """
+        windows = training[: options.fixed_windows]
         if method == "enumeration":
-            table = exhaustive(model, ranked, context="uniform", actions=actions)
-            self.routes, self.compute, self.losses = table.routes, table.compute, table.losses.mean((0, 1))
+            table = exhaustive(model, windows, context="uniform", actions=actions)
+            ranked = dict(zip(map(tuple, table.routes.tolist()), table.losses.mean((0, 1)).tolist(), strict=True))
         else:
-            tried = search_patterns(model, ranked, actions=actions, method=method, price=price)
-            self.routes = torch.tensor(list(tried), device=model.device)
-            self.losses = torch.tensor(list(tried.values()), device=model.device)
-            self.compute = model.route_compute(self.routes)
-        self._final = training[: options.final_windows]
-        self._final_losses: dict[Route, float] = {}
+            ranked = search_patterns(model, windows, actions=actions, method=method, price=price, tried=tried)
+        return cls(model, training, ranked, options)
+
+    def state(self) -> dict[str, Any]:
+        """The patterns and their losses as JSON values, for `from_state`."""
+        both = {"ranked": self._ranked(), "finals": self._final_losses}
+        return {name: [[list(route), loss] for route, loss in losses.items()] for name, losses in both.items()}
+
+    @classmethod
+    def from_state(
+        cls, state: dict[str, Any], model: DuoForCausalLM, training: Tensor, options: EvaluationOptions
+    ) -> Baseline:
+        """A baseline from `state()`; the other arguments must be those of the first one."""
+        kept = {name: {tuple(route): loss for route, loss in pairs} for name, pairs in state.items()}
+        return cls(model, training, kept["ranked"], options, kept["finals"])
+
+    def _ranked(self) -> dict[Route, float]:
+        return dict(zip(map(tuple, self.routes.tolist()), self.losses.tolist(), strict=True))
 
     def at_price(self, price: float) -> list[int]:
         """The finalist with the smallest loss + price * compute: L action codes."""
@@ -73,8 +111,7 @@ class Baseline:
 
     def starts(self, price: float) -> list[list[int]]:
         """Patterns from which a descent starts: that at the price, and good ones over the range of compute."""
-        tried = dict(zip(map(tuple, self.routes.tolist()), self.losses.tolist(), strict=True))
-        return [self.at_price(price), *map(list, spread(tried))]
+        return [self.at_price(price), *map(list, spread(self._ranked()))]
 
     def per_big(self) -> dict[int, list[int]]:
         """The pattern with the smallest loss for each number of big layers that was tried, in rising order."""

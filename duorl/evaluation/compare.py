@@ -83,6 +83,7 @@ class Comparer:
         options: see `EvaluationOptions`.
         flops: FLOPs of the training, the limit of the evaluation; see `choose`.
         routers: approximate number of routers to measure.
+        baseline: the fixed patterns, if they are ranked already, as `choice` says.
 
     Attributes:
         choice: the chosen searches; `choose` with the same arguments returns the same.
@@ -106,6 +107,7 @@ class Comparer:
         files: Tensor | None = None,
         flops: float | None = None,
         routers: int = 8,
+        baseline: Baseline | None = None,
     ):
         self.model, self.price, self.actions = model, price, tuple(actions)
         self.choice = choose(model, training, held_out, actions=actions, options=options, flops=flops, routers=routers)
@@ -113,8 +115,9 @@ class Comparer:
         self.windows = held_out[: options.windows]
         self.searched = held_out[: options.reference_windows]
         self.files = torch.arange(len(held_out)) if files is None else files
-        method = self.choice.baseline
-        self.baseline = Baseline(model, training, method=method, actions=actions, price=price, options=options)
+        self.baseline = baseline or Baseline.search(
+            model, training, method=self.choice.baseline, actions=actions, price=price, options=options
+        )
         self.fixed = PatternRouter(self.baseline.at_price(price))
         searched = self.searched.to(model.device)
         self.bound = find_bound(
@@ -142,10 +145,6 @@ class Comparer:
     def bounds(self) -> dict[str, list[Router]]:
         """The router of the bound for `compare`, by its name; empty without a bound."""
         return {self.bound.name: [self.bound.router]} if self.bound else {}
-
-    def best_patterns(self) -> list[PatternRouter]:
-        """The best pattern per number of big layers, chosen on router text in two rounds, as `fixed` is."""
-        return [PatternRouter(route) for route in self.baseline.per_big().values()]
 
     def compare(
         self,

@@ -8,7 +8,7 @@ best pattern of every budget by swaps. It tries in the order of L patterns. docs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import comb
 from typing import Literal, get_args
@@ -115,6 +115,7 @@ def search_patterns(
     method: PatternMethod,
     price: float = 0.0,
     closeness: Closeness | None = None,
+    tried: Callable[[int], None] = lambda count: None,
 ) -> dict[Route, float]:
     """All patterns that `program` or `greedy` tries, and their losses in nats on the windows.
 
@@ -125,13 +126,14 @@ def search_patterns(
         method: `program` or `greedy`.
         price: nats per all-big pass; the greedy search changes the best pattern at this price further.
         closeness: see `pattern_losses`.
+        tried: called between trials, with the number of patterns so far.
 
     Raises:
         ValueError: an unknown method.
     """
     if method not in ("program", "greedy"):
         raise ValueError(f"unknown method {method!r}: choose {', '.join(get_args(PatternMethod))}")
-    trials = _Trials(model, windows, closeness)
+    trials = _Trials(model, windows, tried, closeness)
     codes = action_ids(actions).tolist()
     if len(codes) == 1:
         trials.losses([tuple(codes) * model.num_layers])
@@ -195,14 +197,17 @@ def patterns_flops(model: DuoForCausalLM, actions: Sequence[str], positions: flo
 class _Trials:
     """The patterns that were tried, each one once."""
 
-    def __init__(self, model: DuoForCausalLM, windows: Tensor, closeness: Closeness | None = None):
-        self.model, self.windows, self.closeness = model, windows, closeness
+    def __init__(
+        self, model: DuoForCausalLM, windows: Tensor, tried: Callable[[int], None], closeness: Closeness | None
+    ):
+        self.model, self.windows, self.tried, self.closeness = model, windows, tried, closeness
         self.found: dict[Route, float] = {}
 
     def losses(self, routes: Iterable[Route]) -> list[float]:
         routes = list(routes)
         if new := [list(route) for route in dict.fromkeys(routes) if route not in self.found]:
             self.found |= zip(map(tuple, new), self._losses(new), strict=True)
+            self.tried(len(self.found))
         return [self.found[route] for route in routes]
 
     def _losses(self, routes: list[list[int]]) -> list[float]:

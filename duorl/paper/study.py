@@ -139,7 +139,7 @@ class Study:
         rounds = EvaluationOptions(fixed_windows=self.size.pattern_windows, final_windows=self.size.final_windows)
         more: dict[str, Any] = {"actions": ("small", "big"), "price": 0.0, "options": rounds}
         more["method"] = "enumeration" if self.exact else "greedy"
-        return Baseline(self.model, self.training, **more).per_big()
+        return Baseline.search(self.model, self.training, **more).per_big()
 
     # Figures 2 and 3
 
