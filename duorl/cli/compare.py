@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from duorl.checks import require_positive
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write, write_cards
 from duorl.cli.console import say, say_logdir, typed_command
-from duorl.cli.trainings import WORK, Place, do_apart, finish_all, held_out_texts, ladder_path, router_text
+from duorl.cli.trainings import WORK, Place, Workers, do_apart, finish_all, held_out_texts, ladder_path, router_text
 from duorl.cli.workbench import KNOWABLE, Workbench
 from duorl.corpus import Windows, source_names
 from duorl.costs import ACTIONS
@@ -26,7 +26,7 @@ from duorl.files import write_json, write_text, writing
 from duorl.reports import page
 from duorl.reports.figures import budget_frontiers, budgets_markdown
 from duorl.routers import ConstantRouter, Router
-from duorl.runs.jobs import RESULT, Job, executor
+from duorl.runs.jobs import RESULT, Job
 
 FIXED = "fixed"  # folder of the fixed patterns in a run's folder
 
@@ -52,11 +52,12 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         if options[name] and not options.targets:
             raise ValueError(f"{name} is about the comparison at targets: give targets, for instance '[0.5]'")
     bench = Workbench(options, config)
+    workers = Workers(options, config, bench.model, bench.model.device)
     check_evaluation(options, bench.model, bench.training, bench.held_out)
     if options.targets:
         for text in held_out_texts(bench):  # each text must have an evaluation split of its own
             router_text(bench, text)
-    return "compare", Compare(bench)
+    return "compare", Compare(bench, workers)
 
 
 class Compare:
@@ -64,18 +65,18 @@ class Compare:
 
     Args:
         bench: workbench of the run.
+        workers: do its jobs.
     """
 
-    def __init__(self, bench: Workbench):
-        self.bench, self.options = bench, bench.options
+    def __init__(self, bench: Workbench, workers: Workers):
+        self.bench, self.options, self.workers = bench, bench.options, workers
         self.names = [*bench.rivals, *bench.agents]  # tables have them in this order
 
     def __call__(self, folder: Path) -> None:
         """Train what is not in the folder yet, compare, and print where the results are."""
-        threads = self.options.threads
-        processes = self.options.processes or processes_for(self.bench.model.device, threads)
-        jobs = self.jobs(folder, apart=processes > 1)
-        finish_all(jobs, executor(min(processes, len(jobs)), threads), folder)
+        processes = self.options.processes or processes_for(self.bench.model.device, self.options.threads)
+        jobs = self.jobs(folder, apart=self.workers.apart(processes))
+        finish_all(jobs, self.workers.executor(folder, jobs, processes), folder)
         self._compare(folder)
         if self.options.targets:
             self._compare_budgets(folder)

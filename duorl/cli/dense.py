@@ -12,12 +12,12 @@ from rich.markdown import Markdown
 
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.parser import read_config
-from duorl.cli.trainings import finish_all
+from duorl.cli.trainings import Workers, finish_all
 from duorl.files import write_json, write_text
 from duorl.models.pretrain import Pretraining
 from duorl.paper import dense
 from duorl.paper.dense import DenseOptions
-from duorl.runs.jobs import Job, executor
+from duorl.runs.jobs import Job
 from duorl.runs.pretraining import pretrain
 
 
@@ -30,13 +30,14 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     settings = DenseOptions(**{name: getattr(options, name) for name in DenseOptions.__dataclass_fields__})
     first = dense.plan(settings.recipe, settings.shares, Path())["duo"]
     where = {"device": options.device, "dtype": options.dtype}
-    tokenizer = Pretraining(first, **where).tokenizer  # this checks the recipe and its text
+    duo = Pretraining(first, **where)  # this checks the recipe and its text
+    workers = Workers(options, config, duo.model, duo.device)
     for text in settings.texts:
-        dense.evaluation_windows(text, tokenizer, settings)
+        dense.evaluation_windows(text, duo.tokenizer, settings)
 
     def work(folder: Path) -> None:
         jobs = plan(settings, folder, where)
-        finish_all(jobs, executor(settings.processes, options.threads), folder)
+        finish_all(jobs, workers.executor(folder, jobs, settings.processes), folder)
         rows = dense.measure_all(settings, folder, device=options.device)
         numbers = {"settings": {"command": typed_command(), **read_config(config)}, "rows": rows}
         write_json(folder / "dense.json", numbers)

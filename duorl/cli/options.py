@@ -86,6 +86,8 @@ class RunOptions:
         seed: seed of all random generators.
         seeds: number of trainings of every learner, with seeds `seed`, `seed + 1`, ...
         processes: number of trainings at the same time; they share the machine's cores. By default one per core.
+        cluster: `auto` for the Ray cluster of this machine, or the HOST:PORT of its head: trainings run on its
+            machines, in place of processes here. It needs the extra `ray`, see docs/cluster.md.
         targets: values of the compute at which all routers are compared; needs `env.prices`.
         reach_targets: every router is also measured calibrated to each of the targets, so that it reaches those that no
             price of `env.prices` meets: costs are then subtracted from its logits. See docs/budgets.md.
@@ -116,6 +118,7 @@ class RunOptions:
     seed: int = 0
     seeds: int = 1
     processes: int | None = None
+    cluster: str | None = None
     targets: list[float] = field(default_factory=list)
     reach_targets: bool = False
     transfer: list[str] = field(default_factory=list)

@@ -22,7 +22,17 @@ from duorl.devices import DeviceOptions, TrainerDeviceOptions, pick_device, pick
 from duorl.models.bases import find_base
 from duorl.models.loading import price_of_model, width_of_model
 
-_COMPARE_ONLY = ("agents", "starts", "seeds", "processes", "targets", "reach_targets", "transfer", "knowable")
+_COMPARE_ONLY = (
+    "agents",
+    "starts",
+    "seeds",
+    "processes",
+    "cluster",
+    "targets",
+    "reach_targets",
+    "transfer",
+    "knowable",
+)
 _TRAIN_ONLY = ("target_compute",)
 _FLAGS = {
     "overwrite": "replace the run in the output folder",

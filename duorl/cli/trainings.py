@@ -7,26 +7,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor
 
 from duorl.cli.comparing import searched
 from duorl.cli.console import job_bars, quieten
+from duorl.cli.parser import read_config
 from duorl.cli.workbench import Workbench
 from duorl.corpus import Windows, source_names
 from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.budgets import Ladder
 from duorl.evaluation.choice import choose, flops_per_second
 from duorl.files import writing
+from duorl.models import DuoConfig, DuoForCausalLM
+from duorl.models.footprint import weight_bytes
 from duorl.routers import PatternRouter, Router
 from duorl.routers import load as load_router
 from duorl.runs import interrupts
-from duorl.runs.jobs import RESULT, Executor, Job, Tell, run
+from duorl.runs.cluster import Needs, OnCluster, connect
+from duorl.runs.jobs import RESULT, Executor, Job, Tell, executor, run
 
 _STEPS = 7  # prices at which a router is measured
 _BEYOND = 0.05  # of the compute
+_PROCESS = 2**30  # bytes of a job's process, beside the weights
 
 
 class JobsFailed(Exception):
@@ -39,6 +45,36 @@ class JobsFailed(Exception):
 
     def __init__(self, left: list[str], total: int):
         super().__init__(f"{len(left)} of {total} jobs are not finished: {', '.join(left)}")
+
+
+class Workers:
+    """Who does the jobs of a run: the machines of a cluster, or processes of this one.
+
+    Args:
+        options: of the command; `cluster` and `threads` are used.
+        config: the resolved options as YAML.
+        model: the model that every job loads.
+        device: where it will be.
+
+    Raises:
+        ValueError: the cluster is not there, or cannot do the jobs.
+    """
+
+    def __init__(self, options: Namespace, config: str, model: DuoForCausalLM, device: torch.device):
+        self.threads, self._config = options.threads, config
+        memory = weight_bytes(cast("DuoConfig", model.config), model.dtype) + _PROCESS
+        self._needs = Needs(options.threads or 1, int(device.type == "cuda"), memory)
+        self._ray = options.cluster and connect(options.cluster, self._needs)
+
+    def apart(self, processes: int) -> bool:
+        """Whether jobs run in other processes, which read the run's configuration again."""
+        return bool(self._ray) or processes > 1
+
+    def executor(self, folder: Path, jobs: Sequence[Job], processes: int) -> Executor:
+        """What executes the jobs of a run in a folder; without a cluster, with a number of processes."""
+        if self._ray:
+            return OnCluster(self._ray, folder, self._needs, len(jobs), read_config(self._config))
+        return executor(min(processes, len(jobs)), self.threads)
 
 
 def finish_all(jobs: list[Job], place: Executor, folder: Path) -> None:

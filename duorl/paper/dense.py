@@ -42,6 +42,8 @@ class DenseOptions:
         texts: texts of the measurement: built-in corpora, or paths and globs; ", " joins several into one.
         windows: number of windows of each text's evaluation split.
         processes: number of trainings at the same time; they share the machine's cores.
+        cluster: `auto` for the Ray cluster of this machine, or the HOST:PORT of its head: trainings run on its
+            machines, in place of processes here. It needs the extra `ray`, see docs/cluster.md.
         seed: seed of the routes in the measurement.
         out: folder for the models and dense.json; by default the first free `runs/dense-N`.
     """
@@ -51,6 +53,7 @@ class DenseOptions:
     texts: tuple[str, ...] = ("stdlib-code", "stdlib-docs")
     windows: int = 128
     processes: int = 1
+    cluster: str | None = None
     seed: int = 0
     out: str | None = None
 

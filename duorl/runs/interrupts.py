@@ -81,6 +81,16 @@ def pending() -> bool:
     return _State.noted is not None
 
 
+def ask(signum: int) -> None:
+    """Store a signal that came in another way, for example over the network."""
+    _State.noted = signum
+
+
+def forget() -> None:
+    """Forget a stored signal: what it was for has ended."""
+    _State.noted = None
+
+
 def check() -> None:
     """Raise the stored signal, if there is one; call this at a safe point.
 

@@ -136,7 +136,7 @@ def _serve(connection: Connection, threads: int) -> None:
     try:
         with interrupts.listening(ignore=signal.SIGINT):
             signal.pthread_sigmask(signal.SIG_UNBLOCK, interrupts.SIGNALS)
-            _prepare(threads)
+            prepare(threads)
             while True:
                 function, arguments = connection.recv()
                 with interrupts.deferred():
@@ -148,7 +148,8 @@ def _serve(connection: Connection, threads: int) -> None:
         return
 
 
-def _prepare(threads: int) -> None:
+def prepare(threads: int) -> None:
+    """Prepare a process for jobs with a number of torch's threads."""
     import torch
 
     from duorl.runs.allocator import keep_freed_memory

@@ -1,0 +1,266 @@
+"""Runs jobs as tasks of a Ray cluster, whose machines share no files with this one. It needs the extra `ray`.
+
+A task gets the files of its job as bytes: the run's configuration, the job's folders with the last checkpoint, the
+user's own modules, and the texts and models that the configuration names by a relative path. It works in a temporary
+folder and sends back what changes there, about every second. So curves and checkpoints stand where the run stands. If a
+machine is lost, its jobs go on elsewhere from the last checkpoint that arrived.
+
+A cluster is trusted ground: Ray sends pickled objects between its machines. None of them is written to disk here.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from glob import glob
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from duorl.files import PART
+from duorl.runs import interrupts
+from duorl.runs.folders import CONFIG
+from duorl.runs.jobs import Executor, Function, JobError, Tell
+from duorl.runs.mirror import apply, gathered
+from duorl.runs.remote import RUN, work
+
+_PATIENCE = 10  # seconds
+_LOSSES = 5  # of a job's machine, after which it fails
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What each job needs of a machine.
+
+    Args:
+        cores: number of cores, and of torch's threads.
+        gpus: number of GPUs.
+        memory: bytes.
+    """
+
+    cores: int = 1
+    gpus: int = 0
+    memory: int = 0
+
+    @property
+    def named(self) -> dict[str, float]:
+        """The needs by Ray's names."""
+        return {name: float(n) for name, n in (("CPU", self.cores), ("GPU", self.gpus), ("memory", self.memory)) if n}
+
+
+def connect(address: str, needs: Needs) -> Any:
+    """Connect this process to a cluster, and send it DuoRL's own code.
+
+    Args:
+        address: `auto` for the cluster of this machine, or `HOST:PORT`.
+        needs: what each job will need.
+
+    Returns:
+        The module `ray`.
+
+    Raises:
+        ValueError: the extra is missing, there is no cluster, or no machine of it has what a job needs.
+    """
+    if find_spec("ray") is None:
+        raise ValueError('a cluster needs Ray: pip install "ray>=2.40"')
+    import ray
+
+    _require_answer(address)
+    with tempfile.TemporaryDirectory() as place:
+        code = _package(Path(place))
+        try:
+            ray.init(address=address, runtime_env={"py_modules": [str(code)]}, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError) as problem:
+            raise _no_answer(address) from problem
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if not any(all(machine.get(name, 0) >= n for name, n in needs.named.items()) for machine in machines):
+        ray.shutdown()
+        asked = ", ".join(f"{name} {n:g}" for name, n in needs.named.items())
+        raise ValueError(f"a job asks for {asked}, and no machine of the cluster has that: lower --threads")
+    return ray
+
+
+def _require_answer(address: str) -> None:
+    """Look whether somebody answers: Ray itself waits for minutes."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not (colon and port.isdecimal()):
+        raise ValueError(f"cluster must be auto or HOST:PORT, not {address!r}")
+    try:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
+    except (OSError, OverflowError) as problem:
+        raise _no_answer(address) from problem
+
+
+def _no_answer(address: str) -> ValueError:
+    fix = "start one with `ray start --head`, or give the HOST:PORT of its head"
+    return ValueError(f"no Ray cluster answers at {address}: {fix}")
+
+
+def _package(place: Path) -> Path:
+    """A copy of the package as it is installed: `duorl/agents` and `duorl/envs` may stand elsewhere in its sources."""
+    for name in ("duorl", "duorl.agents", "duorl.envs"):
+        spec = find_spec(name)
+        assert spec is not None and spec.submodule_search_locations is not None
+        ignored = shutil.ignore_patterns("__pycache__")
+        there = place.joinpath(*name.split("."))
+        shutil.copytree(next(iter(spec.submodule_search_locations)), there, ignore=ignored, dirs_exist_ok=True)
+    return place / "duorl"
+
+
+class OnCluster(Executor):
+    """Runs jobs as tasks of a cluster.
+
+    Args:
+        ray: of `connect`.
+        folder: folder of the run; the jobs' arguments may name paths in it.
+        needs: what each job needs.
+        slots: number of jobs that are handed to the cluster at the same time.
+        config: options of the run; the files that they name by a relative path are sent along.
+    """
+
+    def __init__(self, ray: Any, folder: Path, needs: Needs, slots: int, config: Mapping[str, Any]):
+        self.ray, self.folder, self.needs, self.slots = ray, folder, needs, max(2, slots)
+        self._switch = ray.remote(num_cpus=0)(_Switch).options(scheduling_strategy=_here(ray)).remote()
+        self._inputs = {path: ray.put(content) for path, content in _inputs(config).items()}
+        self._running: set[Any] = set()
+        self._lock = threading.Lock()
+        self._stopping = False
+
+    def execute(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
+        """Run it as a task, again if its machine is lost; see `Executor.execute`."""
+        lost = self.ray.exceptions
+        for left in reversed(range(_LOSSES)):
+            try:
+                return self._once(function, arguments, tell)
+            except lost.RayTaskError as error:  # not the job's own error, which comes as a message
+                raise JobError(" ".join(str(error.cause).split()), str(error)) from None
+            except lost.RayError as error:
+                if self._stopping:
+                    raise interrupts.Interrupted(signal.SIGTERM) from None
+                if not left:
+                    raise JobError(f"its machine was lost {_LOSSES} times ({type(error).__name__})") from None
+                tell(line=f"a machine was lost ({type(error).__name__}): its job goes on from the last checkpoint")
+        raise AssertionError("unreachable")
+
+    def stop(self, *, at_once: bool = False) -> None:
+        """Ask the tasks to save and end, or end them."""
+        with self._lock:
+            first, self._stopping = not self._stopping, True
+            if at_once:
+                for task in self._running:
+                    self.ray.cancel(task, force=True)
+            elif first:
+                self._switch.flip.remote()
+
+    def close(self) -> None:
+        """Leave the cluster."""
+        self.ray.shutdown()
+
+    def _once(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
+        needed = self.needs
+        options = {"num_cpus": needed.cores, "num_gpus": needed.gpus, "memory": needed.memory or None}
+        task = self.ray.remote(max_retries=0, num_returns="streaming", **options)(work)
+        files = gathered(self.folder, self._parts(arguments))
+        messages = task.remote(function, self._there(arguments), files, self._inputs, self._switch, needed.cores)
+        with self._lock:
+            self._running.add(messages)
+        try:
+            return self._heard(messages, tell)
+        finally:
+            with self._lock:
+                self._running.discard(messages)
+
+    def _heard(self, messages: Iterator[Any], tell: Tell) -> dict[str, Any]:
+        for message in messages:
+            kind, content = self.ray.get(message)
+            if kind == "files":
+                apply(content, self.folder)
+            elif kind == "said":
+                tell(**content)
+            elif kind == "error":
+                raise JobError(*content)
+            elif kind == "interrupted":
+                raise interrupts.Interrupted(content)
+            else:
+                return content
+        raise JobError("its task ended without a result")
+
+    def _parts(self, arguments: Mapping[str, Any]) -> list[Path]:
+        """What a job reads of the run's folder: its configuration, and the folders that its arguments name."""
+        named = map(Path, _texts(arguments))
+        inside = [path for path in named if path.is_relative_to(self.folder) and path != self.folder and path.exists()]
+        return [self.folder / CONFIG, *inside]
+
+    def _there(self, value: Any) -> Any:
+        """An argument with the paths that it has where the job runs."""
+        if isinstance(value, Mapping):
+            return {name: self._there(inner) for name, inner in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(self._there, value))
+        if isinstance(value, str) and Path(value).is_relative_to(self.folder):
+            return str(Path(RUN) / Path(value).relative_to(self.folder))
+        return value
+
+
+def _here(ray: Any) -> Any:
+    """A strategy that keeps an actor on this machine, which is lost last."""
+    return ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(
+        ray.get_runtime_context().get_node_id(), soft=False
+    )
+
+
+class _Switch:
+    """An actor that tells all tasks whether they shall stop."""
+
+    def __init__(self) -> None:
+        self.on = False
+
+    def flip(self) -> None:
+        self.on = True
+
+    def is_on(self) -> bool:
+        return self.on
+
+
+def _inputs(config: Mapping[str, Any]) -> dict[str, bytes]:
+    """The user's modules, and the files that options name by a relative path, by their paths in the current folder."""
+    here = Path.cwd()
+    named = [here / found for text in _texts(config) if _relative(text) for found in glob(text)]
+    return gathered(here, [*named, *_own_modules(here)])
+
+
+def _texts(tree: Any) -> Iterator[str]:
+    """All texts in nested options."""
+    if isinstance(tree, str):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _texts(value)
+    elif isinstance(tree, Sequence):
+        for value in tree:
+            yield from _texts(value)
+
+
+def _relative(text: str) -> bool:
+    path = Path(text)
+    return bool(text) and not path.is_absolute() and ".." not in path.parts and path != Path()
+
+
+def _own_modules(here: Path) -> list[Path]:
+    """Sources of imported modules in the current folder, such as a user's reward; not DuoRL's, not installed ones."""
+    files = [
+        Path(file)
+        for name, module in list(sys.modules.items())
+        if (file := getattr(module, "__file__", None)) and name.partition(".")[0] not in ("duorl", "__main__")
+    ]
+    own = [file for file in files if file.is_relative_to(here) and not file.is_relative_to(sys.prefix)]
+    return [file for file in own if file.suffix == ".py" and not file.name.startswith(PART)]
