@@ -18,7 +18,8 @@ import duorl
 from duorl.envs import Lockstep
 from duorl.evaluation import measure
 from duorl.learners import Supervised
-from duorl.learners.labels import Source, action_values, routes_of
+from duorl.learners.labels import action_values, routes_of
+from duorl.learners.sources import Source
 from duorl.oracle import RouteTable, exhaustive, fixed_patterns
 from duorl.rewards import LossImprovement
 from duorl.routed_pass import remember
@@ -29,7 +30,7 @@ _LABELLED, _MEASURED, _LENGTH, _PRICE, _SEEDS = 32, 48, 128, 0.3, 2
 
 def agreement(env: Lockstep, base: str, text: Tensor, table: RouteTable) -> list[float]:
     """Share of decisions whose best deviation is the best action by all routes, at temperatures 1 and 0."""
-    source = Source(env, base)
+    source = Source(env.model, env.actions, base)
     found = source.deviations(text, [_PRICE], torch.Generator().manual_seed(0))
     best = found.values(_PRICE).argmax(-1)  # (L, N)
     if source.policy is None:

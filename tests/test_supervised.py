@@ -155,8 +155,8 @@ def test_deviations_are_what_whole_passes_say(duo, windows):
 
 
 def test_a_model_too_deep_to_search_is_labelled_by_deviations(duo, windows, monkeypatch):
-    monkeypatch.setattr("duorl.learners.labels._MOST_SEARCHED", 1)
-    monkeypatch.setattr("duorl.learners.labels.exhaustive", None)  # it is not asked for
+    monkeypatch.setattr("duorl.learners.sources._MOST_SEARCHED", 1)
+    monkeypatch.setattr("duorl.learners.sources.exhaustive", None)  # it is not asked for
     env = task(duo, windows, price=50.0)
     router = Supervised(env, windows=6, epochs=60, batch_size=81, learning_rate=0.03).learn(1)
     assert (measure(duo, router, windows, context="reference").routes == 1).float().mean() > 0.98
@@ -173,7 +173,7 @@ def test_labels_along_a_base_policy_are_priced_anew_without_new_passes(duo, wind
     for price in (0.1, 5.0):
         env.charge(price)
         decisions = labels.decisions()
-        monkeypatch.setattr("duorl.learners.labels.deviated", None)  # it is not asked again
+        monkeypatch.setattr("duorl.learners.sources.deviated", None)  # it is not asked again
         assert labels.count == 54 and decisions.price.unique().item() == pytest.approx(price)
         for layer, action in ((0, 1), (0, 2), (1, 1), (2, 2)):
             changed = [1, 2, 1]
@@ -195,7 +195,7 @@ def test_a_base_policy_is_a_constant_or_a_router_with_the_allowed_actions(duo, w
     with pytest.raises(ValueError, match="the base policy takes an action that is not among the allowed small, big"):
         Supervised(priced, base=str(tmp_path / "skips")).learn(1)
     with pytest.raises(
-        ValueError, match="base must be one of random, small, big, or the folder of a router: no router"
+        ValueError, match="base must be one of random, small, big, or the folder of a router or of labels: no router"
     ):
         KNN(priced, base="nothing")
 
@@ -348,7 +348,7 @@ def test_saved_at_a_price_they_decide_as_before(duo, windows, kind, tmp_path):
 def test_one_search_serves_all_prices(duo, windows, monkeypatch):
     searches = []
     found = exhaustive(duo, windows)
-    monkeypatch.setattr("duorl.learners.labels.exhaustive", lambda *_, **__: searches.append(1) or found)
+    monkeypatch.setattr("duorl.learners.sources.exhaustive", lambda *_, **__: searches.append(1) or found)
     labels = Labels(task(duo, windows, prices=(0.1, 1.0)), windows=6, temperature=1.0, rungs=4)
     assert labels.decisions().values.shape == (3, 4 * 54, 2) and labels.count == 4 * 54
     labels.decisions()
@@ -360,7 +360,7 @@ def test_labels_follow_the_price(duo, windows, monkeypatch):
     labels = Labels(env, windows=6, temperature=0.0, rungs=1)
     before = labels.decisions()
     env.charge(5.0)
-    monkeypatch.setattr("duorl.learners.labels.exhaustive", None)  # the search is not made again
+    monkeypatch.setattr("duorl.learners.sources.exhaustive", None)  # the search is not made again
     after = labels.decisions()
     assert after.price.unique().tolist() == [5.0] and labels.decisions() is after
     assert (after.values.argmax(-1) > before.values.argmax(-1)).sum() == 0

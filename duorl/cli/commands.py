@@ -58,6 +58,12 @@ COMMANDS = {
         "duorl.cli.oracle",
         ("overwrite", "device"),
     ),
+    "label": Command(
+        "Search the routes of router text once, for learners that learn from labels.",
+        "duorl.cli.options:LabelOptions",
+        "duorl.cli.label",
+        _ROUTES,
+    ),
     "paper": Command(
         "Repeat the study of Duo-LLM on a duo model: every figure, and the paper's claims with measurements.",
         "duorl.cli.paper_options:PaperOptions",

@@ -80,6 +80,7 @@ class RunOptions:
         starts: for single learners, by name: the learner, named before it, from whose router with the same seed its
             training starts.
         rivals: learners to compare with: a list of names, or learners by name as in `agents`.
+        labels: folder of labels, made by `duorl label`, for the learners from labels: they do not search anew.
         evaluation: how routers are compared.
         validations: number of measurements on held-out router text during the training, for TensorBoard.
         save_every: seconds between the checkpoints of a training.
@@ -112,6 +113,7 @@ class RunOptions:
     own_env: dict[str, dict[str, Any]] = field(default_factory=dict)
     starts: dict[str, str] = field(default_factory=dict)
     rivals: list[str] | dict[str, LearnerFactory] = field(default_factory=lambda: ["supervised", "soft"])
+    labels: str | None = None
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     validations: int = 10
     save_every: float = 120.0
@@ -201,6 +203,47 @@ class OracleOptions:
     window: int = 128
     windows: int = 8
     seed: int = 0
+    out: str | None = None
+
+
+@dataclass(frozen=True)
+class LabelOptions:
+    """Search the routes of router text once, for all learners from labels.
+
+    Supervised, KNN and Ensemble take the folder: `--labels DIR` of `duorl train` and `compare`. With `--resume` and a
+    higher number of `windows`, the folder grows, and what it has stays.
+
+    Args:
+        model: `duo-tiny`, `smollm2`, a folder, or `owner/name` on the hub.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
+        corpus: built-in corpora, or paths and globs.
+        actions: names of the allowed actions.
+        base: label deviations from the routes of this policy: `random`, the name of an action, or the folder of a
+            saved router. By default, all routes are searched if there are at most 1,024; else `random`.
+        price: nats per all-big pass, for a router as the base policy.
+        prices: lowest and highest price, for a base policy for a range of prices; each token is at one of five.
+        window: tokens per window.
+        windows: number of windows of the router split to label, rounded up to whole shards.
+        shard: windows per shard, which is one job.
+        seed: seed of the random routes.
+        processes: number of jobs at the same time; by default one per core.
+        cluster: see `duorl compare`.
+        out: folder of the labels; by default the first free `runs/labels-N`.
+    """
+
+    model: str = "duo-tiny"
+    skip: Skip | None = None
+    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
+    actions: list[str] = field(default_factory=lambda: ["small", "big"])
+    base: str | None = None
+    price: float = DEFAULT_PRICE
+    prices: tuple[float, float] | None = None
+    window: int = 128
+    windows: int = 64
+    shard: int = 8
+    seed: int = 0
+    processes: int | None = None
+    cluster: str | None = None
     out: str | None = None
 
 

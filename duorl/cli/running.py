@@ -24,7 +24,7 @@ from duorl.models.loading import model_folder
 from duorl.runs import folders, interrupts
 from duorl.runs.allocator import keep_freed_memory
 
-_DUO = ("train", "compare", "evaluate", "oracle", "paper")  # their --model is the folder of a duo model
+_DUO = ("train", "compare", "evaluate", "oracle", "label", "paper")  # their --model is the folder of a duo model
 _TEXTS = ("corpus", "prose", "code")
 
 

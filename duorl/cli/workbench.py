@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,8 @@ class Workbench:
         more = {"actions": options.actions, "reference": options.reference}
         lockstep = make_lockstep(own, self.model, self.training, self.reward, seed=seed, **more)
         factory: Callable[..., Learner] = self._factories[name]
+        if options.get("labels") and _learns_from_labels(factory):
+            factory = partial(factory, base=options.labels)
         if name not in self._starts:
             return factory(lockstep)
         try:
@@ -264,6 +267,14 @@ class _Work:
         journal.picture(decisions, "routes/share_of_big", heat_map(routes, f"{self.name} on held-out router text"))
         journal.hparams(decisions, _scalars(bench.config), self.validate(router))
         return router if bench.options.env.big_layers is None else shown
+
+
+def _learns_from_labels(factory: Callable[..., Learner]) -> bool:
+    """Whether a learner takes labels, and its options do not say from where."""
+    if isinstance(factory, partial) and "base" in factory.keywords:  # with all of its options
+        return factory.keywords["base"] is None
+    kind = factory.func if isinstance(factory, partial) else factory
+    return "base" in signature(kind).parameters
 
 
 def make_lockstep(

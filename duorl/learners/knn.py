@@ -9,7 +9,8 @@ from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.learners.base import Learner, State, Task
-from duorl.learners.labels import Source, action_values, require_stored, walked
+from duorl.learners.labels import action_values, walked
+from duorl.learners.sources import Source, require_stored
 from duorl.oracle import RouteTable
 from duorl.prices import ladder
 from duorl.routed_pass import remember
@@ -56,7 +57,8 @@ class KNN(Learner):
         if not temperature > 0:
             raise ValueError(f"temperature must be above 0, not {temperature}")
         self.windows, self.neighbours, self.temperature, self.rungs = windows, neighbours, temperature, rungs
-        self.source = Source(env, base)
+        self.source = Source(env.model, env.actions, base)
+        self.source.require(self._text(1))
         require_stored(env, self._text(1)[:, 1:].numel(), windows)
         self.router = self._empty(self._text(1))
 

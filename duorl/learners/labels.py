@@ -18,7 +18,7 @@ changed. This needs L (A - 1) completions of shared prefixes in place of A^L.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,19 +26,15 @@ import torch
 from torch import Tensor
 
 from duorl.costs import action_ids
-from duorl.devices import require_memory
 from duorl.inputs import Inputs
 from duorl.models.attention import Memory
-from duorl.oracle import RouteTable, exhaustive
+from duorl.oracle import RouteTable
 from duorl.oracle.search import MEMORY_LIMIT, states_within
 from duorl.routed_pass import RoutedPass, remember
-from duorl.routers import ConstantRouter, Router, load
+from duorl.routers import Router
 
 if TYPE_CHECKING:
-    from duorl.learners.base import Task
     from duorl.models import DuoForCausalLM
-
-_MOST_SEARCHED = 1024  # routes; the search of more costs too much for what it adds
 
 
 @dataclass(frozen=True)
@@ -58,70 +54,6 @@ class Decisions:
     inputs: Tensor | None
     price: Tensor
     values: Tensor
-
-
-class Source:
-    """Where the labels of a task come from.
-
-    Args:
-        env: the task.
-        base: the base policy of deviations: `random`, the name of an action, or the folder of a saved router, for
-            example a fixed pattern. None: all routes are searched if there are at most 1,024; else `random`.
-
-    Attributes:
-        searches: whether all routes are searched.
-        policy: the base policy; None for random routes.
-
-    Raises:
-        ValueError: there is no such router, or it does not fit the task's model.
-    """
-
-    def __init__(self, env: Task, base: str | None):
-        self.env = env
-        self.searches = base is None and len(env.actions) ** env.layers <= _MOST_SEARCHED
-        self.policy: Router | None = None
-        if base in env.actions:
-            self.policy = ConstantRouter(base)
-        elif base not in (None, "random"):
-            self.policy = _loaded(base, env)
-
-    def table(self, tokens: Tensor) -> RouteTable | None:
-        """All routes of tokens (B, T+1) in the reference context; None if the labels come from deviations."""
-        tokens = tokens.to(self.env.model.device)
-        return exhaustive(self.env.model, tokens, actions=self.env.actions) if self.searches else None
-
-    def deviations(
-        self, tokens: Tensor, prices: Sequence[float], generator: torch.Generator, inputs: Inputs | None = None
-    ) -> Deviations:
-        """Deviations from the routes of the base policy, see `deviated`."""
-        model, actions = self.env.model, self.env.actions
-        return deviated(model, tokens, prices, actions, base=self.policy, generator=generator, inputs=inputs)
-
-
-def require_stored(env: Task, routes: int, windows: int) -> None:
-    """Refuse more labelled routes than fit into memory with the states of their layers.
-
-    Args:
-        env: the task.
-        routes: number of routes, of all tokens.
-        windows: number of windows that they are on, for the message.
-
-    Raises:
-        ValueError: says how much is needed and how much is free.
-    """
-    states = 4 * env.layers * routes * env.model.hidden_size
-    fix = f"lower windows ({windows})"
-    require_memory(2 * states, env.model.device, f"the states of {routes:,} routes", fix)  # twice while they are joined
-
-
-def _loaded(base: str, env: Task) -> Router:
-    try:
-        router = load(base).to(env.model.device)
-    except OSError as error:
-        names = ", ".join(("random", *env.actions))
-        raise ValueError(f"base must be one of {names}, or the folder of a router: {error}") from error
-    router.require_fit(env.model)
-    return router
 
 
 @torch.no_grad()
@@ -177,6 +109,7 @@ class Deviations:
         hidden, compute, inputs, price: see `Decisions`; the price may have had a part in the route.
         losses: (L, N, A), nats, if the token takes an action in a layer and keeps the rest of its route.
         spent: (L, N, A), compute of the same routes.
+        routes: (N, L), action codes of the tokens' own routes.
     """
 
     hidden: Tensor
@@ -185,6 +118,7 @@ class Deviations:
     price: Tensor
     losses: Tensor
     spent: Tensor
+    routes: Tensor
 
     def values(self, price: Tensor | float) -> Tensor:
         """Value of every deviation in nats, (L, N, A), at a price or at one per token, (N, 1)."""
@@ -225,19 +159,25 @@ def deviated(
     shape = tokens[:, 1:].shape
     routes = codes[torch.randint(len(codes), (*shape, model.num_layers), generator=generator)].to(tokens.device)
     price = torch.tensor(prices)[torch.randint(len(prices), shape, generator=generator)].to(tokens.device)
-    length = tokens.shape[1] - 1
-    size, parts = states_within(MEMORY_LIMIT, model, 1, length, 1) // length, []
-    for first in range(0, len(tokens), size):
-        rows = slice(first, first + size)
+    parts = []
+    for rows in _few_at_once(model, tokens):
         own, window, memory = routes[rows], tokens[rows], remember(model, tokens[rows])
         if base is not None:
             own = routes_of(base, model, window, memory, price[rows])
             if not torch.isin(own, codes.to(own.device)).all():
                 raise ValueError(f"the base policy takes an action that is not among the allowed {', '.join(actions)}")
+            routes[rows] = own
         losses, spent = deviations(RoutedPass(model, window, context="reference", memory=memory), own, codes.tolist())
         parts.append((*walked(model, window, memory, own, inputs), losses.flatten(1, 2), spent.flatten(1, 2)))
     hidden, compute, extra, losses, spent = _joined(parts)
-    return Deviations(hidden, compute, extra, price.flatten(), losses, spent)
+    return Deviations(hidden, compute, extra, price.flatten(), losses, spent, routes.flatten(0, 1))
+
+
+def _few_at_once(model: DuoForCausalLM, tokens: Tensor) -> Iterator[slice]:
+    """Slices of windows (B, T+1), as many in each as the oracle's memory limit allows."""
+    length = tokens.shape[1] - 1
+    size = states_within(MEMORY_LIMIT, model, 1, length, 1) // length
+    return (slice(first, first + size) for first in range(0, len(tokens), size))
 
 
 def routes_of(
@@ -322,6 +262,19 @@ def draw_routes(table: RouteTable, price: float, temperature: float, generator: 
     chances = (-(table.losses + price * table.compute) / temperature).softmax(-1)
     drawn = torch.multinomial(chances.flatten(0, 1).cpu(), 1, generator=generator)
     return drawn.view(chances.shape[:2]).to(table.routes.device)
+
+
+@torch.no_grad()
+def walked_in_parts(
+    model: DuoForCausalLM, tokens: Tensor, routes: Tensor, inputs: Inputs | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The same as `walked`, for any number of windows."""
+    parts = [
+        walked(model, tokens[rows], remember(model, tokens[rows]), routes[rows], inputs)
+        for rows in _few_at_once(model, tokens)
+    ]
+    hidden, compute, extra = _joined(parts)
+    return hidden, compute, extra
 
 
 def walked(

@@ -11,7 +11,8 @@ from torch.nn.functional import cross_entropy
 from duorl.checks import require_positive
 from duorl.inputs import Inputs, View
 from duorl.learners.base import HeadLearner, Learner, Task
-from duorl.learners.labels import Decisions, Deviations, Source, label, require_stored
+from duorl.learners.labels import Decisions, Deviations, label
+from duorl.learners.sources import Source, require_stored
 from duorl.oracle import RouteTable
 from duorl.prices import ladder
 from duorl.routers import HeadRouter
@@ -27,7 +28,7 @@ class Labels:
         windows: number of windows to label, the first ones of the text.
         temperature: temperature of values and routes, in nats.
         rungs: number of labelled prices, evenly spaced in the range on a log scale.
-        base: the base policy of deviations, see `duorl.learners.labels.Source`.
+        base: the base policy of deviations, see `duorl.learners.sources.Source`.
 
     Raises:
         ValueError: a count is below 1, the base policy cannot be used, or the labels do not fit into memory.
@@ -36,8 +37,8 @@ class Labels:
     def __init__(self, env: Task, *, windows: int, temperature: float, rungs: int, base: str | None = None):
         require_positive(windows=windows, rungs=rungs)
         self.env, self.temperature, self.rungs = env, temperature, rungs
-        self.source = Source(env, base)
-        self.text = env.windows[:windows]
+        self.source, self.text = Source(env.model, env.actions, base), env.windows[:windows]
+        self.source.require(self.text)
         require_stored(env, self.count, windows)
         self._found: RouteTable | Deviations | None = None
         self._made: tuple[float, Decisions] | None = None
@@ -139,7 +140,8 @@ class Supervised(Taught, HeadLearner):
         learning_rate: learning rate of Adam; it is constant.
         width: hidden units of a head; 0 for a linear map.
         base: make labels by deviations from the routes of this policy: `random`, the name of an action, or the folder
-            of a saved router. By default, all routes are searched if there are at most 1,024; else `random`.
+            of a saved router; or take them from a folder that `duorl label` made. By default, all routes are searched
+            if there are at most 1,024; else `random`.
         init: folder of a saved router to start from.
 
     Raises:

@@ -56,13 +56,14 @@ def require_fit(router: Router, model: DuoForCausalLM) -> None:
             said = f"{name} is made for a model of {what} {needed}, this one has {found}"
             raise UnusableRouter(f"{said}: give its own model")
     known = router.trained_for
-    if known is not None and not _same(known, identity(model)):
+    if known is not None and not same_model(known, identity(model)):
         here = identity(model)["name"] or "this one"
         said = f"{name} was trained for the model {_called(known)}, not for {here}"
         raise UnusableRouter(f"{said}: give that model, or train anew")
 
 
-def _same(known: dict[str, Any], found: dict[str, Any]) -> bool:
+def same_model(known: dict[str, Any], found: dict[str, Any]) -> bool:
+    """Whether two records of `identity` are of one model, in any precision."""
     exact = ("family", "layers", "hidden_size")
     if any(known.get(key) != found[key] for key in exact) or len(known["weights"]) != len(found["weights"]):
         return False

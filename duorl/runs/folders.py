@@ -25,7 +25,7 @@ from duorl.files import PART, write_text
 
 MARK, CONFIG = ".duorl", "config.yaml"
 _OF_A_CALL = {"resume", "overwrite", "out", "config"}
-_FREE = {"save_every", "processes", "cluster", "threads", "until", "whole"}
+_FREE = {"save_every", "processes", "cluster", "threads", "until", "whole", "windows"}
 """Options of a run that may change on resume: they say how it works and where it ends, not what it makes."""
 
 

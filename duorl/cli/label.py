@@ -1,0 +1,98 @@
+"""`duorl label`: the labels of router text, searched once, in shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import Namespace
+
+from duorl.checks import require_positive
+from duorl.cli.console import quieten, say
+from duorl.cli.material import Material
+from duorl.cli.trainings import Workers, finish_all
+from duorl.devices import processes_for
+from duorl.learners.shards import ABOUT, SHARDS, write_about, write_shard
+from duorl.learners.sources import Source
+from duorl.prices import check_price, check_prices, ladder
+from duorl.runs.jobs import Job, Tell
+
+_RUNGS = 5  # prices of a range
+_SHARD = Path(SHARDS).name.replace("*", "labels")
+
+
+def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+    """The default name of the folder, and what labels text in it.
+
+    Raises:
+        ValueError, OSError: the model, the text or the base policy cannot be used.
+    """
+    require_positive(window=options.window, windows=options.windows, shard=options.shard)
+    if options.processes is not None:
+        require_positive(processes=options.processes)
+    check_price(options.price)
+    if options.prices is not None:
+        check_prices(options.prices)
+    labelling = Labelling(options)
+    return "labels", partial(_run, labelling, Workers(options, config, labelling.model, labelling.model.device))
+
+
+class Labelling:
+    """What every shard needs.
+
+    Args:
+        options: `LabelOptions`.
+    """
+
+    def __init__(self, options: Namespace):
+        self.options = options
+        material = Material.of(options, options.window)
+        self.model, self.windows = material.model, material.read(options.corpus, split="router").tokens
+        self.source = Source(self.model, options.actions, options.base)
+        if self.source.stored is not None:
+            raise ValueError(f"base {options.base} has labels already: name a policy")
+        self.prices = [options.price] if options.prices is None else ladder(options.prices, _RUNGS)
+
+    def shard(self, number: int, place: str, tell: Tell) -> dict[str, Any]:
+        """Label the windows of a shard: the function of a job."""
+        size = self.options.shard
+        tokens = self.windows[number * size : (number + 1) * size].to(self.model.device)
+        generator = torch.Generator().manual_seed(self.options.seed * 2**20 + number)
+        found = self.source.table(tokens) or self.source.deviations(tokens, self.prices, generator)
+        write_shard(Path(place) / _SHARD, tokens, found)
+        return {"windows": len(tokens)}
+
+
+def shard_apart(run: str, number: int, place: str, tell: Tell) -> dict[str, Any]:
+    """Label the windows of a shard in another process."""
+    return _labelling(run).shard(number, place, tell)
+
+
+@lru_cache(maxsize=1)
+def _labelling(run: str) -> Labelling:
+    from duorl.cli.parser import parse
+
+    quieten()
+    return Labelling(parse("label", ["--config", str(Path(run) / "config.yaml")])[0])
+
+
+def _run(labelling: Labelling, workers: Workers, folder: Path) -> None:
+    options, available = labelling.options, len(labelling.windows)
+    write_about(folder, labelling.model, options.actions, searched=labelling.source.searches)
+    processes = options.processes or processes_for(labelling.model.device, options.threads)
+    apart = workers.apart(processes)
+    jobs = []
+    for number in range(-(-min(options.windows, available) // options.shard)):
+        place = folder / "shards" / f"{number:05}"
+        arguments = {"number": number, "place": str(place)}
+        if apart:
+            jobs.append(Job(place.name, place, shard_apart, {"run": str(folder), **arguments}))
+        else:
+            jobs.append(Job(place.name, place, labelling.shard, arguments))
+    finish_all(jobs, workers.executor(folder, jobs, processes), folder)
+    labelled = sum(job.result["windows"] for job in jobs)
+    say(f"{labelled} of {available} windows of {options.window} tokens are labelled")
+    say(f"wrote {folder}/: {ABOUT}, {SHARDS}")
