@@ -15,11 +15,10 @@ from jsonargparse import Namespace
 from duorl.checks import require_positive
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write, write_cards
 from duorl.cli.console import say, say_logdir, typed_command
-from duorl.cli.trainings import WORK, Place, Workers, do_apart, finish_all, held_out_texts, ladder_path, router_text
+from duorl.cli.trainings import WORK, Place, Workers, do_apart, held_out_texts, ladder_path, router_text
 from duorl.cli.workbench import KNOWABLE, Workbench
 from duorl.corpus import Windows, source_names
 from duorl.costs import ACTIONS
-from duorl.devices import processes_for
 from duorl.evaluation.budgets import Ladder, budget_rows, summaries
 from duorl.evaluation.transfer import transfer_rows
 from duorl.files import write_json, write_text, writing
@@ -42,8 +41,6 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         ValueError, OSError: bad input; the message names it and the fix.
     """
     require_positive(seeds=options.seeds)
-    if options.processes is not None:
-        require_positive(processes=options.processes)
     if options.targets and options.env.prices is None:
         raise ValueError("targets compares routers over a range of prices: give env.prices, the lowest and highest")
     if not all(0 < target < 1 for target in options.targets):
@@ -74,9 +71,7 @@ class Compare:
 
     def __call__(self, folder: Path) -> None:
         """Train what is not in the folder yet, compare, and print where the results are."""
-        processes = self.options.processes or processes_for(self.bench.model.device, self.options.threads)
-        jobs = self.jobs(folder, apart=self.workers.apart(processes))
-        finish_all(jobs, self.workers.executor(folder, jobs, processes), folder)
+        self.workers.finish(self.jobs(folder, apart=self.workers.apart), folder)
         self._compare(folder)
         if self.options.targets:
             self._compare_budgets(folder)

@@ -12,7 +12,7 @@ from rich.markdown import Markdown
 
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.parser import read_config
-from duorl.cli.trainings import Workers, finish_all
+from duorl.cli.trainings import Workers
 from duorl.files import write_json, write_text
 from duorl.models.pretrain import Pretraining
 from duorl.paper import dense
@@ -36,8 +36,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         dense.evaluation_windows(text, duo.tokenizer, settings)
 
     def work(folder: Path) -> None:
-        jobs = plan(settings, folder, where)
-        finish_all(jobs, workers.executor(folder, jobs, settings.processes), folder)
+        workers.finish(plan(settings, folder, where), folder)
         rows = dense.measure_all(settings, folder, device=options.device)
         numbers = {"settings": {"command": typed_command(), **read_config(config)}, "rows": rows}
         write_json(folder / "dense.json", numbers)

@@ -13,8 +13,7 @@ from jsonargparse import Namespace
 from duorl.checks import require_positive
 from duorl.cli.console import quieten, say
 from duorl.cli.material import Material
-from duorl.cli.trainings import Workers, finish_all
-from duorl.devices import processes_for
+from duorl.cli.trainings import Workers
 from duorl.learners.shards import ABOUT, SHARDS, write_about, write_shard
 from duorl.learners.sources import Source
 from duorl.prices import check_price, check_prices, ladder
@@ -31,8 +30,6 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         ValueError, OSError: the model, the text or the base policy cannot be used.
     """
     require_positive(window=options.window, windows=options.windows, shard=options.shard)
-    if options.processes is not None:
-        require_positive(processes=options.processes)
     check_price(options.price)
     if options.prices is not None:
         check_prices(options.prices)
@@ -82,17 +79,15 @@ def _labelling(run: str) -> Labelling:
 def _run(labelling: Labelling, workers: Workers, folder: Path) -> None:
     options, available = labelling.options, len(labelling.windows)
     write_about(folder, labelling.model, options.actions, searched=labelling.source.searches)
-    processes = options.processes or processes_for(labelling.model.device, options.threads)
-    apart = workers.apart(processes)
     jobs = []
     for number in range(-(-min(options.windows, available) // options.shard)):
         place = folder / "shards" / f"{number:05}"
         arguments = {"number": number, "place": str(place)}
-        if apart:
+        if workers.apart:
             jobs.append(Job(place.name, place, shard_apart, {"run": str(folder), **arguments}))
         else:
             jobs.append(Job(place.name, place, labelling.shard, arguments))
-    finish_all(jobs, workers.executor(folder, jobs, processes), folder)
+    workers.finish(jobs, folder)
     labelled = sum(job.result["windows"] for job in jobs)
     say(f"{labelled} of {available} windows of {options.window} tokens are labelled")
     say(f"wrote {folder}/: {ABOUT}, {SHARDS}")

@@ -6,18 +6,17 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.console import console, say, typed_command
-from duorl.cli.learners import LearnerFactory
+from duorl.cli.console import console, quieten, say, typed_command
 from duorl.cli.material import Material
 from duorl.cli.parser import read_config, typed
-from duorl.cli.trainings import JobsFailed
+from duorl.cli.trainings import Workers
 from duorl.cli.workbench import make_lockstep
 from duorl.corpus import source_names
 from duorl.envs import Lockstep
@@ -27,7 +26,7 @@ from duorl.files import write_json, write_text
 from duorl.learners import Soft
 from duorl.learners.base import Learner
 from duorl.models.loading import model_folder
-from duorl.paper import Study, StudySize, dense, scaling
+from duorl.paper import Study, StudySize, Wanted, dense, scaling
 from duorl.paper.claims import claims_page
 from duorl.paper.measures import LOWER_BOUND
 from duorl.paper.pictures import draw
@@ -35,7 +34,7 @@ from duorl.reports import page
 from duorl.rewards import LossImprovement
 from duorl.routers import Router
 from duorl.routers import load as load_router
-from duorl.runs.jobs import InProcess, Job, Tell, run
+from duorl.runs.jobs import Job, Tell
 from duorl.runs.training import Training
 
 _QUICK_UPDATES, _QUICK_DECISIONS = 40, 200_000
@@ -45,7 +44,8 @@ _SAVE_EVERY = 120.0
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
     """The default name of the folder, and the study; see `Paper`."""
-    return "paper", Paper(options, config)
+    paper = Paper(options, config)
+    return "paper", partial(paper.run, Workers(options, config, paper.model, paper.model.device))
 
 
 class Paper:
@@ -75,6 +75,7 @@ class Paper:
             for price in self.size.prices:
                 factory(self._lockstep(price))
         Soft(self._lockstep(0.0), **self.soft)
+        self.say: Callable[[str], None] = lambda note: None
 
     def _read(self) -> None:
         """Read the model, and the texts by their names in the study."""
@@ -99,14 +100,16 @@ class Paper:
         if self.too_many and (missing := can_search(self.model, self.training[:1])):
             raise ValueError(f"a study needs the reference context: {missing}")
 
-    def __call__(self, folder: Path) -> None:
-        """Measure, draw, and write claims.md and report.html."""
+    def run(self, workers: Workers, folder: Path) -> None:
+        """Train the routers, measure, draw, and write claims.md and report.html."""
         self.folder = folder
         if self.too_many:
             say(f"{self.too_many}: a search takes the oracle's place, a {LOWER_BOUND}")
+        study = self._study(folder)
+        workers.finish(self._jobs(study.wanted(), folder, apart=workers.apart), folder)
         with console.status("") as status:
             self.say = status.update
-            figures = self._measure()
+            figures = self._measure(study)
         draw(figures, folder)
         write_json(folder / "settings.json", {"command": typed_command(), **read_config(self.config)})
         write_text(folder / "claims.md", claims_page(figures, model=self.options.model, command=typed_command()))
@@ -115,19 +118,56 @@ class Paper:
         if not any(name.startswith("8") for name in figures):
             say("Figure 8 is left out: no dense.json; make it with duorl dense and give --dense")
 
-    def _measure(self) -> dict[str, Any]:
-        study = Study(
+    def _study(self, folder: Path) -> Study:
+        def learned(name: str | None, at: float, actions: Sequence[str] = ("small", "big")) -> Router:
+            return load_router(_place(Wanted(name, at, tuple(actions)), folder)).to(self.model.device)
+
+        return Study(
             self.model,
             self.tokenizer,
             self.training,
             self.texts,
-            learners={name: partial(self._learn, name, factory) for name, factory in self.options.agents.items()},
-            soft=self._learn_soft,
+            learners={name: partial(learned, name) for name in self.options.agents},
+            soft=partial(learned, None),
             size=self.size,
             seed=self.options.seed,
             exact=self.too_many is None,
-            progress=self.say,
+            progress=lambda note: self.say(note),
         )
+
+    def _jobs(self, routers: Sequence[Wanted], folder: Path, *, apart: bool) -> list[Job]:
+        """The trainings of routers; with `apart`, in other processes."""
+        jobs = []
+        for wanted in routers:
+            place = _place(wanted, folder)
+            arguments = {
+                "wanted": list(wanted),
+                "place": str(place),
+                "events": str(folder / "tensorboard" / place.name),
+            }
+            if apart:
+                more = {"run": str(folder), "quick": self.options.quick}
+                jobs.append(Job(place.name, place, train_apart, {**more, **arguments}))
+            else:
+                jobs.append(Job(place.name, place, self.train, arguments))
+        return jobs
+
+    def train(self, wanted: Sequence[Any], place: str, events: str, tell: Tell) -> dict[str, Any]:
+        """Train a router: the function of a job.
+
+        Args:
+            wanted: the fields of a `Wanted`.
+            place: folder for the router.
+            events: folder of its TensorBoard events.
+            tell: called after every update.
+        """
+        name, at, actions = wanted
+        make = self._soft(at, actions) if name is None else partial(self.options.agents[name], self._lockstep(at))
+        training = Training(self.total_decisions, Path(place), Path(events), _SAVE_EVERY, lambda router: {}, 1)
+        training.run(make(), lambda router, journal: router, tell).save_pretrained(place)
+        return {}
+
+    def _measure(self, study: Study) -> dict[str, Any]:
         figures = study.run()
         if self.options.quick:
             self.say("figure 8: training small models")
@@ -140,10 +180,7 @@ class Paper:
         reward = LossImprovement(price)
         return make_lockstep(self.options.env, self.model, self.training, reward, seed=self.options.seed, **more)
 
-    def _learn(self, name: str, factory: LearnerFactory, price: float) -> Router:
-        return self._trained(f"{name} at price {price:g}", partial(factory, self._lockstep(price)))
-
-    def _learn_soft(self, budget: float, actions: Sequence[str]) -> Router:
+    def _soft(self, compute: float, actions: Sequence[str]) -> Callable[[], Learner]:
         options = self.options
         lockstep = Lockstep(
             self.model,
@@ -151,30 +188,30 @@ class Paper:
             windows_per_batch=options.soft_windows,
             seed=options.seed,
             reward=LossImprovement(0.0),
-            actions=actions,
+            actions=tuple(actions),
         )
-        name = f"soft at {budget:.3f} of {' '.join(actions)}"
-        return self._trained(name, partial(Soft, lockstep, budget=budget, **self.soft))
+        return partial(Soft, lockstep, budget=compute, **self.soft)
 
-    def _trained(self, name: str, make: Callable[[], Learner]) -> Router:
-        """Train a router as a job: the router is kept, and a stopped training continues."""
-        place = self.folder / "routers" / name.replace(" ", "-")
 
-        def work(tell: Tell) -> dict[str, Any]:
-            events = self.folder / "tensorboard" / place.name
-            training = Training(self.total_decisions, place, events, _SAVE_EVERY, lambda router: {}, 1)
-            training.run(make(), lambda router, journal: router, tell).save_pretrained(place)
-            return {}
+def train_apart(run: str, quick: bool, tell: Tell, **arguments: Any) -> dict[str, Any]:
+    """Run `Paper.train` in another process, with a study from the run's configuration."""
+    return _paper(run, quick).train(tell=tell, **arguments)
 
-        if run([Job(name, place, work)], InProcess(), self.folder, self._tell):
-            raise JobsFailed([name], 1)
-        return load_router(place).to(self.model.device)
 
-    def _tell(self, job: Job, said: dict[str, Any]) -> None:
-        if "error" in said:
-            say(f"{job.name} failed: {said['error']} (traceback: {said['traceback']})")
-        elif "completed" in said:
-            self.say(f"train {job.name}: {100 * said['completed'] / max(1, said['total']):.0f} %")
+@lru_cache(maxsize=1)
+def _paper(run: str, quick: bool) -> Paper:
+    from duorl.cli.parser import parse
+
+    quieten()
+    return Paper(*parse("paper", ["--config", str(Path(run) / "config.yaml"), *(["--quick"] if quick else [])]))
+
+
+def _place(wanted: Wanted, folder: Path) -> Path:
+    """Folder of a router in a run's folder."""
+    name = f"{wanted.learner} at price {wanted.at:g}"
+    if wanted.learner is None:
+        name = f"soft at {wanted.at:.3f} of {' '.join(wanted.actions)}"
+    return folder / "routers" / name.replace(" ", "-")
 
 
 def _why_not(check: Callable[..., None], *arguments: Any) -> str | None:

@@ -27,6 +27,8 @@ class PaperOptions:
         dense: dense.json of `duorl dense`, or its folder, for Fig. 8; by default the one in the model's folder.
         skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
         seed: seed of all random generators.
+        processes: number of trainings at the same time; by default one per core.
+        cluster: see `duorl compare`.
         out: folder for the figures, claims.md and report.html; by default the first free `runs/paper-N`.
     """
 
@@ -44,4 +46,6 @@ class PaperOptions:
     dense: str | None = None
     skip: Skip | None = None
     seed: int = 0
+    processes: int | None = None
+    cluster: str | None = None
     out: str | None = None

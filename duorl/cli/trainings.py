@@ -13,11 +13,13 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from duorl.checks import require_positive
 from duorl.cli.comparing import searched
 from duorl.cli.console import job_bars, quieten
 from duorl.cli.parser import read_config
 from duorl.cli.workbench import Workbench
 from duorl.corpus import Windows, source_names
+from duorl.devices import processes_for
 from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.budgets import Ladder
 from duorl.evaluation.choice import choose, flops_per_second
@@ -51,30 +53,35 @@ class Workers:
     """Who does the jobs of a run: the machines of a cluster, or processes of this one.
 
     Args:
-        options: of the command; `cluster` and `threads` are used.
+        options: of the command; `processes`, `cluster` and `threads` are used.
         config: the resolved options as YAML.
         model: the model that every job loads.
         device: where it will be.
 
+    Attributes:
+        apart: whether jobs run in other processes, which read the run's configuration again.
+
     Raises:
-        ValueError: the cluster is not there, or cannot do the jobs.
+        ValueError: `processes` is below 1, or the cluster is not there, or cannot do the jobs.
     """
 
     def __init__(self, options: Namespace, config: str, model: DuoForCausalLM, device: torch.device):
+        if options.processes is not None:
+            require_positive(processes=options.processes)
         self.threads, self._config = options.threads, config
+        self._processes = options.processes or processes_for(device, options.threads)
         memory = weight_bytes(cast("DuoConfig", model.config), model.dtype) + _PROCESS
         self._needs = Needs(options.threads or 1, int(device.type == "cuda"), memory)
         self._ray = options.cluster and connect(options.cluster, self._needs)
+        self.apart = bool(self._ray) or self._processes > 1
 
-    def apart(self, processes: int) -> bool:
-        """Whether jobs run in other processes, which read the run's configuration again."""
-        return bool(self._ray) or processes > 1
-
-    def executor(self, folder: Path, jobs: Sequence[Job], processes: int) -> Executor:
-        """What executes the jobs of a run in a folder; without a cluster, with a number of processes."""
+    def finish(self, jobs: list[Job], folder: Path) -> None:
+        """Run the jobs of a run in a folder that are not finished; errors as for `finish_all`."""
         if self._ray:
-            return OnCluster(self._ray, folder, self._needs, len(jobs), read_config(self._config))
-        return executor(min(processes, len(jobs)), self.threads)
+            place: Executor = OnCluster(self._ray, folder, self._needs, len(jobs), read_config(self._config))
+        else:
+            place = executor(min(self._processes, len(jobs)), self.threads)
+        finish_all(jobs, place, folder)
 
 
 def finish_all(jobs: list[Job], place: Executor, folder: Path) -> None:

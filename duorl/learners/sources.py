@@ -47,14 +47,15 @@ class Source:
         self.policy: Router | None = None
         self.stored: LabelFolder | None = None
         self.searches = base is None and len(actions) ** model.num_layers <= _MOST_SEARCHED
+        if base is None or base == "random":
+            return
         if base in actions:
             self.policy = ConstantRouter(base)
-        elif base not in (None, "random"):
-            if (Path(base) / ABOUT).is_file():
-                self.stored = LabelFolder.open(Path(base), model, actions)
-                self.searches = self.stored.searched
-            else:
-                self.policy = _loaded(base, model, actions)
+        elif (Path(base) / ABOUT).is_file():
+            self.stored = LabelFolder.open(Path(base), model, actions)
+            self.searches = self.stored.searched
+        else:
+            self.policy = _loaded(base, model, actions)
 
     def table(self, tokens: Tensor) -> RouteTable | None:
         """All routes of tokens (B, T+1) in the reference context; None if the labels come from deviations."""

@@ -2,6 +2,6 @@ from .claims import claims_page
 from .measures import scaling
 from .pictures import draw
 from .size import StudySize
-from .study import Study
+from .study import Study, Wanted
 
-__all__ = ["Study", "StudySize", "claims_page", "draw", "scaling"]
+__all__ = ["Study", "StudySize", "Wanted", "claims_page", "draw", "scaling"]

@@ -56,6 +56,20 @@ class _Measured(NamedTuple):
     loss: Tensor
 
 
+class Wanted(NamedTuple):
+    """A router that a study needs.
+
+    Attributes:
+        learner: its name; None for the paper's soft router.
+        at: the price of its training in nats per all-big pass; for the soft router the mean compute.
+        actions: names of the allowed actions.
+    """
+
+    learner: str | None
+    at: float
+    actions: tuple[str, ...] = ("small", "big")
+
+
 class Study:
     """Measures the figures of one duo model.
 
@@ -115,6 +129,13 @@ class Study:
             figures[name] = make()
         bound = "exact" if self.exact else "lower bound"
         return {name: {**numbers, "bound": bound} for name, numbers in sorted(figures.items())}
+
+    def wanted(self) -> list[Wanted]:
+        """All routers that `run` will ask for, so that they can be trained before, and side by side."""
+        soft = [Wanted(None, self._soft_compute(big)) for big in self._soft_budgets]
+        skips = "skip", "big"
+        learned = [Wanted(name, price) for name in self.learners for price in self.size.prices]
+        return [*soft, Wanted(None, self._soft_compute(self.budgets[1], skips), skips), *learned]
 
     @cached_property
     def budgets(self) -> list[int]:
@@ -359,10 +380,13 @@ class Study:
         key = (big, tuple(actions))
         if key not in self._trained:
             self.progress(f"train the soft router, {big} of {self.depth} big")
-            least = 0.0 if "skip" in actions else self.model.flops.ffns[0, 1] / self.model.flops.ffns[0, BIG]
-            budget = float(least + big / self.depth * (1 - least))
-            self._trained[key] = self.soft(budget, actions)
+            self._trained[key] = self.soft(self._soft_compute(big, actions), actions)
         return self._trained[key]
+
+    def _soft_compute(self, big: int, actions: Sequence[str] = ("small", "big")) -> float:
+        """Mean compute with a number of big layers, the others with the cheaper action."""
+        least = 0.0 if "skip" in actions else self.model.flops.ffns[0, 1] / self.model.flops.ffns[0, BIG]
+        return float(least + big / self.depth * (1 - least))
 
     def _learned(self, kind: str, price: float) -> Router:
         if (kind, price) not in self._trained:
