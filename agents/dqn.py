@@ -191,7 +191,7 @@ class DQN(StableBaselinesAgent):
         counts = {"buffer_size": buffer_size, "gradient_steps": gradient_steps, "target_interval": target_interval}
         require_positive(**counts, batch_size=batch_size)
         self.generator = np.random.default_rng(env.first_seed)
-        episode = self.decisions_per_update
+        episode = self.own_decisions
         algorithm = self.algorithm_class(
             RoutingQPolicy,
             self.vec_env,

@@ -16,6 +16,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy, BasePolicy
 from stable_baselines3.common.torch_layers import CombinedExtractor
 from torch import Tensor
 
+from duorl import ranks
 from duorl.agents.advantages import entropy, explained_variance
 from duorl.agents.base import refuse_budget
 from duorl.agents.buffers import GroupRolloutBuffer, MaskableGroupRolloutBuffer
@@ -139,7 +140,7 @@ class PPO(_OnPolicy):
         env: the environment; its seed also starts the weights and the sampled actions.
         learning_rate: learning rate of Adam; it falls linearly to 0.
         epochs: passes over a rollout.
-        batch_size: decisions per gradient step.
+        batch_size: decisions per gradient step, of all ranks together.
         clip_range: clip range of the probability ratio.
         gae_lambda: lambda of generalized advantage estimation; used only without copies.
         entropy_bonus: weight of the policy's entropy.
@@ -177,7 +178,7 @@ class PPO(_OnPolicy):
         make: Callable[..., OnPolicyAlgorithm] = self.algorithm_class
         algorithm = make(
             self.policy_class,
-            batch_size=min(batch_size, self.decisions_per_update),
+            batch_size=max(1, min(batch_size, self.decisions_per_update) // ranks.count()),
             n_epochs=epochs,
             clip_range=clip_range,
             rollout_buffer_class=self.buffer_class,

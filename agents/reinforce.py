@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
+from duorl import ranks
 from duorl.agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
 from duorl.agents.base import Agent
 from duorl.agents.rollouts import sample
@@ -71,7 +72,7 @@ class REINFORCE(Agent):
 
     def _baseline(self, returns: Tensor, values: Tensor | None) -> Tensor:
         if self.baseline == "mean":
-            return returns.mean(1, keepdim=True).expand_as(returns)
+            return ranks.mean(returns.mean(1, keepdim=True)).expand_as(returns)
         if self.baseline == "leave-one-out":
             return leave_one_out(returns, self.env.group_size)
         return torch.zeros_like(returns) if values is None else values.detach()

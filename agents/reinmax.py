@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from duorl import ranks
 from duorl.agents.advantages import entropy, explained_variance, leave_one_out, rewards_to_go
 from duorl.agents.base import Agent
+from duorl.agents.rollouts import choose
 from duorl.envs.lockstep import Lockstep
 from duorl.learners.sharpness import Sharpness
 
@@ -100,7 +102,8 @@ class ReinMax(Agent):
             others = others.unflatten(0, (len(effects), -1)).transpose(1, 2)
             known = rewards_to_go(explained_by(others, chosen, shares))
             advantages = returns - leave_one_out(returns, size)
-            scale = (advantages * known).sum() / known.square().sum()  # by least squares
+            explained, squares = (ranks.mean(sums) for sums in ((advantages * known).sum(), known.square().sum()))
+            scale = explained / squares  # by least squares
         log_chosen = logits.log_softmax(-1)[chosen.bool()].view_as(known)
         pathwise = (others * shares).sum((0, 2)).mean()
         return -scale * pathwise - (log_chosen * (advantages - scale * known)).sum(0).mean()
@@ -115,7 +118,7 @@ class ReinMax(Agent):
             state = env.hidden.detach(), env.layer, env.compute.detach()
             outputs = self.router.heads(*state, None if features is None else features.detach())
             outputs = (inverse * outputs).masked_fill(~env.action_masks(), -torch.inf)
-            choice = torch.multinomial(outputs.detach().softmax(-1), 1, generator=self.generator)
+            choice = choose(outputs.detach().softmax(-1), self.generator, env.group_size)
             mixture = torch.zeros_like(outputs).scatter(1, choice, 1.0).requires_grad_()
             env.step(choice.squeeze(1), mixture)
             logits.append(outputs)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duorl import ranks
 from duorl.envs.lockstep import Lockstep
 from duorl.envs.outcome import Outcome
 from duorl.routers import HeadRouter
@@ -30,6 +31,16 @@ class Episode:
     outcome: Outcome
 
 
+def choose(shares: Tensor, generator: torch.Generator, copies: int) -> Tensor:
+    """Draw an action per token, (N, 1), from shares (N, A) of the tokens (copies, B, T).
+
+    The numbers are those that `torch.multinomial` draws for the tokens of all ranks; each rank takes its own.
+    """
+    tokens, actions = shares.shape
+    noise = shares.new_empty(copies, ranks.count(), tokens // copies, actions).exponential_(generator=generator)
+    return (shares / noise[:, ranks.rank()].flatten(0, 1)).argmax(-1, keepdim=True)
+
+
 def sample(env: Lockstep, router: HeadRouter, generator: torch.Generator, critic: LayerHeads | None = None) -> Episode:
     """Draw the next windows and let the policy choose for every token; logits and values have gradients."""
     logits, log_chosen, values = [], [], []
@@ -38,7 +49,7 @@ def sample(env: Lockstep, router: HeadRouter, generator: torch.Generator, critic
         state = env.hidden, env.layer, env.compute, env.features
         outputs = router.heads(*state).masked_fill(~env.action_masks(), -torch.inf)
         log_shares = torch.log_softmax(outputs, dim=-1)
-        choice = torch.multinomial(log_shares.detach().exp(), 1, generator=generator)
+        choice = choose(log_shares.detach().exp(), generator, env.group_size)
         logits.append(outputs)
         log_chosen.append(log_shares.gather(1, choice).squeeze(1))
         if critic is not None:

@@ -12,6 +12,7 @@ from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
 
+from duorl import ranks
 from duorl.agents.base import Agent
 from duorl.envs.lockstep import Lockstep
 from duorl.envs.sb3 import RoutingVecEnv
@@ -42,11 +43,22 @@ class Randomness:
             np.random.set_state(self._numpy)
             torch.cuda.set_rng_state(self._torch, self._device) if on_cuda else torch.set_rng_state(self._torch)
             try:
+                if ranks.count() > 1:  # each draws numbers of its own, from seeds that all have
+                    seeds = np.random.randint(2**31), int(torch.randint(2**31, (), device=self._device))
+                    self._keep()
+                    np.random.seed(seeds[0] + ranks.rank())
+                    torch.manual_seed(seeds[1] + ranks.rank())
                 yield
             finally:
-                self._numpy = np.random.get_state(legacy=False)
-                self._torch = torch.cuda.get_rng_state(self._device) if on_cuda else torch.get_rng_state()
+                if ranks.count() == 1:
+                    self._keep()
                 np.random.set_state(outside)
+
+    def _keep(self) -> None:
+        """Keep the present states."""
+        on_cuda = self._device.type == "cuda"
+        self._numpy = np.random.get_state(legacy=False)
+        self._torch = torch.cuda.get_rng_state(self._device) if on_cuda else torch.get_rng_state()
 
     def state(self) -> State:
         """The states of both generators."""
@@ -98,16 +110,23 @@ class StableBaselinesAgent(Agent):
         self.algorithm = algorithm
         algorithm.set_logger(Logger(folder=None, output_formats=[]))
         algorithm.lr_schedule = lambda _: self.rate
+        parameters = self.optimizer.param_groups[0]["params"]
+        self.optimizer.register_step_pre_hook(lambda *_: ranks.average_gradients(parameters))
 
     def span(self, total_decisions: int) -> int:
         """Whole updates."""
         return -(-total_decisions // self.decisions_per_update) * self.decisions_per_update
 
+    @property
+    def own_decisions(self) -> int:
+        """Layer decisions of this rank in an update."""
+        return self.decisions_per_update // ranks.count()
+
     def update(self) -> dict[str, float]:
         """Play one episode of all tokens and learn from it; returns the metrics by tag."""
         with self.randomness.in_use():
             learn: Any = self.algorithm.learn
-            learn(self.decisions_per_update, callback=self._report, reset_num_timesteps=False, log_interval=None)
+            learn(self.own_decisions, callback=self._report, reset_num_timesteps=False, log_interval=None)
         return self._report.metrics
 
     def measured(self) -> dict[str, float]:

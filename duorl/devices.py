@@ -9,6 +9,8 @@ from typing import Any, Literal
 
 import torch
 
+from duorl import ranks
+
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _WIDE = 512  # hidden size from which products, which bfloat16 halves, are most of a pass
 _GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -59,6 +61,8 @@ def pick_device(name: str = "auto") -> torch.device:
     kind, colon, number = name.partition(":")
     if kind not in counts or (colon and not (kind == "cuda" and number.isdecimal())):
         raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, not {name!r}")
+    if kind == "cuda" and not colon and ranks.count() > 1:
+        number, name = str(ranks.local()), f"cuda:{ranks.local()}"
     if int(number or 0) >= counts[kind]:
         there = [kind if kind != "cuda" else f"cuda:{n}" for kind, count in counts.items() for n in range(count)]
         raise ValueError(f"device {name} is not there: this machine has {', '.join(there)}")
@@ -68,7 +72,7 @@ def pick_device(name: str = "auto") -> torch.device:
 def pick_trainers_device(name: str) -> torch.device:
     """The device of a name, which a Trainer takes too: it has no way to be given one GPU out of several."""
     device = pick_device(name)
-    if device.index is not None:
+    if ":" in name:
         visible = f"CUDA_VISIBLE_DEVICES={device.index}"
         raise ValueError(f"device {name}: a Trainer takes all GPUs that are visible: set {visible}, and give cuda")
     return device

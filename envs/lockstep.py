@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from duorl import ranks
 from duorl.costs import ACTIONS
 from duorl.envs.dynamics import RoutingDynamics
 from duorl.envs.later import mean_effects
@@ -31,7 +32,7 @@ class Lockstep(RoutingDynamics):
     Args:
         model: a frozen duo model.
         windows: (W, T+1), text for the training of routers.
-        windows_per_batch: number of windows per episode, B.
+        windows_per_batch: number of windows per episode, B; with several ranks (`duorl.ranks`), of each.
         seed: seed of the order of the windows and of their prices; agents use it too.
         later_effects: an action is also credited with what it gains later tokens, in the mean of its layer. This is
             measured before the first episode, by changing some tokens of random routes, see `duorl.envs.later`. It has
@@ -77,7 +78,8 @@ class Lockstep(RoutingDynamics):
 
     def seed(self, seed: int) -> None:
         """Start the order of the windows again, with a seed."""
-        self._order = WindowOrder(len(self.windows), self.windows_per_batch, np.random.default_rng(seed))
+        batch = ranks.count() * self.windows_per_batch
+        self._order = WindowOrder(len(self.windows), batch, np.random.default_rng(seed))
         self._draws = torch.Generator().manual_seed(seed)
         self._before_draw = self._place()
 
@@ -92,8 +94,9 @@ class Lockstep(RoutingDynamics):
             picked = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.first_seed))
             self._later = mean_effects(self.model, self.windows[picked[:_PROBED]], self.codes, seed=self.first_seed)
         self._before_draw = self._place()
-        index = torch.from_numpy(next(self._order))
-        price = self.prices and draw_prices(self.prices, len(index), self._draws)
+        drawn = torch.from_numpy(next(self._order))
+        price = self.prices and ranks.own(draw_prices(self.prices, len(drawn), self._draws))
+        index = ranks.own(drawn)
         self.reset(self.windows[index], price=price, reference_loss=self.reference_losses(index))
 
     def _credit_for_later_tokens(self, step: Step) -> Tensor:

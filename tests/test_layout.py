@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # From the bottom up; those of one line do not know each other, but a package's own modules do.
 ORDER = [
+    {"ranks"},
     {"corpus", "costs", "closeness", "prices", "scores", "checks", "files", "hub", "markdown", "auto", "extensions"}
     | {"devices"},
     {"inputs"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
@@ -16,7 +17,8 @@ class Command(NamedTuple):
         options: its options, `module:Class`.
         module: its module, which has `prepare(options, config)`.
         flags: further flags: `resume`, `overwrite`, `quick`, `whole`; `device` and `trainer`, see
-            `DeviceOptions` and `TrainerDeviceOptions` of `duorl.devices`.
+            `DeviceOptions` and `TrainerDeviceOptions` of `duorl.devices`; `ranks`: several processes can share its
+            work (`duorl.ranks`).
     """
 
     summary: str
@@ -32,7 +34,7 @@ COMMANDS = {
         "Train a router, and compare it on held-out text with the oracle and other routers.",
         "duorl.cli.options:RunOptions",
         "duorl.cli.train",
-        _ROUTES,
+        (*_ROUTES, "ranks"),
     ),
     "compare": Command(
         "Train several learners with several seeds, and compare their routers.",
@@ -86,13 +88,13 @@ COMMANDS = {
         "Make a duo model from a language model: its own networks become the big ones, small ones are made.",
         "duorl.smalls.recipe:ConvertOptions",
         "duorl.cli.convert",
-        (*_ROUTES, "whole"),
+        (*_ROUTES, "whole", "ranks"),
     ),
     "pretrain": Command(
         "Stage 1: train a duo model under random routing.",
         "duorl.models.recipe:PretrainOptions",
         "duorl.cli.pretrain",
-        (*_RESUMABLE, "trainer"),
+        (*_RESUMABLE, "trainer", "ranks"),
     ),
 }
 
@@ -145,5 +147,6 @@ def in_words(error: BaseException) -> str:
 
 def fail(line: str, code: int = 2) -> NoReturn:
     """Print one line on standard error and exit; code 2 means bad input."""
-    print(f"duorl: error: {' '.join(line.split())}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # of several ranks one says it
+        print(f"duorl: error: {' '.join(line.split())}", file=sys.stderr)
     raise SystemExit(code)

@@ -22,6 +22,8 @@ def typed_command() -> str:
     """The command that repeats the run: the typed one without --resume."""
     program = Path(sys.argv[0]).name
     typed = [word for word in sys.argv[1:] if word != "--resume"]
+    if program == "__main__.py":
+        return shlex.join(["python", "-m", "duorl", *typed])
     return shlex.join([*(["python", program] if program.endswith(".py") else [program]), *typed])
 
 

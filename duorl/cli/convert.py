@@ -14,6 +14,7 @@ from jsonargparse import Namespace
 from rich.table import Table
 from torch import Tensor, nn
 
+from duorl import ranks
 from duorl.checks import BadInput
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.trainings import finish_all
@@ -80,7 +81,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     making = Making(model, settings, training, held_out)
 
     def work(folder: Path) -> None:
-        if began is None:
+        if began is None and ranks.first():
             write_json(folder / _BASE, recorded_in((folder / _BASE).parent, model.config.base))
         jobs = _jobs(making, folder)
         _say_costs(making, [job for job in jobs if not job.finished])
@@ -90,6 +91,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
             if not (folder / "config.json").is_file():  # no model of a run --until an earlier stage
                 abandon(folder)
             raise
+        if not ranks.first():
+            return
         _finish(making, base, texts, jobs, folder, whole=options.whole)
         if options.whole:
             _make_whole(base, folder)
@@ -149,7 +152,7 @@ def _run(making: Making, stage: Stage, place: Path, after: Path | None, tell: Te
         interrupts.check()  # in `choose`, after every pass; the other stages stop when they have saved
 
     losses = making.run(stage, place, tell_or_stop, after=after, callbacks=[Saving(tell)])
-    if stage == "choose":  # the Trainer writes those of the other stages
+    if stage == "choose" and ranks.first():  # the Trainer writes those of the other stages
         shutil.rmtree(place / "tensorboard", ignore_errors=True)
         journal = Journal(place / "tensorboard")
         journal.scalars(0, {f"eval/{name}": loss for name, loss in losses.items()})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import math
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, redirect_stdout
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -14,6 +15,7 @@ from typing import NoReturn
 import torch
 from jsonargparse import Namespace
 
+from duorl import ranks
 from duorl.checks import BadInput, require_positive, require_seed
 from duorl.cli.commands import COMMANDS, fail, in_words
 from duorl.cli.console import quieten, resume_command
@@ -42,23 +44,52 @@ def run_command(name: str, words: list[str]) -> None:
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every try to reach the hub
     with ExitStack() as stack:
         folder: Path | None = None
+        _connect(name, stack)
         try:
             stack.enter_context(interrupts.listening())
             try:
                 options, config = parse(name, words)
+                _require_same(config)
                 check_cheaply(name, options, config)
                 if options.get("threads") is not None:
                     torch.set_num_threads(options.threads)
                 quieten()
                 called, work = import_module(COMMANDS[name].module).prepare(options, config)
                 if "overwrite" in COMMANDS[name].flags:
-                    folder = stack.enter_context(_claimed(called, options, config))
+                    claimed = stack.enter_context(_claimed(called, options, config)) if ranks.first() else Path()
+                    folder = Path(ranks.of_first(str(claimed)))
             except Exception as error:  # of the input; running is outside, where an error is a bug and keeps its trace
                 fail(in_words(error))
             _work(name, work, folder)
         except interrupts.Interrupted as stop:
             _say_stopped(name, folder)
             raise SystemExit(stop.exit_code) from None
+
+
+def _connect(name: str, stack: ExitStack) -> None:
+    """Connect the ranks, if there are several; all but the first are silent."""
+    if ranks.count() == 1:
+        return
+    if "ranks" not in COMMANDS[name].flags:
+        able = ", ".join(name for name, command in COMMANDS.items() if "ranks" in command.flags)
+        fail(f"{name} runs in one process, not under torchrun or accelerate launch; several ranks can do {able}")
+    ranks.connect()
+    if not ranks.first():
+        stack.enter_context(redirect_stdout(io.StringIO()))
+
+
+def _require_same(config: str) -> None:
+    """Refuse ranks that were started with different options.
+
+    Raises:
+        ValueError: names the first option that differs.
+    """
+    own, other = (dict(folders.flatten(read_config(text))) for text in (config, ranks.of_first(config)))
+    for option in sorted(own.keys() | other.keys()):
+        if own.get(option) != other.get(option):
+            said = f"rank {ranks.rank()} was started with {option} {own.get(option)}, rank 0 with {other.get(option)}"
+            print(f"duorl: error: {said}: give all the same options", file=sys.stderr)
+            raise SystemExit(2)
 
 
 def check_cheaply(name: str, options: Namespace, config: str) -> None:
@@ -73,9 +104,9 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
     if options.get("threads") is not None:
         require_positive(threads=options.threads)
     resume = options.get("resume", False)
-    if "overwrite" in COMMANDS[name].flags:
+    if "overwrite" in COMMANDS[name].flags and ranks.first():
         folders.check(options.out, resume=resume, overwrite=options.overwrite)
-    if resume:
+    if resume and ranks.first():
         folders.check_same_options(options.out, config)
     if name in _DUO:
         model_folder(options.model)

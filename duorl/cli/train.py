@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jsonargparse import Namespace
 
+from duorl import ranks
 from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write, write_cards
 from duorl.cli.console import say, say_logdir, typed_command
 from duorl.cli.trainings import Place, finish_all
@@ -56,6 +57,8 @@ def _run(bench: Workbench, folder: Path) -> None:
     """Train what is not in the folder yet, compare, and print where the results are."""
     jobs, options = plan(bench, folder), bench.options
     finish_all(jobs, InProcess(), folder)
+    if not ranks.first():
+        return
     price = jobs[0].result["price"]
     routers = {job.name: load_router(job.place).to(bench.model.device) for job in [*jobs[1:], jobs[0]]}
     comparer = make_comparer(

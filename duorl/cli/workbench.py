@@ -13,6 +13,7 @@ import torch
 from jsonargparse import Namespace
 from torch import Tensor
 
+from duorl import ranks
 from duorl.checks import require_positive
 from duorl.cli.learners import LearnerFactory, named
 from duorl.cli.material import Material
@@ -208,7 +209,8 @@ class Workbench:
             validations=options.validations,
         )
         router = training.run(work.trained, work.finish, tell)
-        router.save_pretrained(place)
+        if ranks.first():
+            router.save_pretrained(place)
         return {"price": work.price}
 
     def deployed(self, router: Router, price: float) -> Router:
@@ -263,6 +265,8 @@ class _Work:
             self.price = price_for(router, self.target, self.spending)
             router = router.at(price=self.price)
         shown = bench.deployed(router, self.price)
+        if not ranks.first():
+            return router
         routes = measure(bench.model, shown, bench.validation).routes
         journal.picture(decisions, "routes/share_of_big", heat_map(routes, f"{self.name} on held-out router text"))
         journal.hparams(decisions, _scalars(bench.config), self.validate(router))

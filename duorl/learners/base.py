@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from duorl import ranks
 from duorl.models.frozen import require_frozen
 from duorl.routers import HeadRouter, PatternRouter, Router, load
 from duorl.routers.fit import identity
@@ -117,8 +118,8 @@ class Learner(ABC):
 
     @property
     def decisions_per_update(self) -> int:
-        """Layer decisions that one update learns from: all layers of all tokens."""
-        return self.env.layers * self.env.num_tokens
+        """Layer decisions that one update learns from: all layers of all tokens, on all ranks."""
+        return ranks.count() * self.env.layers * self.env.num_tokens
 
     @property
     def progress(self) -> float:
@@ -150,7 +151,7 @@ class Learner(ABC):
         """Train until all planned decisions are done; after `restore`, on the remaining ones."""
         self.router.train().requires_grad_(True)
         while self.decisions < self.planned:
-            metrics = self.update()
+            metrics = ranks.averaged(self.update())
             self.decisions += self.decisions_per_update
             if monitor:
                 monitor(self.decisions, metrics, self.router)
@@ -292,6 +293,7 @@ class HeadLearner(Learner):
             group["lr"] = self.rate
         self.optimizer.zero_grad()
         loss.backward()
+        ranks.average_gradients(self.optimizer.param_groups[0]["params"])
         for parameter in self.optimizer.param_groups[0]["params"]:
             if parameter.grad is not None and not parameter.grad.isfinite().all():
                 name = type(self).__name__

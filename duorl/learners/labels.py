@@ -20,11 +20,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from duorl import ranks
 from duorl.costs import action_ids
 from duorl.inputs import Inputs
 from duorl.models.attention import Memory
@@ -159,18 +160,24 @@ def deviated(
     shape = tokens[:, 1:].shape
     routes = codes[torch.randint(len(codes), (*shape, model.num_layers), generator=generator)].to(tokens.device)
     price = torch.tensor(prices)[torch.randint(len(prices), shape, generator=generator)].to(tokens.device)
+    tokens, routes, at = (values.tensor_split(ranks.count())[ranks.rank()] for values in (tokens, routes, price))
     parts = []
     for rows in _few_at_once(model, tokens):
         own, window, memory = routes[rows], tokens[rows], remember(model, tokens[rows])
         if base is not None:
-            own = routes_of(base, model, window, memory, price[rows])
+            own = routes_of(base, model, window, memory, at[rows])
             if not torch.isin(own, codes.to(own.device)).all():
                 raise ValueError(f"the base policy takes an action that is not among the allowed {', '.join(actions)}")
             routes[rows] = own
         losses, spent = deviations(RoutedPass(model, window, context="reference", memory=memory), own, codes.tolist())
         parts.append((*walked(model, window, memory, own, inputs), losses.flatten(1, 2), spent.flatten(1, 2)))
-    hidden, compute, extra, losses, spent = _joined(parts)
-    return Deviations(hidden, compute, extra, price.flatten(), losses, spent, routes.flatten(0, 1))
+    hidden, compute, extra, losses, spent = map(_of_all_ranks, _joined(parts))
+    return Deviations(hidden, compute, extra, price.flatten(), losses, spent, ranks.joined(routes).flatten(0, 1))
+
+
+def _of_all_ranks(column: Any) -> Any:
+    """The columns of all ranks, (L, n, ...) to (L, N, ...); None if there is none."""
+    return None if column is None else ranks.joined(column.transpose(0, 1)).transpose(0, 1)
 
 
 def _few_at_once(model: DuoForCausalLM, tokens: Tensor) -> Iterator[slice]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from duorl import ranks
 from duorl.checks import require_positive
 from duorl.closeness import Target, minus_divergence
 from duorl.costs import BIG
@@ -86,7 +87,8 @@ class Soft(HeadLearner):
     @property
     def decisions_per_update(self) -> int:
         """Layer decisions of the windows in an update."""
-        return self.env.layers * self.env.windows_per_batch * (self.env.windows.shape[1] - 1)
+        windows = ranks.count() * self.env.windows_per_batch
+        return self.env.layers * windows * (self.env.windows.shape[1] - 1)
 
     def span(self, total_decisions: int) -> int:
         """All updates."""
@@ -95,10 +97,12 @@ class Soft(HeadLearner):
     def update(self) -> dict[str, float]:
         """One gradient step on windows drawn at random; returns its metrics by tag."""
         env = self.env
-        picked = torch.randint(len(env.windows), (env.windows_per_batch,), generator=self.generator)
+        drawn = torch.randint(len(env.windows), (ranks.count() * env.windows_per_batch,), generator=self.generator)
+        picked = ranks.own(drawn)
         price: Tensor | float = env.charged
         if env.prices is not None:
-            price = draw_prices(env.prices, len(picked), self.generator)[:, None].to(env.model.device)
+            prices = draw_prices(env.prices, len(drawn), self.generator)
+            price = ranks.own(prices)[:, None].to(env.model.device)
         tau = self.sharpness.at(self.progress)
         walk = soft_pass(
             env.model,
@@ -136,7 +140,7 @@ def soft_loss(
     """
     if budget is None:
         return losses.mean() + (price * compute).mean()
-    return losses.mean() + alpha * (compute.mean() - budget) ** 2
+    return losses.mean() + alpha * (ranks.mean(compute.mean()) - budget) ** 2
 
 
 def soft_pass(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from duorl import ranks
 from duorl.devices import require_memory
 from duorl.inputs import Inputs
 from duorl.learners.labels import Deviations, deviated
@@ -63,7 +65,9 @@ class Source:
             return None
         if self.stored is not None:
             return self.stored.table(tokens)
-        return exhaustive(self.model, tokens.to(self.model.device), actions=self.actions)
+        tokens = tokens.to(self.model.device)
+        table = exhaustive(self.model, tokens.tensor_split(ranks.count())[ranks.rank()], actions=self.actions)
+        return replace(table, losses=ranks.joined(table.losses))
 
     def deviations(
         self, tokens: Tensor, prices: Sequence[float], generator: torch.Generator, inputs: Inputs | None = None

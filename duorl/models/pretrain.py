@@ -28,6 +28,7 @@ from transformers import (
 )
 from transformers.trainer_utils import set_seed
 
+from duorl import ranks
 from duorl.corpus import documents, load_windows, source_names
 from duorl.costs import BIG, SMALL
 from duorl.devices import Dtype, pick_trainers_device
@@ -61,7 +62,7 @@ class NextToken:
     def __call__(self, model: DuoForCausalLM, tokens: Tensor, generator: torch.Generator) -> Tensor:
         """The loss of windows (B, T+1), scalar."""
         inputs, layers = tokens[:, :-1], getattr(model, "module", model).num_layers  # may be wrapped for several GPUs
-        routes = random_routes(inputs.numel(), layers, **vars(self), generator=generator)
+        routes = ranks.own(random_routes(ranks.count() * inputs.numel(), layers, **vars(self), generator=generator))
         logits = model(input_ids=inputs, routes=routes.view(*inputs.shape, layers).to(inputs.device)).logits
         return next_token_loss(logits, tokens[:, 1:])
 
@@ -203,7 +204,8 @@ class Pretraining:
     def run(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Train, save, and write a model card, `README.md`, with losses on the evaluation split."""
         self.train(callbacks)
-        describe(self.options, self.out, self.arguments, self.evaluation)
+        if ranks.first():
+            describe(self.options, self.out, self.arguments, self.evaluation)
 
     def train(self, callbacks: Sequence[TrainerCallback] = ()) -> None:
         """Train, and save under `options.out`: `config.json`, `model.safetensors` (its precision: see
@@ -214,13 +216,15 @@ class Pretraining:
         """
         trainer = self._trainer(self.arguments)
         trainer.run(self.out, callbacks, resume=self.resume)
+        if not ranks.first():
+            return
         save(self.model, self.tokenizer, self.out, self.precisions)
         write_json(self.out / "history.json", trainer.state.log_history)
 
 
 def describe(options: PretrainOptions, out: Path, arguments: TrainingArguments, evaluation: dict[str, Tensor]) -> None:
     """Write the model card of a trained model, with losses of the saved model on windows by text."""
-    model = load(out, device=str(arguments.device))
+    model = load(out, device=arguments.device.type)
     losses = {
         source: {"tokens": windows[:, 1:].numel(), **constant_losses(model, windows)}
         for source, windows in evaluation.items()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.integration_utils import rewrite_logs
 
+from duorl import ranks
 from duorl.files import write_json
 from duorl.models.modeling import DuoForCausalLM
 
@@ -80,14 +82,23 @@ class RoutingTrainer(Trainer):
         model.config.use_cache = cached  # the Trainer turns it off, and a saved model would generate slowly
         self.model_accepts_loss_kwargs = False  # the loss is a mean, so accumulated batches are averaged
         self.objective, self.measure = objective, measure
+        # Objectives call parts of the model, where wrapped models would not notice; see `training_step`.
+        self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self.pop_callback(PrinterCallback)  # it prints dictionaries between the lines of a command
         self.add_callback(_GoesOn(self))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The objective; the step is the seed, so a resumed run draws the same routes."""
-        seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1009 + self.args.process_index
+        seed = (self.args.seed * 1_000_003 + self.state.global_step) * 1009
         loss = self.objective(model, inputs["tokens"], torch.Generator().manual_seed(seed))
         return (loss, {}) if return_outputs else loss
+
+    def training_step(self, model, *args, **kwargs) -> Tensor:
+        """Add the gradients of one batch; after the last batch of an update they are averaged over ranks."""
+        loss = super().training_step(model, *args, **kwargs)
+        if self.accelerator.sync_gradients:
+            ranks.average_gradients(weight for weight in model.parameters() if weight.requires_grad)
+        return loss
 
     def log(self, logs, start_time=None) -> None:
         """Log; the mean loss of the training includes the steps before it was stopped."""
@@ -101,7 +112,8 @@ class RoutingTrainer(Trainer):
             "since": self._tr_loss.item(),
             "logged": self._globalstep_last_logged,
         }
-        write_json(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _LOSSES, losses)
+        if ranks.first():
+            write_json(Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}" / _LOSSES, losses)
         super()._save_checkpoint(model, trial)  # writes trainer_state.json last
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
@@ -126,6 +138,7 @@ class RoutingTrainer(Trainer):
         """
         checkpoint = last_checkpoint(Path(str(self.args.output_dir))) if resume else None
         self._journal(folder / "tensorboard", checkpoint)
+        ranks.wait()  # until all have found the checkpoint
         for callback in callbacks:
             self.add_callback(callback)
         self.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -134,7 +147,7 @@ class RoutingTrainer(Trainer):
 
     def _journal(self, place: Path, checkpoint: Path | None) -> None:
         """Write TensorBoard events, if wanted: first those from before the checkpoint."""
-        if self.pop_callback(TensorBoardCallback) is None:
+        if self.pop_callback(TensorBoardCallback) is None or not ranks.first():
             return
         from torch.utils.tensorboard import SummaryWriter
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from duorl import ranks
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -79,6 +81,13 @@ def deferred() -> Iterator[None]:
 def pending() -> bool:
     """Whether a signal is stored; then save and call `check`."""
     return _State.noted is not None
+
+
+def asked() -> bool:
+    """Whether a signal is stored on some rank; all ranks then stop at the same update."""
+    if ranks.any_of(pending()) and not pending():
+        ask(signal.SIGTERM)
+    return pending()
 
 
 def ask(signum: int) -> None:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from duorl import ranks
 from duorl.checks import BadInput
 from duorl.devices import threads_for
 from duorl.files import is_no_room, write_json, write_text
@@ -207,8 +208,10 @@ def _one(job: Job, place: Executor, folder: Path, tell: Callable[[Job, dict[str,
     try:
         with interrupts.deferred():  # a job itself decides where it stops; for other processes this has no effect
             result = place.execute(job.function, job.arguments, lambda **said: tell(job, said))
-            write_json(job.place / RESULT, result)
-            (job.place / CHECKPOINT).unlink(missing_ok=True)  # the result is complete
+            if ranks.first():
+                write_json(job.place / RESULT, result)
+                (job.place / CHECKPOINT).unlink(missing_ok=True)  # the result is complete
+            ranks.wait()
     except interrupts.Interrupted:
         if place.slots == 1:
             raise

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from duorl import ranks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
 class Journal:
-    """Writes the events of one learner.
+    """Writes the events of one learner; on ranks other than the first, it writes nothing.
 
     A training that continues writes another file. It tells readers to ignore the points of the earlier file after the
     checkpoint. So the curve is that of a training that was never stopped.
@@ -24,7 +26,8 @@ class Journal:
     def __init__(self, folder: Path, decisions: int = 0):
         from torch.utils.tensorboard import SummaryWriter  # imported here, because it loads slowly
 
-        self._writer = SummaryWriter(str(folder), purge_step=decisions + 1 if decisions else None)
+        purge_step = decisions + 1 if decisions else None
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step) if ranks.first() else _Nothing()
 
     def scalars(self, decisions: int, metrics: Mapping[str, float]) -> None:
         """Write metrics by tag, after a number of layer decisions."""
@@ -50,3 +53,13 @@ class Journal:
     def close(self) -> None:
         """Flush and close the files."""
         self._writer.close()
+
+
+class _Nothing:
+    """Takes every call and does nothing."""
+
+    def __getattr__(self, name: str) -> _Nothing:
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> _Nothing:
+        return self

@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
+from duorl import ranks
 from duorl.models.pretrain import Pretraining
 from duorl.models.recipe import PretrainOptions
 from duorl.runs import interrupts
@@ -57,7 +58,7 @@ class Saving(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs) -> None:
         """Ask for a checkpoint at regular intervals and after a signal."""
         self._tell(completed=state.global_step, total=state.max_steps)
-        if interrupts.pending() or time.monotonic() - self._saved >= self._every:
+        if interrupts.asked() or ranks.any_of(time.monotonic() - self._saved >= self._every):
             control.should_save = True
 
     def on_save(self, args, state, control, **kwargs) -> None:

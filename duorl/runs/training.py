@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from duorl import ranks
 from duorl.learners.base import Monitor, State
 from duorl.routers.base import Router
 from duorl.runs import checkpoints, interrupts
@@ -78,7 +79,7 @@ class Training:
         going_on = self.checkpoint.is_file()
         if going_on:
             self._restore(learner)
-        else:
+        elif ranks.first():
             shutil.rmtree(self.events, ignore_errors=True)  # removes the curve of a stopped training
         journal = Journal(self.events, learner.decisions)
         try:
@@ -104,13 +105,14 @@ class Training:
             nonlocal before, saved
             journal.scalars(decisions, metrics)
             tell(completed=decisions, total=learner.planned, note=_note(metrics))
-            if decisions // every > before // every or decisions >= learner.planned:
+            if ranks.first() and (decisions // every > before // every or decisions >= learner.planned):
                 journal.scalars(decisions, self.validate(router))
             before = decisions
             due = decisions >= learner.planned or time.monotonic() - saved >= self.save_every
-            if due or interrupts.pending():
-                journal.flush()
-                checkpoints.save(self.checkpoint, {"learner": learner.state()})
+            if interrupts.asked() or due:
+                if ranks.first():
+                    journal.flush()
+                    checkpoints.save(self.checkpoint, {"learner": learner.state()})
                 saved = time.monotonic()
                 interrupts.check()
 

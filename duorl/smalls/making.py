@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 
+from duorl import ranks
 from duorl.corpus import spread
 from duorl.files import write_json, writing
 from duorl.models.footprint import Keeps, require_room
@@ -81,6 +82,9 @@ class Making:
             raise ValueError(f"the text gives {len(training)} windows, but an update takes {needed}: give more text")
         for stage in options.stages:
             self._require_room(stage)
+            if stage != "choose" and self._batch(stage) % ranks.count():
+                windows = f"--{stage}.tokens_per_update gives {self._batch(stage)} windows"
+                raise ValueError(f"{windows}, which {ranks.count()} ranks cannot share: give a multiple")
         for _ in big_passes(model, training[:1].to(model.device)):
             pass
 
@@ -151,8 +155,9 @@ class Making:
         weights = small_weights(self.model)
         if not all(weight.isfinite().all() for weight in weights.values()):
             raise ValueError(f"the small networks hold numbers that are not finite: lower --{stage}.learning_rate")
-        with writing(place / WEIGHTS) as beside:
-            save_file(weights, beside)
+        if ranks.first():
+            with writing(place / WEIGHTS) as beside:
+                save_file(weights, beside)
         return losses
 
     def _choose(self, tell: Progress) -> None:
@@ -176,8 +181,9 @@ class Making:
             measure=held_out_losses,
         )
         losses = trainer.run(place, callbacks, resume=True)
-        write_json(place / "history.json", trainer.state.log_history)
-        shutil.rmtree(place / "checkpoints", ignore_errors=True)
+        if ranks.first():
+            write_json(place / "history.json", trainer.state.log_history)
+            shutil.rmtree(place / "checkpoints", ignore_errors=True)
         return losses
 
     def _arguments(self, stage: Stage, checkpoints: Path) -> TrainingArguments:
@@ -185,7 +191,7 @@ class Making:
         return TrainingArguments(
             output_dir=str(checkpoints),
             max_steps=updates,
-            per_device_train_batch_size=self._batch(stage),
+            per_device_train_batch_size=self._batch(stage) // ranks.count(),
             learning_rate=self._options(stage).learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=round(_WARM_UP * updates),

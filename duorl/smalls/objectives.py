@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from duorl import ranks
 from duorl.closeness import Target, minus_divergence
 from duorl.costs import BIG, SMALL
 from duorl.models.modeling import DuoForCausalLM
@@ -53,8 +54,8 @@ class Distil:
         """The loss of windows (B, T+1), scalar."""
         count = tokens[:, 1:].numel()
         share = torch.randint(_SHARES, (), generator=generator).item() / _SHARES
-        routes = random_routes(count, model.num_layers, big_share=share, generator=generator)
-        routes = routes.view(*tokens[:, 1:].shape, -1).to(tokens.device)
+        routes = random_routes(ranks.count() * count, model.num_layers, big_share=share, generator=generator)
+        routes = ranks.own(routes).view(*tokens[:, 1:].shape, -1).to(tokens.device)
         with in_own_precision(model):
             walk = RoutedPass(model, tokens)
             teacher = walk.fork()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from duorl import ranks
 from duorl.checks import BadInput
 from duorl.costs import BIG
 from duorl.models.modeling import DuoForCausalLM
@@ -50,8 +51,8 @@ def token_weights(written: Tensor, typical: Tensor | None = None) -> Tensor:
 
     Args:
         written: (N, d), outputs of a big network.
-        typical: the median of their sizes, scalar; by default that of these tokens.
+        typical: the median of their sizes, scalar; by default that of these tokens, of all ranks.
     """
     sizes = written.float().norm(dim=-1)
-    typical = sizes.median() if typical is None else typical
+    typical = ranks.joined(sizes).median() if typical is None else typical
     return sizes.clamp(min=typical.clamp(min=torch.finfo(torch.float32).tiny)).square().reciprocal()
