@@ -27,6 +27,7 @@ ORDER = [
     {"reports"},
     {"testing"},
     {"cli"},
+    {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}
 BESIDE = {("learners", "envs"), ("evaluation", "envs"), ("evaluation", "agents"), ("runs", "envs"), ("runs", "agents")}

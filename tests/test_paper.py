@@ -42,17 +42,19 @@ def some_windows():
 def small_study(exact=True):
     windows, model = some_windows(), make_duo("llama")
 
-    def soft(budget, actions):
-        env = Lockstep(model, windows[:4], actions=actions, windows_per_batch=2)
-        return Soft(env, budget=budget, updates=2).learn(1)
+    def router(wanted):
+        if wanted.learner == "ours":
+            return HeadRouter(3, 32, seed=round(10 * wanted.at))
+        env = Lockstep(model, windows[:4], actions=wanted.actions, windows_per_batch=2)
+        return Soft(env, budget=wanted.at, updates=2).learn(1)
 
     return Study(
         model,
         Names(),
         windows[:4],
         {"prose": Windows(windows[4:8], torch.arange(4) // 2), "code": Windows(windows[7:], torch.arange(3))},
-        learners={"ours": lambda price: HeadRouter(3, 32, seed=round(10 * price))},
-        soft=soft,
+        learners=["ours"],
+        router=router,
         size=StudySize(windows=4, pattern_windows=4, random_patterns=5, prices=(0.1, 0.3)),
         seed=0,
         exact=exact,
@@ -72,6 +74,11 @@ def study():
 @pytest.fixture(scope="module")
 def figures(study):
     return study.run()
+
+
+def test_a_study_says_before_which_routers_it_needs(study, figures):
+    wanted = study.wanted()
+    assert set(study._routers) == set(wanted) and len(set(wanted)) == len(wanted)
 
 
 def test_the_list_of_figures_is_the_papers(figures):

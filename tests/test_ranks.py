@@ -152,9 +152,7 @@ def test_a_run_of_two_ranks_is_written_once_and_goes_on_after_a_stop(place, monk
     routers = {run: load_file(Path(run, "router/router.safetensors")) for run in ("whole", "one", "stopped")}
     assert distance(routers["whole"], routers["stopped"]) == 0
     assert distance(routers["whole"], routers["one"]) < 1e-5
-    curves = [
-        EventAccumulator(f"{run}/tensorboard/REINFORCE").Reload().Scalars("rollout/return") for run in routers
-    ]
+    curves = [EventAccumulator(f"{run}/tensorboard/REINFORCE").Reload().Scalars("rollout/return") for run in routers]
     for points in zip(*curves, strict=True):
         assert len({point.step for point in points}) == 1
         assert [point.value for point in points] == pytest.approx([points[0].value] * 3, abs=1e-4)

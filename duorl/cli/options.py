@@ -88,7 +88,7 @@ class RunOptions:
         seeds: number of trainings of every learner, with seeds `seed`, `seed + 1`, ...
         processes: number of trainings at the same time; they share the machine's cores. By default one per core.
         cluster: `auto` for the Ray cluster of this machine, or the HOST:PORT of its head: trainings run on its
-            machines, in place of processes here. It needs the extra `ray`, see docs/cluster.md.
+            machines, in place of processes here. It needs the extra `ray`, see docs/scale.md.
         targets: values of the compute at which all routers are compared; needs `env.prices`.
         reach_targets: every router is also measured calibrated to each of the targets, so that it reaches those that no
             price of `env.prices` meets: costs are then subtracted from its logits. See docs/budgets.md.

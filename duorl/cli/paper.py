@@ -119,16 +119,16 @@ class Paper:
             say("Figure 8 is left out: no dense.json; make it with duorl dense and give --dense")
 
     def _study(self, folder: Path) -> Study:
-        def learned(name: str | None, at: float, actions: Sequence[str] = ("small", "big")) -> Router:
-            return load_router(_place(Wanted(name, at, tuple(actions)), folder)).to(self.model.device)
+        def router(wanted: Wanted) -> Router:
+            return load_router(_place(wanted, folder)).to(self.model.device)
 
         return Study(
             self.model,
             self.tokenizer,
             self.training,
             self.texts,
-            learners={name: partial(learned, name) for name in self.options.agents},
-            soft=partial(learned, None),
+            learners=list(self.options.agents),
+            router=router,
             size=self.size,
             seed=self.options.seed,
             exact=self.too_many is None,
@@ -208,10 +208,7 @@ def _paper(run: str, quick: bool) -> Paper:
 
 def _place(wanted: Wanted, folder: Path) -> Path:
     """Folder of a router in a run's folder."""
-    name = f"{wanted.learner} at price {wanted.at:g}"
-    if wanted.learner is None:
-        name = f"soft at {wanted.at:.3f} of {' '.join(wanted.actions)}"
-    return folder / "routers" / name.replace(" ", "-")
+    return folder / "routers" / str(wanted).replace(" ", "-")
 
 
 def _why_not(check: Callable[..., None], *arguments: Any) -> str | None:

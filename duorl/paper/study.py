@@ -33,16 +33,11 @@ from duorl.oracle.search import MOST_ROUTES
 from duorl.paper.measures import LOWER_BOUND, early_exits, lateness, on_cpu, quarters, rank_correlation, top_overlap
 from duorl.paper.searches import Exhaustive, Search, Searched
 from duorl.paper.size import StudySize
+from duorl.paper.wanted import Wanted
 from duorl.routed_pass import remember
 from duorl.routers import PatternRouter, Router
 
 Numbers = dict[str, Any]
-Learner = Callable[[float], Router]
-"""Trains one of DuoRL's routers at a price; the study has no reinforcement learning itself."""
-SoftLearner = Callable[[float, Sequence[str]], Router]
-"""Trains the paper's router for a mean compute, with some actions."""
-
-
 _BATCH = 16
 _SHOWN_TOKENS = 48
 _SMALL_PRICE = 0.01  # so that of routes with the same loss the cheaper one is shown
@@ -56,20 +51,6 @@ class _Measured(NamedTuple):
     loss: Tensor
 
 
-class Wanted(NamedTuple):
-    """A router that a study needs.
-
-    Attributes:
-        learner: its name; None for the paper's soft router.
-        at: the price of its training in nats per all-big pass; for the soft router the mean compute.
-        actions: names of the allowed actions.
-    """
-
-    learner: str | None
-    at: float
-    actions: tuple[str, ...] = ("small", "big")
-
-
 class Study:
     """Measures the figures of one duo model.
 
@@ -78,8 +59,8 @@ class Study:
         tokenizer: its tokenizer.
         training: (W, T+1) of the router split, all texts together, for the choice of patterns and the training.
         texts: evaluation windows by the text's name.
-        learners: trainings of DuoRL's routers, by name.
-        soft: trains the paper's soft router for a budget.
+        learners: names of DuoRL's learners.
+        router: gives a trained router; see `wanted`.
         size: see `StudySize`.
         seed: seed of all random generators.
         exact: all routes are enumerated; false: they are searched.
@@ -93,8 +74,8 @@ class Study:
         training: Tensor,
         texts: Mapping[str, Windows],
         *,
-        learners: Mapping[str, Learner],
-        soft: SoftLearner,
+        learners: Sequence[str],
+        router: Callable[[Wanted], Router],
         size: StudySize,
         seed: int,
         exact: bool = True,
@@ -103,7 +84,8 @@ class Study:
         self.model, self.tokenizer, self.training = model, tokenizer, training
         self.texts = {name: windows.tokens[: size.windows] for name, windows in texts.items()}
         self.files = {name: windows.files[: size.windows] for name, windows in texts.items()}
-        self.learners, self.soft, self.size, self.seed = learners, soft, size, seed
+        self.learners, self.router, self.size, self.seed = learners, router, size, seed
+        self._routers: dict[Wanted, Router] = {}
         self.exact, self.progress = exact, progress
         self.depth = model.num_layers
         self._oracle = "oracle" if exact else LOWER_BOUND
@@ -234,7 +216,7 @@ class Study:
         """Loss against the number of big layers: oracle, fixed patterns, soft router, DuoRL's agents (Fig. 4b)."""
         routers = {"soft": [self._soft(big) for big in self._soft_budgets]}
         for learner in self.learners:
-            routers[learner] = [self._learned(learner, price) for price in self.size.prices]
+            routers[learner] = [self._made(Wanted(learner, price)) for price in self.size.prices]
         texts: dict[str, Numbers] = {}
         for name, windows in self.texts.items():
             texts[name] = {"tokens": windows[:, 1:].numel(), "files": self.files[name].tolist()}
@@ -357,7 +339,7 @@ class Study:
         for name, windows in self.texts.items():
             first = windows[:1, : _SHOWN_TOKENS + 1]
             routers = {"soft": self._soft(self.budgets[1])}
-            routers |= {kind: self._learned(kind, self.size.prices[0]) for kind in self.learners}
+            routers |= {kind: self._made(Wanted(kind, self.size.prices[0])) for kind in self.learners}
             routes = {"oracle": self._best_routes(first, actions)}
             routes |= {kind: measure(self.model, router, first).routes for kind, router in routers.items()}
             texts[name] = {
@@ -377,26 +359,18 @@ class Study:
 
     def _soft(self, big: int, actions: Sequence[str] = ("small", "big")) -> Router:
         """The paper's learned router for a number of big layers."""
-        key = (big, tuple(actions))
-        if key not in self._trained:
-            self.progress(f"train the soft router, {big} of {self.depth} big")
-            self._trained[key] = self.soft(self._soft_compute(big, actions), actions)
-        return self._trained[key]
+        return self._made(Wanted(None, self._soft_compute(big, actions), tuple(actions)))
 
     def _soft_compute(self, big: int, actions: Sequence[str] = ("small", "big")) -> float:
         """Mean compute with a number of big layers, the others with the cheaper action."""
         least = 0.0 if "skip" in actions else self.model.flops.ffns[0, 1] / self.model.flops.ffns[0, BIG]
         return float(least + big / self.depth * (1 - least))
 
-    def _learned(self, kind: str, price: float) -> Router:
-        if (kind, price) not in self._trained:
-            self.progress(f"train {kind} at price {price:g}")
-            self._trained[kind, price] = self.learners[kind](price)
-        return self._trained[kind, price]
-
-    @cached_property
-    def _trained(self) -> dict[tuple[Any, ...], Router]:
-        return {}
+    def _made(self, wanted: Wanted) -> Router:
+        if wanted not in self._routers:
+            self.progress(f"load {wanted}")
+            self._routers[wanted] = self.router(wanted)
+        return self._routers[wanted]
 
     @cached_property
     def _memories(self) -> dict[str, list]:
