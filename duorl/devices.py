@@ -33,6 +33,29 @@ class DeviceOptions:
     threads: int | None = None
 
 
+DeviceMap = str | dict[str, int | str] | None
+"""Where the parts of a model are: see `MapOptions`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapOptions(DeviceOptions):
+    """Where a command runs its model, which may be larger than a device.
+
+    Args:
+        device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. `auto` is CUDA if the machine has it, else MPS, else the
+            processor.
+        dtype: precision of the model. `auto` is bfloat16 if the device computes in it and the hidden size is at least
+            512, and float32 otherwise. Routers, losses and rewards are always in float32.
+        threads: threads of torch, in every training process; by default all cores, shared by the processes.
+        device_map: `auto` puts as many layers as fit on GPUs, then into memory, and leaves the rest on the disk, as
+            accelerate does it; or a device by name of the part. See docs/scale.md. By default all is on `device`.
+        max_memory: with a `device_map`, most memory by device, for instance `{"cpu": "8GB"}`.
+    """
+
+    device_map: DeviceMap = None
+    max_memory: dict[str, str] | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainerDeviceOptions(DeviceOptions):
     """Where a command trains whole models, with the Trainer of transformers.

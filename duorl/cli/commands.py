@@ -16,9 +16,9 @@ class Command(NamedTuple):
         summary: description in one line.
         options: its options, `module:Class`.
         module: its module, which has `prepare(options, config)`.
-        flags: further flags: `resume`, `overwrite`, `quick`, `whole`; `device` and `trainer`, see
-            `DeviceOptions` and `TrainerDeviceOptions` of `duorl.devices`; `ranks`: several processes can share its
-            work (`duorl.ranks`).
+        flags: further flags: `resume`, `overwrite`, `quick`, `whole`; `device`, `map` and `trainer`, see
+            `DeviceOptions`, `MapOptions` and `TrainerDeviceOptions` of `duorl.devices`; `ranks`: several processes can
+            share its work (`duorl.ranks`).
     """
 
     summary: str
@@ -28,7 +28,7 @@ class Command(NamedTuple):
 
 
 _RESUMABLE = ("overwrite", "resume")
-_ROUTES = (*_RESUMABLE, "device")
+_ROUTES = (*_RESUMABLE, "map")
 COMMANDS = {
     "train": Command(
         "Train a router, and compare it on held-out text with the oracle and other routers.",
@@ -46,19 +46,19 @@ COMMANDS = {
         "Measure one saved router on held-out text, beside the best fixed pattern and the oracle.",
         "duorl.cli.options:EvaluateOptions",
         "duorl.cli.evaluate",
-        ("overwrite", "device"),
+        ("overwrite", "map"),
     ),
     "generate": Command(
         "Generate a text with a router, and show the compute of each token.",
         "duorl.cli.options:GenerateOptions",
         "duorl.cli.generate",
-        ("device",),
+        ("map",),
     ),
     "oracle": Command(
         "Search the best routes of held-out tokens and print the loss per number of big layers.",
         "duorl.cli.options:OracleOptions",
         "duorl.cli.oracle",
-        ("overwrite", "device"),
+        ("overwrite", "map"),
     ),
     "label": Command(
         "Search the routes of router text once, for learners that learn from labels.",
@@ -88,7 +88,7 @@ COMMANDS = {
         "Make a duo model from a language model: its own networks become the big ones, small ones are made.",
         "duorl.smalls.recipe:ConvertOptions",
         "duorl.cli.convert",
-        (*_ROUTES, "whole", "ranks"),
+        (*_RESUMABLE, "device", "whole", "ranks"),
     ),
     "pretrain": Command(
         "Stage 1: train a duo model under random routing.",

@@ -15,6 +15,7 @@ from transformers.generation import BaseStreamer
 
 from duorl.checks import require_positive
 from duorl.cli.console import console, say, typed_command
+from duorl.cli.material import placed
 from duorl.cli.parser import read_config
 from duorl.costs import ACTIONS
 from duorl.files import write_text
@@ -36,7 +37,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path | None
     if options.temperature < 0:
         raise ValueError(f"temperature must be at least 0, not {options.temperature}")
     router, draft = _at_price(_router(options.router), options.price), options.draft and _router(options.draft)
-    model, tokenizer = load(options.model, dtype=options.dtype, device=options.device), load_tokenizer(options.model)
+    model, tokenizer = load(options.model, **placed(options)), load_tokenizer(options.model)
     for one in (router, draft):
         if one is not None:
             one.to(model.device).require_fit(model)

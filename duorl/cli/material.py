@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jsonargparse import Namespace
 from transformers import PreTrainedTokenizerBase
@@ -25,14 +25,14 @@ class Material(NamedTuple):
         """Load a model.
 
         Args:
-            options: with `model`, `skip`, and those of `DeviceOptions`.
+            options: with `model`, `skip`, and those of `MapOptions`.
             window: tokens per window.
 
         Raises:
             ValueError, OSError: see `duorl.models.load`.
         """
         require_positive(window=window)
-        model = load(options.model, dtype=options.dtype, device=options.device, skip=options.skip)
+        model = load(options.model, skip=options.skip, **placed(options))
         return cls(model, load_tokenizer(options.model), window)
 
     def read(self, sources: str | Sequence[str], *, split: Split) -> Windows:
@@ -44,3 +44,8 @@ class Material(NamedTuple):
         windows = read_windows(sources, self.tokenizer, split=split, length=self.window)
         check_windows(self.model, windows.tokens)
         return windows
+
+
+def placed(options: Namespace) -> dict[str, Any]:
+    """The arguments of `load` in `MapOptions`."""
+    return {name: options[name] for name in ("device", "dtype", "device_map", "max_memory")}

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_i
 
 from duorl.cli.commands import COMMANDS, fail, in_words
 from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
-from duorl.devices import DeviceOptions, TrainerDeviceOptions, pick_device, pick_dtype
+from duorl.devices import DeviceOptions, MapOptions, TrainerDeviceOptions, pick_device, pick_dtype
 from duorl.models.bases import find_base
 from duorl.models.loading import price_of_model, width_of_model
 
@@ -40,7 +40,7 @@ _FLAGS = {
     "quick": "few windows, short trainings, Fig. 8 on small models: takes minutes, results are noisy",
     "whole": "also write the weights of the model itself, so that the folder needs nothing else",
 }
-_WHERE = {"device": DeviceOptions, "trainer": TrainerDeviceOptions}
+_WHERE = {"device": DeviceOptions, "map": MapOptions, "trainer": TrainerDeviceOptions}
 
 
 _TYPE = re.compile(r"Expected an? <class '(\w+)'>\.? Got value:")
@@ -167,7 +167,8 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
     if "device" in parsed:
         device = pick_device(parsed.device)
         parsed.device = str(device)  # a run is resumed on the device and in the precision of its beginning
-        if parsed.dtype == "auto" and "device" in COMMANDS[name].flags:  # for trainers, it depends on options alone
+        trains = "trainer" in COMMANDS[name].flags
+        if parsed.dtype == "auto" and not trains:  # a trainer's precision depends on options alone
             parsed.dtype = _precision(name, parsed.model, device)
     text = parser.dump(parsed, skip_unset=False)
     return _instantiated(parser, parsed), text

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from duorl import hub
-from duorl.devices import Dtype, pick_device, pick_dtype, require_memory
+from duorl.devices import DeviceMap, Dtype, pick_device, pick_dtype, require_memory
 from duorl.models.bases import find_recorded, read_object, said, with_end_of_text
 from duorl.models.calls import Skip, known_skip
 from duorl.models.shared import FILES, WEIGHTS
@@ -97,6 +97,8 @@ def load(
     dtype: torch.dtype | Dtype = torch.float32,
     device: torch.device | str = "cpu",
     skip: Skip | None = None,
+    device_map: DeviceMap = None,
+    max_memory: dict[str, str] | None = None,
 ) -> DuoForCausalLM:
     """Load a saved duo model, frozen and in evaluation mode.
 
@@ -106,6 +108,7 @@ def load(
         dtype: dtype of the weights in memory, or its name; see `duorl.devices` for `auto`.
         device: where the model runs; see `duorl.devices`.
         skip: what the action `skip` leaves out, see `DuoConfig`; by default as the model was saved.
+        device_map, max_memory: for a model that is larger than a device, see `duorl.devices.MapOptions`.
 
     Raises:
         OSError: there is no such folder, or files are missing in it, or its base model.
@@ -126,8 +129,10 @@ def load(
     place = pick_device(str(device))
     with _told(folder):
         _require_plausible(folder, settings["backbone"])
-    dtype = _fitting(folder, settings, place, dtype)
+    dtype = _fitting(folder, settings, place, dtype, whole=device_map is None)
     with _told(folder):
+        if device_map is not None:
+            return _spread(folder, settings, dtype, device_map, max_memory, changed)
         if settings.get("base"):
             return DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed).to(place).requires_grad_(False)
         with without_report():
@@ -138,8 +143,30 @@ def load(
     return model.to(place).eval().requires_grad_(False)
 
 
-def _fitting(folder: Path, settings: dict[str, Any], place: torch.device, dtype: torch.dtype | Dtype) -> torch.dtype:
-    """The precision of a name; refuses weights that do not fit into memory in it."""
+def _spread(
+    folder: Path,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+    device_map: DeviceMap,
+    max_memory: dict[str, str] | None,
+    changed: dict[str, Any],
+) -> DuoForCausalLM:
+    """A model on several devices. Weights on the disk are read from the folder when their layer runs."""
+    from duorl.models.modeling import DuoForCausalLM
+
+    if settings.get("base"):
+        raise ValueError("it has small networks alone, and a device_map needs all weights: convert with --whole")
+    limits = max_memory and {int(name) if name.isdecimal() else name: size for name, size in max_memory.items()}
+    changed |= {"output_loading_info": True, "device_map": device_map, "max_memory": limits}
+    model, found = cast(Any, DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed))
+    _check_weights(folder, model, found)
+    return model.eval().requires_grad_(False)
+
+
+def _fitting(
+    folder: Path, settings: dict[str, Any], place: torch.device, dtype: torch.dtype | Dtype, *, whole: bool
+) -> torch.dtype:
+    """The precision of a name; refuses weights that do not fit into memory in it, if they are wanted there whole."""
     from duorl.models.config import DuoConfig
     from duorl.models.footprint import weight_bytes
 
@@ -147,7 +174,9 @@ def _fitting(folder: Path, settings: dict[str, Any], place: torch.device, dtype:
         config = DuoConfig.from_dict(dict(settings))
         found = pick_dtype(dtype, place, config.backbone.hidden_size) if isinstance(dtype, str) else dtype
         needed = weight_bytes(config, found)
-    require_memory(needed, place, f"the weights in {folder}", "give another --dtype or a smaller model")
+    if whole:
+        fix = "give another --dtype, --device_map auto or a smaller model"
+        require_memory(needed, place, f"the weights in {folder}", fix)
     return found
 
 
@@ -186,7 +215,7 @@ def _check_weights(folder: Path, model: DuoForCausalLM, found: Mapping[str, Any]
         more = min(found["unexpected_keys"])
         raise ValueError(f"the weights in {folder} hold {more}, which the model of its config.json does not have")
     for name, tensor in model.state_dict().items():
-        if not tensor.isfinite().all():
+        if not tensor.is_meta and not tensor.isfinite().all():  # what is on the disk is not read before it is used
             raise ValueError(f"the weights in {folder}: {name} holds numbers that are not finite")
 
 

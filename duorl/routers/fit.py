@@ -10,6 +10,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from duorl.costs import SMALL
 
 if TYPE_CHECKING:
@@ -32,15 +34,28 @@ def identity(model: DuoForCausalLM) -> dict[str, Any]:
         weight of each layer's big network and one of its small network, 2 L numbers.
     """
     networks = [network for ffn in model.stack.ffns for network in (ffn.big, ffn.small)]
-    matrices = [next(p for p in network.parameters() if p.ndim >= 2) for network in networks]
     return {
         "name": Path(model.name_or_path or "").name,
         "family": model.config.backbone.model_type,
         "layers": model.num_layers,
         "hidden_size": model.hidden_size,
         "compute": model.flops.compute[:, SMALL].sum().item(),
-        "weights": [float(f"{matrix.flatten()[0].item():.5g}") for matrix in matrices],
+        "weights": [float(f"{_first_weight(network):.5g}") for network in networks],
     }
+
+
+def _first_weight(network: nn.Module) -> float:
+    """The first number of a network's first matrix, also if it is on the disk."""
+    from accelerate.utils import align_module_device
+
+    owner, name = next(
+        (module, name)
+        for module in network.modules()
+        for name, weight in module.named_parameters(recurse=False)
+        if weight.ndim >= 2
+    )
+    with align_module_device(owner):
+        return owner.get_parameter(name).flatten()[0].item()
 
 
 def require_fit(router: Router, model: DuoForCausalLM) -> None:
