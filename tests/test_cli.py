@@ -168,16 +168,14 @@ COMPARE = """
 agents: {PPO: PPO, REINFORCE: REINFORCE, ReinMax: {class_path: ReinMax, init_args: {learning_rate: 1.0e-9}}}
 starts: {ReinMax: soft}
 own_env: {ReinMax: {group_size: 1, windows_per_batch: 2}, soft: {windows_per_batch: 2}}
-env: {windows_per_batch: 1, group_size: 2, window: 64, prices: [0.02, 0.8]}
-total_decisions: 3000
+env: {windows_per_batch: 1, group_size: 2, window: 32, prices: [0.02, 0.8]}
+total_decisions: 1500
 seeds: 2
 targets: [0.3, 0.5]
 knowable: 8
 rivals:
   supervised: {class_path: Supervised, init_args: {windows: 1, epochs: 1}}
   soft: {class_path: Soft, init_args: {updates: 2}}
-  knn: {class_path: KNN, init_args: {windows: 2}}
-  ensemble: {class_path: Ensemble, init_args: {windows: 2, members: 2, epochs: 1}}
 """
 
 
@@ -191,9 +189,9 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     arguments = ["compare", *configs, "--transfer", '["other.txt"]', "--out", "all"]
     main(arguments)
     first = json.loads(Path("all/comparison.json").read_text())
-    learned = ["supervised", "soft", "knn", "ensemble", "PPO", "REINFORCE", "ReinMax"]
+    learned = ["supervised", "soft", "PPO", "REINFORCE", "ReinMax"]
     assert [row["router"] for row in first["rows"]][5:-1] == learned
-    assert [row["seeds"] for row in first["rows"]] == [1] * 5 + [2] * 7 + [1]
+    assert [row["seeds"] for row in first["rows"]] == [1] * 5 + [2] * 5 + [1]
     split = {row["router"]: row["regret"] - row["regret_avoidable"] for row in first["rows"]}
     assert list(split.values()) == pytest.approx([split["oracle"]] * len(split), abs=1e-5)  # what the label alone tells
     assert set(Path("all/tensorboard").glob("*/*")) == {
@@ -202,11 +200,11 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
     budgets = json.loads(Path("all/budgets.json").read_text())
     found, second, other = budgets["texts"].values()
     assert [text["transfer"]["learned"] for text in (found, second, other)] == [True, True, False]
-    assert [row["target"] for row in other["transfer"]["rows"]] == [0.3] * 8 + [0.5] * 8
+    assert [row["target"] for row in other["transfer"]["rows"]] == [0.3] * 6 + [0.5] * 6
     assert (
         Path("all/figures/budgets-other.txt.png").is_file() and "not learned on" in Path("all/budgets.md").read_text()
     )
-    assert len(found["rows"]) == 2 * 8 and len(found["routers"]) == 8
+    assert len(found["rows"]) == 2 * 6 and len(found["routers"]) == 6
     assert {row["target"] for row in found["rows"]} == {0.3, 0.5}
     assert "best fixed" in Path("all/budgets.md").read_text()
     start, end = (load_file(f"all/routers/{name}/seed-1/router.safetensors") for name in ("soft", "ReinMax"))
@@ -232,7 +230,8 @@ def test_compare_trains_every_seed_and_resumes(tiny, small_corpus, capsys):
 
 @pytest.mark.slow
 def test_train_to_a_target_and_to_a_hard_budget(tiny, small_corpus):
-    usual = ["train", "--config", "tiny.yaml", "--corpus", small_corpus, "--rivals", "[]"]
+    Path("learned.txt").write_text(Path(small_corpus).read_text()[-300_000:])
+    usual = ["train", "--config", "tiny.yaml", "--corpus", "learned.txt", "--rivals", "[]"]
     main([*usual, "--total_decisions", "5000", "--target_compute", "0.5", "--out", "soft"])
     rows = {row["router"]: row for row in json.loads(Path("soft/comparison.json").read_text())["rows"]}
     settings = json.loads(Path("soft/comparison.json").read_text())["settings"]
@@ -247,10 +246,10 @@ def test_train_to_a_target_and_to_a_hard_budget(tiny, small_corpus):
     priced = ["--env.prices", "[0.02, 0.8]", "--total_decisions", "2000", "--out", "priced"]
     main([*usual, *priced])
     few = ["--evaluation.windows=2", "--evaluation.reference_windows=1", "--evaluation.fixed_windows=1"]
+    few += ["--evaluation.finalists=2", "--evaluation.final_windows=2"]
     text = ["--corpus", small_corpus, "--window=64"]
     main(["evaluate", "--router", "priced/router", "--price=0.1", *text, *few, "--out=one"])
     assert json.loads(Path("one/comparison.json").read_text())["settings"]["price"] == 0.1
-    Path("learned.txt").write_text(Path(small_corpus).read_text()[-300_000:])
     more = [
         "--evaluation.fixed_windows=2",
         "--evaluation.bound=none",
