@@ -156,7 +156,7 @@ def _spread(
 
     if settings.get("base"):
         raise ValueError("it has small networks alone, and a device_map needs all weights: convert with --whole")
-    limits = max_memory and {int(name) if name.isdecimal() else name: size for name, size in max_memory.items()}
+    limits: Any = max_memory and {int(name) if name.isdecimal() else name: max_memory[name] for name in max_memory}
     changed |= {"output_loading_info": True, "device_map": device_map, "max_memory": limits}
     model, found = cast(Any, DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed))
     _check_weights(folder, model, found)

@@ -74,17 +74,26 @@ def connect(address: str, needs: Needs) -> Any:
 
     _require_answer(address)
     with tempfile.TemporaryDirectory() as place:
-        code = _package(Path(place))
+        code, handlers = _package(Path(place)), {number: signal.getsignal(number) for number in interrupts.SIGNALS}
         try:
             ray.init(address=address, runtime_env={"py_modules": [str(code)]}, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as problem:
             raise _no_answer(address) from problem
+        finally:
+            _restore(handlers)
     machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(machine.get(name, 0) >= n for name, n in needs.named.items()) for machine in machines):
         ray.shutdown()
         asked = ", ".join(f"{name} {n:g}" for name, n in needs.named.items())
         raise ValueError(f"a job asks for {asked}, and no machine of the cluster has that: lower --threads")
     return ray
+
+
+def _restore(handlers: Mapping[int, Any]) -> None:
+    """Set handlers of signals again: Ray has replaced them, and a run could not save before it ends."""
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _require_answer(address: str) -> None:
