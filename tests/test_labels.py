@@ -97,16 +97,15 @@ def test_labels_are_made_once_and_grow(tmp_path, monkeypatch, capsys):
         assert path.read_bytes() == Path("whole", *path.parts[1:]).read_bytes()
     rivals = "{supervised: {class_path: Supervised, init_args: {windows: 8, epochs: 1}}}"
     train = ["train", "--corpus", "text.txt", "--env.window", "16", "--rivals", rivals, "--total_decisions", "2000"]
-    train += [
-        "--evaluation.windows",
-        "2",
-        "--evaluation.reference_windows",
-        "1",
-        "--evaluation.fixed_windows",
-        "1",
-        "--evaluation.bound",
-        "none",
-    ]
+    few = {
+        "windows": 2,
+        "reference_windows": 1,
+        "fixed_windows": 1,
+        "finalists": 2,
+        "final_windows": 2,
+        "bound": "none",
+    }
+    train += [f"--evaluation.{name}={value}" for name, value in few.items()]
     main([*train, "--out", "own"])
     main([*train, "--labels", "labels", "--out", "taken"])
     own, taken = (Path(run, "routers/supervised/router.safetensors").read_bytes() for run in ("own", "taken"))
@@ -114,3 +113,6 @@ def test_labels_are_made_once_and_grow(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:
         main([*train, "--env.window", "8", "--labels", "labels", "--out", "other"])
     assert stop.value.code == 2 and "no labels of 8 of 8 windows" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main([*train, "--rivals", "[]", "--labels", "labels", "--out", "other"])
+    assert stop.value.code == 2 and "labels: no learner takes them" in capsys.readouterr().err

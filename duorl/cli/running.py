@@ -79,17 +79,19 @@ def _connect(name: str, stack: ExitStack) -> None:
 
 
 def _require_same(config: str) -> None:
-    """Refuse ranks that were started with different options.
+    """Refuse ranks that were started with different options; one that differs from rank 0 says in which.
 
     Raises:
-        ValueError: names the first option that differs.
+        SystemExit: on all ranks.
     """
-    own, other = (dict(folders.flatten(read_config(text))) for text in (config, ranks.of_first(config)))
-    for option in sorted(own.keys() | other.keys()):
-        if own.get(option) != other.get(option):
-            said = f"rank {ranks.rank()} was started with {option} {own.get(option)}, rank 0 with {other.get(option)}"
-            print(f"duorl: error: {said}: give all the same options", file=sys.stderr)
-            raise SystemExit(2)
+    first = ranks.of_first(config)
+    if config != first:
+        own, other = (dict(folders.flatten(read_config(text))) for text in (config, first))
+        option = min(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
+        said = f"rank {ranks.rank()} was started with {option} {own.get(option)}, rank 0 with {other.get(option)}"
+        print(f"duorl: error: {said}: give all the same options", file=sys.stderr)
+    if ranks.any_of(config != first):
+        raise SystemExit(2)
 
 
 def check_cheaply(name: str, options: Namespace, config: str) -> None:

@@ -98,6 +98,8 @@ class Workbench:
             # A large network on the same inputs, to estimate the avoidable part of the regret.
             self._factories[KNOWABLE] = partial(Supervised, width=options.knowable)
         taken = {"random", "all-skip", "all-small", "all-big", "best fixed", *ROWS.values(), KNOWABLE}
+        if options.get("labels") and not any(map(_learns_from_labels, self._factories.values())):
+            raise ValueError("labels: no learner takes them: name Supervised, KNN or Ensemble, without `base`")
         for name in (*agents, *rivals):
             if name in taken or Path(name).name != name or (name in rivals and name in agents):
                 raise ValueError(f"a learner cannot be called {name!r}: the comparison or the folder uses that name")

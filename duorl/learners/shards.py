@@ -33,7 +33,7 @@ SHARDS = "shards/*/*.parquet"
 
 def write_about(folder: Path, model: DuoForCausalLM, actions: Sequence[str], *, searched: bool) -> None:
     """Write for which model and actions the labels of a folder are, and whether all routes were searched."""
-    about = {"model": identity(model), "actions": list(actions), "searched": searched}
+    about = {"model": identity(model), "skip": model.config.skip, "actions": list(actions), "searched": searched}
     write_json(folder / ABOUT, about)
 
 
@@ -85,7 +85,8 @@ class LabelFolder:
         try:
             about = json.loads((folder / ABOUT).read_text(encoding="utf8"))
             known, own = about["model"], identity(model)
-            fits, labelled = same_model(known, own), list(about["actions"])
+            labelled, skip = list(about["actions"]), about["skip"]
+            fits = same_model(known, own)
             found = cls(folder, model, about)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"cannot read the labels in {folder} ({error}): make them anew") from error
@@ -93,6 +94,10 @@ class LabelFolder:
             raise ValueError(
                 f"{folder} has labels of the model {known.get('name') or 'without a name'}, not of "
                 f"{own['name'] or 'this one'}: label text with this model"
+            )
+        if "skip" in labelled and skip != model.config.skip:
+            raise ValueError(
+                f"{folder} has labels of --skip {skip}, not of {model.config.skip}: give that, or label anew"
             )
         if labelled != list(actions):
             raise ValueError(

@@ -89,7 +89,7 @@ def connect(address: str, needs: Needs) -> Any:
     return ray
 
 
-def _restore(handlers: Mapping[int, Any]) -> None:
+def _restore(handlers: Mapping[signal.Signals, Any]) -> None:
     """Set handlers of signals again: Ray has replaced them, and a run could not save before it ends."""
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():
