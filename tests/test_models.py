@@ -462,3 +462,16 @@ sys.exit(f"imported: {heavy & set(sys.modules)}" if heavy & set(sys.modules) els
 def test_the_parts_below_the_models_wait_with_transformers():
     found = subprocess.run([sys.executable, "-c", _LIGHT], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, *LIKE_LLAMA])
+def test_nothing_of_a_small_network_is_left_as_it_was_in_memory(family):
+    """Apertus' activation has numbers of its own, which nothing draws."""
+    torch.use_deterministic_algorithms(True)  # then torch fills new memory with nan
+    try:
+        duo = duorl.convert(make_original(family), small_ratio=4)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for ffn in duo.stack.ffns:
+        for name, tensor in [*ffn.small.named_parameters(), *ffn.small.named_buffers()]:
+            assert tensor.isfinite().all(), name

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.pytorch_utils import Conv1D
 
 import duorl.models.attention  # noqa: F401  (registers the attention function that the families name)
 from duorl import hub
@@ -56,6 +57,7 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         family, layers = family_of(config.backbone), find_layers(self.backbone)
         kind = AddingDuoFFN if family.adds_residual else DuoFFN
         for layer, small in zip(layers, _small_ffns(config), strict=True):
+            _take_over(small, family.network(layer))
             family.replace(layer, kind(big=family.network(layer), small=small))
             let_ask(layer, "layer")
         let_ask(decoder_of(self.backbone, layers), "decoder")
@@ -314,6 +316,22 @@ def _small_ffns(config: DuoConfig) -> list[nn.Module]:
         ffn.to_empty(device=torch.empty(0).device)
         ffn.apply(skeleton._init_weights)
     return ffns
+
+
+@torch.no_grad()
+def _take_over(small: nn.Module, big: nn.Module) -> None:
+    """Give a small network what belongs to none of its linear maps, such as the numbers of Apertus' activation."""
+    for name, module in small.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            continue
+        known = big.get_submodule(name)
+        for own, other in (
+            (module.named_parameters(recurse=False), dict(known.named_parameters(recurse=False))),
+            (module.named_buffers(recurse=False), dict(known.named_buffers(recurse=False))),
+        ):
+            for part, tensor in own:
+                if part in other and other[part].shape == tensor.shape and not other[part].is_meta:
+                    tensor.copy_(other[part])
 
 
 AutoModelForCausalLM.register(DuoConfig, DuoForCausalLM)
