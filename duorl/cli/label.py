@@ -11,9 +11,9 @@ import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.console import quieten, say
+from duorl.cli.console import say
 from duorl.cli.material import Material
-from duorl.cli.trainings import Workers
+from duorl.cli.trainings import Workers, options_again
 from duorl.learners.shards import ABOUT, SHARDS, write_about, write_shard
 from duorl.learners.sources import Source
 from duorl.prices import check_price, check_prices, ladder
@@ -70,10 +70,7 @@ def shard_apart(run: str, number: int, place: str, tell: Tell) -> dict[str, Any]
 
 @lru_cache(maxsize=1)
 def _labelling(run: str) -> Labelling:
-    from duorl.cli.parser import parse
-
-    quieten()
-    return Labelling(parse("label", ["--config", str(Path(run) / "config.yaml")])[0])
+    return Labelling(options_again("label", run)[0])
 
 
 def _run(labelling: Labelling, workers: Workers, folder: Path) -> None:

@@ -13,10 +13,10 @@ from typing import Any
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.console import console, quieten, say, typed_command
+from duorl.cli.console import console, say, typed_command
 from duorl.cli.material import Material
 from duorl.cli.parser import read_config, typed
-from duorl.cli.trainings import Workers
+from duorl.cli.trainings import Workers, options_again
 from duorl.cli.workbench import make_lockstep
 from duorl.corpus import source_names
 from duorl.envs import Lockstep
@@ -200,10 +200,7 @@ def train_apart(run: str, quick: bool, tell: Tell, **arguments: Any) -> dict[str
 
 @lru_cache(maxsize=1)
 def _paper(run: str, quick: bool) -> Paper:
-    from duorl.cli.parser import parse
-
-    quieten()
-    return Paper(*parse("paper", ["--config", str(Path(run) / "config.yaml"), *(["--quick"] if quick else [])]))
+    return Paper(*options_again("paper", run, *(["--quick"] if quick else [])))
 
 
 def _place(wanted: Wanted, folder: Path) -> Path:

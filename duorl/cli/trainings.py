@@ -16,7 +16,7 @@ from torch import Tensor
 from duorl.checks import require_positive
 from duorl.cli.comparing import searched
 from duorl.cli.console import job_bars, quieten
-from duorl.cli.parser import read_config
+from duorl.cli.parser import parse, read_config
 from duorl.cli.workbench import Workbench
 from duorl.corpus import Windows, source_names
 from duorl.devices import processes_for
@@ -30,6 +30,7 @@ from duorl.routers import PatternRouter, Router
 from duorl.routers import load as load_router
 from duorl.runs import interrupts
 from duorl.runs.cluster import Needs, OnCluster, connect
+from duorl.runs.folders import CONFIG
 from duorl.runs.jobs import RESULT, Executor, Job, Tell, executor, run
 
 _STEPS = 7  # prices at which a router is measured
@@ -128,6 +129,12 @@ class Place:
     def load(self, bench: Workbench) -> Router:
         """The trained router."""
         return load_router(self.router).to(bench.model.device)
+
+
+def options_again(command: str, run: str, *flags: str) -> tuple[Namespace, str]:
+    """The options of a run in a folder, and the same as YAML, read by a job in another process."""
+    quieten()
+    return parse(command, ["--config", str(Path(run) / CONFIG), *flags])
 
 
 def do_apart(run: str, work: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
@@ -260,8 +267,5 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
 
 @lru_cache(maxsize=1)
 def _bench(run: str) -> Workbench:
-    from duorl.cli.parser import parse
-
-    quieten()
     torch.manual_seed(0)
-    return Workbench(*parse("compare", ["--config", str(Path(run) / "config.yaml")]))
+    return Workbench(*options_again("compare", run))
