@@ -82,6 +82,14 @@ class RoutingQPolicy(DQNPolicy):
         self.optimizer = self._optimizer
 
 
+class _HostReplay(DictReplayBuffer):
+    """Keeps past decisions in the host's memory, also those of a model on a GPU."""
+
+    def add(self, obs, next_obs, *decision: Any) -> None:
+        here, there = ({key: values.cpu() for key, values in one.items()} for one in (obs, next_obs))
+        super().add(here, there, *decision)
+
+
 class _TokenDQN(stable_baselines3.DQN):
     """Every token explores independently. In Stable-Baselines3, all environments of a step explore, or none."""
 
@@ -202,6 +210,7 @@ class DQN(StableBaselinesAgent):
             train_freq=env.layers,
             gradient_steps=gradient_steps,
             # The buffer has the next episode's first state in place of the final one; `done` makes its value 0.
+            replay_buffer_class=_HostReplay,
             replay_buffer_kwargs={"handle_timeout_termination": False},
             target_update_interval=target_interval * episode,
             exploration_fraction=exploration_fraction,

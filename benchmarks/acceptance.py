@@ -99,6 +99,7 @@ class Study:
     Args:
         model: name of the model.
         dtype: its precision.
+        device: where it runs.
         decisions: layer decisions of every router's training.
         rate: see `variants`.
         held_out: windows that measure.
@@ -107,6 +108,7 @@ class Study:
 
     model: str
     dtype: str
+    device: str
     decisions: int
     rate: float
     held_out: int
@@ -115,7 +117,7 @@ class Study:
     @cached_property
     def loaded(self) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
         """The model, windows of the router split, and windows of the evaluation split."""
-        return material(self.model, self.dtype, self.held_out)
+        return material(self.model, self.dtype, self.device, self.held_out)
 
     @cached_property
     def gaps(self) -> dict[str, float]:
@@ -223,12 +225,12 @@ def _said(found: Estimate | None) -> list[float] | None:
 
 
 @lru_cache(maxsize=1)
-def material(name: str, dtype: str, held_out: int) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
+def material(name: str, dtype: str, device: str, held_out: int) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
     """A model, windows of the router split, and the first ones of the evaluation split."""
-    model, tokenizer = duorl.load(name, dtype=getattr(torch, dtype)), duorl.load_tokenizer(name)
+    model, tokenizer = duorl.load(name, dtype=dtype, device=device), duorl.load_tokenizer(name)
     learned, measured = (cut(documents(CORPORA, split), tokenizer, WINDOW) for split in ("router", "evaluation"))
     assert learned is not None and measured is not None
-    return model, learned.tokens, measured.first(held_out)
+    return model, learned.tokens.to(model.device), measured.first(held_out)
 
 
 def markdown(table: list[dict]) -> str:
@@ -258,6 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="duo-tiny")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--decisions", type=int, default=4_000_000, help="layer decisions of every router's training")
     parser.add_argument("--rate", type=float, default=1e-2, help="learning rate of REINFORCE and ReinMax")
     parser.add_argument("--seeds", type=int, default=3)
@@ -269,7 +272,7 @@ def main() -> None:
     keep_freed_memory()
     sizes = {"decisions": options.decisions, "rate": options.rate, "held_out": options.windows}
     place = options.folder / "-".join(map(str, (Path(options.model).name, options.dtype, *sizes.values())))
-    study = Study(options.model, options.dtype, folder=place, **sizes)
+    study = Study(options.model, options.dtype, options.device, folder=place, **sizes)
     jobs = [(name, seed) for seed in range(options.seeds) for name in variants(options.rate)]
     with side_by_side(options.processes) as pool:
         list(pool.map(study.run, jobs))

@@ -121,6 +121,7 @@ class Study:
     Args:
         model: name of the model.
         dtype: its precision.
+        device: where it runs.
         decisions: layer decisions of every training.
         updates: gradients for a spread; 0: no spreads.
         held_out: windows that measure.
@@ -129,6 +130,7 @@ class Study:
 
     model: str
     dtype: str
+    device: str
     decisions: int
     updates: int
     held_out: int
@@ -137,7 +139,7 @@ class Study:
     @property
     def material(self) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
         """The model, windows to learn from, and windows of other files."""
-        return text(self.model, self.dtype, self.held_out)
+        return text(self.model, self.dtype, self.device, self.held_out)
 
     @property
     def price(self) -> float:
@@ -233,10 +235,10 @@ class Study:
 
 @lru_cache(maxsize=1)
 def text(
-    name: str = "duo-tiny", dtype: str = "float32", held_out: int = HELD_OUT
+    name: str = "duo-tiny", dtype: str = "float32", device: str = "cpu", held_out: int = HELD_OUT
 ) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
     """A model, and windows of the router split: of files to learn from, and the first ones of other files."""
-    model, tokenizer = duorl.load(name, dtype=getattr(torch, dtype)), duorl.load_tokenizer(name)
+    model, tokenizer = duorl.load(name, dtype=dtype, device=device), duorl.load_tokenizer(name)
     files = documents(["stdlib-code", "stdlib-docs"], "router")
     apart = set(sorted({file.path for file in files})[::3])
     learned = cut([file for file in files if file.path not in apart], tokenizer, 128)
@@ -292,6 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="duo-tiny")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--decisions", type=int, default=200_000, help="layer decisions of every training")
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--updates", type=int, default=10, help="number of gradients for a spread; 0: no spreads")
@@ -303,7 +306,7 @@ def main() -> None:
     keep_freed_memory()
     sizes = {"decisions": options.decisions, "updates": options.updates, "held_out": options.windows}
     place = options.folder / "-".join(map(str, (Path(options.model).name, options.dtype, *sizes.values())))
-    study = Study(options.model, options.dtype, folder=place, **sizes)
+    study = Study(options.model, options.dtype, options.device, folder=place, **sizes)
     jobs = [(name, seed) for seed in range(options.seeds) for name in study.variants]
     with side_by_side(options.processes) as pool:
         pool.submit(study.prepare).result()

@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
-import duorl
 from benchmarks.record import record
 from benchmarks.rollout import fixed, measured
+from benchmarks.shapes import load
 from duorl.costs import BIG, SMALL
 from duorl.markdown import grid
 from duorl.models import DuoForCausalLM
@@ -32,19 +31,18 @@ SHARES = (0.25, 0.5, 0.75)  # of the compute
 PROMPT, NEW = 16, 16  # tokens
 LONG = 2048
 BATCHES = (1, 8, 32)
-ONE_BILLION = {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 12, "vocab_size": 32000}
 
 
 class Coins(Router):
     """Draws big with a given probability."""
 
-    def __init__(self, probability: float):
+    def __init__(self, probability: float, device: torch.device):
         super().__init__()
-        self.probability, self.generator = probability, torch.Generator().manual_seed(0)
+        self.probability, self.generator = probability, torch.Generator(device).manual_seed(0)
 
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
         """(...), drawn anew."""
-        drawn = torch.rand(hidden.shape[:-1], generator=self.generator) < self.probability
+        drawn = torch.rand(hidden.shape[:-1], generator=self.generator, device=hidden.device) < self.probability
         return torch.where(drawn, BIG, SMALL)
 
 
@@ -66,7 +64,7 @@ def routers(model: DuoForCausalLM) -> dict[str, tuple[Router, float]]:
     for share in SHARES:
         pattern = spread(model, share)
         found[f"pattern {share:g}"] = pattern, model.route_compute(torch.tensor(pattern.config["route"])).item()
-        found[f"random {share:g}"] = Coins((share - small) / (1 - small)), share
+        found[f"random {share:g}"] = Coins((share - small) / (1 - small), model.device), share
     return found
 
 
@@ -78,7 +76,7 @@ def rows(model: DuoForCausalLM, rounds: int, batches: tuple[int, ...], long: int
     each = [(name, router) for name, (router, _) in known.items()]
 
     def ids(batch: int, length: int) -> Tensor:
-        return torch.randint(5, vocabulary, (batch, length), generator=generator)
+        return torch.randint(5, vocabulary, (batch, length), generator=generator).to(model.device)
 
     def decode(prompts: Tensor) -> dict[str, Callable]:
         options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
@@ -129,21 +127,13 @@ def markdown(table: list[dict]) -> str:
     return grid(head, lines, numbers=range(2, 7))
 
 
-def load(name: str, dtype: torch.dtype) -> DuoForCausalLM:
-    """A duo model; `1b` is the paper's size, with random weights."""
-    if name != "1b":
-        return duorl.load(name, dtype=dtype)
-    torch.manual_seed(0)
-    config = LlamaConfig(**ONE_BILLION, num_attention_heads=20, eos_token_id=None, dtype=dtype)
-    return duorl.convert(LlamaForCausalLM(config).to(dtype).eval()).eval().requires_grad_(False)
-
-
 @torch.no_grad()
 def main() -> None:
     """Measure, write the JSON, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="duo-tiny", help="a duo model, or 1b")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--batches", type=int, nargs="*", default=BATCHES)
     parser.add_argument("--long", type=int, default=LONG, help="tokens of the long prompt")
@@ -152,7 +142,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(options.threads)
-    model = load(options.model, getattr(torch, options.dtype))
+    model = load(options.model, getattr(torch, options.dtype), options.device)
     table = rows(model, options.rounds, tuple(options.batches), options.long)
     record(options.out, rows=table)
     print(markdown(table))

@@ -135,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="duo-tiny")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--prompts", type=int, default=100, help="of each text")
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens that are written")
@@ -144,7 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(options.threads)
-    model = duorl.load(options.model, dtype=getattr(torch, options.dtype))
+    model = duorl.load(options.model, dtype=options.dtype, device=options.device)
     tokenizer = duorl.load_tokenizer(options.model)
     patterns = draft_patterns(model, duorl.load_windows(list(CORPORA), tokenizer, split="router", length=128))
     fixed = next(pattern for pattern in reversed(patterns) if pattern.compute <= SPENDS)
@@ -153,7 +154,7 @@ def main() -> None:
     prompts = {
         text: duorl.load_windows([corpus], tokenizer, split="evaluation", length=options.length)[
             : options.prompts + WARM_UP, :-1
-        ]
+        ].to(model.device)
         for corpus, text in CORPORA.items()
     }
     table = rows(model, routers, prompts, options.new)

@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.record import record
 from duorl.corpus import load_windows, spread
@@ -64,12 +64,14 @@ class Bench:
         model: name of the model.
         other: a text on which no network learns.
         tokens: of `distil`, and of `regress`.
+        device: where they are made.
         folder: keeps what is done, so that the same call goes on.
     """
 
     model: str
     other: str
     tokens: int
+    device: str
     folder: Path
 
     def run(self, name: str) -> dict:
@@ -94,6 +96,7 @@ class Bench:
         base = find_base(self.model)
         duo = convert(base.load(), small_ratio=variant.small_ratio)
         cast_weights(duo, torch.bfloat16)
+        nn.Module.to(duo, self.device)
         making = Making(duo, options, self._training(variant), self._windows("stdlib-code", "router"))
         before: Path | None = None
         for stage in variant.stages:
@@ -121,11 +124,11 @@ class Bench:
         kept = self.folder / "own.json"
         if not kept.exists():
             base = find_base(self.model)
-            writer = base.load(torch.bfloat16).eval()
+            writer = base.load(torch.bfloat16).eval().to(self.device)
             torch.manual_seed(0)
             written: list[list[int]] = []
             while len(written) < count:
-                start = torch.randint(100, writer.config.vocab_size, (_TOGETHER, 1))
+                start = torch.randint(100, writer.config.vocab_size, (_TOGETHER, 1), device=self.device)
                 length = {"min_new_tokens": _WINDOW, "max_new_tokens": _WINDOW}
                 found = writer.generate(start, attention_mask=torch.ones_like(start), do_sample=True, top_k=0, **length)
                 written += found.tolist()
@@ -155,14 +158,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--other", required=True, help="a text on which no network learns")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--tokens", type=int, default=76_800, help="of `distil`, and of `regress`")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS), help="names of variants")
     parser.add_argument("--folder", type=Path, default=Path("runs/recipes"), help="keeps what is done, to go on")
     parser.add_argument("--out", type=Path, default=Path("runs/recipes.json"))
     options = parser.parse_args()
-    bench = Bench(
-        options.model, options.other, options.tokens, options.folder / f"{Path(options.model).name}-{options.tokens}"
-    )
+    place = options.folder / f"{Path(options.model).name}-{options.tokens}"
+    bench = Bench(options.model, options.other, options.tokens, options.device, place)
     found = {}
     for name in options.only:
         found[name] = bench.run(name)

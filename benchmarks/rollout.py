@@ -63,7 +63,7 @@ def plain_pass(model: duorl.DuoForCausalLM, tokens: Tensor, route: list[int] | N
 
 def passes(model: duorl.DuoForCausalLM, tokens: Tensor) -> dict[str, tuple[Run, str]]:
     """The passes to be timed and the plain pass that each is compared with, by name."""
-    route, coins = alternating(model), torch.Generator().manual_seed(1)
+    route, coins = alternating(model), torch.Generator(model.device).manual_seed(1)
     plains = {"plain": route, "plain all-big": [BIG] * len(route), "plain all-small": [SMALL] * len(route)}
     decoders = {name: fixed(model, taken).base_model for name, taken in plains.items()}
     inputs, targets = tokens[:, :-1], tokens[:, 1:].flatten()
@@ -84,7 +84,7 @@ def passes(model: duorl.DuoForCausalLM, tokens: Tensor) -> dict[str, tuple[Run, 
         return walk
 
     def coin(walk: RoutedPass) -> None:
-        walk.step(torch.randint(SMALL, BIG + 1, walk.compute.shape, generator=coins))
+        walk.step(torch.randint(SMALL, BIG + 1, walk.compute.shape, generator=coins, device=coins.device))
 
     return {
         "plain": (plain_pass(model, tokens), "plain"),
@@ -105,10 +105,13 @@ def passes(model: duorl.DuoForCausalLM, tokens: Tensor) -> dict[str, tuple[Run, 
 
 
 def seconds(run: Callable[[], object]) -> float:
-    """Processor time with one thread, wall time with more."""
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    """Processor time with one thread; wall time with more, or on a GPU."""
+    gpu = torch.cuda.is_initialized()
+    clock = time.process_time if torch.get_num_threads() == 1 and not gpu else time.perf_counter
     started = clock()
     run()
+    if gpu:
+        torch.cuda.synchronize()
     return clock() - started
 
 
@@ -130,19 +133,20 @@ def main() -> None:
     parser.add_argument("threads", type=int, nargs="*")
     parser.add_argument("--model", default="duo-tiny")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=25)
     options = parser.parse_args()
     keep_freed_memory()
-    model = duorl.load(options.model, dtype=getattr(torch, options.dtype))
+    model = duorl.load(options.model, dtype=options.dtype, device=options.device)
     generator, shape = torch.Generator().manual_seed(0), (options.windows, options.length + 1)
-    tokens = torch.randint(model.config.backbone.vocab_size, shape, generator=generator)
+    tokens = torch.randint(model.config.backbone.vocab_size, shape, generator=generator).to(model.device)
     for threads in options.threads or [torch.get_num_threads()]:
         torch.set_num_threads(threads)
         runs = passes(model, tokens)
         times = measured({name: run for name, (run, _) in runs.items()}, options.rounds)
-        about = f"{options.model} in {options.dtype}, {options.windows * options.length} tokens"
+        about = f"{options.model} in {options.dtype} on {options.device}, {options.windows * options.length} tokens"
         print(f"{about}, {threads} threads, {options.rounds} rounds: median and quartiles")
         for name, seconds in times.items():
             ratios = [ours / plain for ours, plain in zip(seconds, times[runs[name][1]], strict=True)]

@@ -32,6 +32,7 @@ def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="duo-tiny")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=15)
@@ -48,12 +49,12 @@ def updates(model: duorl.DuoForCausalLM, windows: Tensor) -> dict[str, tuple[env
         batch = {"windows_per_batch": len(windows) // copies, "group_size": copies}
         return envs.Lockstep(model, windows, **batch, reward=LossImprovement(0.3))
 
-    random, generator = env(2), torch.Generator().manual_seed(0)
+    random, generator = env(2), torch.Generator(model.device).manual_seed(0)
 
     def rollout() -> None:
         random.draw()
         while not random.done:
-            random.step(torch.randint(2, (random.num_tokens,), generator=generator))
+            random.step(torch.randint(2, (random.num_tokens,), generator=generator, device=model.device))
 
     made: dict[str, Learner] = {name: getattr(agents, name)(env(2)) for name in AGENTS}
     made |= {"ReinMax": agents.ReinMax(env(1)), "Soft": learners.Soft(env(1), updates=None)}
@@ -67,10 +68,17 @@ def main() -> None:
     asked = options()
     keep_freed_memory()
     torch.set_num_threads(asked.threads)
-    model, tokenizer = duorl.load(asked.model, dtype=getattr(torch, asked.dtype)), duorl.load_tokenizer(asked.model)
-    windows = duorl.load_windows(["stdlib-docs"], tokenizer, split="router", length=asked.length)[: asked.windows]
+    model, tokenizer = (
+        duorl.load(asked.model, dtype=asked.dtype, device=asked.device),
+        duorl.load_tokenizer(asked.model),
+    )
+    windows = duorl.load_windows(["stdlib-docs"], tokenizer, split="router", length=asked.length)
+    windows = windows[: asked.windows].to(model.device)
     plain = torch.no_grad()(plain_pass(model, windows))
-    print(f"{asked.model} in {asked.dtype}, {windows[:, 1:].numel()} tokens, {asked.threads} threads", flush=True)
+    print(
+        f"{asked.model} in {asked.dtype} on {asked.device}, {windows[:, 1:].numel()} tokens, {asked.threads} threads",
+        flush=True,
+    )
     for name, (env, update) in updates(model, windows).items():
         if asked.learners and name not in asked.learners:
             continue

@@ -37,11 +37,13 @@ def local() -> int:
 
 
 def connect() -> None:
-    """Connect the ranks; it waits for all of them."""
+    """Connect the ranks; it waits for all of them. On a machine with fewer GPUs than ranks, processors compute."""
     if count() > 1 and not dist.is_initialized():
-        if torch.cuda.is_available():
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", count()))
+        a_gpu_each = here <= torch.cuda.device_count()
+        if a_gpu_each:
             torch.cuda.set_device(local())
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if a_gpu_each else "gloo")
 
 
 def wait() -> None:

@@ -101,7 +101,7 @@ class RoutedPass:
         self.memory, self.tally = memory, tally
         self.stack = model.stack
         self.flops = model.flops
-        self.action_compute = self.flops.compute.to(tokens.device)
+        self.action_compute = self.flops.compute.to(tokens.device, non_blocking=True)
         self._drops_blocks = model.config.skip == "block"
         self.depth = len(self.stack.layers)
         self._positions = None if self.memory is None else self.memory.positions

@@ -116,6 +116,7 @@ def test_a_process_alone_is_the_first_of_one(monkeypatch):
 
 CONFIG = """
 corpus: [text.txt]
+device: cpu
 env: {windows_per_batch: 1, group_size: 2, window: 32}
 evaluation: {windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2}
 validations: 3
@@ -176,6 +177,7 @@ LLAMA = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 64, "num_hid
 LLAMA |= {"num_attention_heads": 2, "max_position_embeddings": 64}
 PRETRAIN = """
 corpus: [text.txt]
+device: cpu
 vocab_size: 300
 window: 32
 evaluation_windows: 4
@@ -201,7 +203,19 @@ def test_stage_1_and_a_conversion_are_shared(place, monkeypatch):
     AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **LLAMA)).save_pretrained("base")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         Path("base", name).write_bytes(Path("alone", name).read_bytes())
-    convert = ["convert", "--model", "base", "--small_ratio", "4", "--corpus", "text.txt", "--window", "32"]
+    convert = [
+        "convert",
+        "--device",
+        "cpu",
+        "--model",
+        "base",
+        "--small_ratio",
+        "4",
+        "--corpus",
+        "text.txt",
+        "--window",
+        "32",
+    ]
     convert += ["--choose.tokens", "512", "--evaluation_windows", "4"]
     for stage in ("regress", "distil"):
         convert += [f"--{stage}.tokens", "1280", f"--{stage}.tokens_per_update", "128"]

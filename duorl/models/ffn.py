@@ -12,7 +12,7 @@ from duorl.models.calls import current
 
 _CACHED = 2**20  # inner activations that fit into a processor's cache
 _FEW = 16  # tokens: one more operation of torch takes longer than they do in Python
-_WAIT = 10**10  # FLOPs that an accelerator does while the host waits for one number of it
+_WAIT = 25 * 10**10  # FLOPs that a GPU does while the host waits for the groups' sizes (`benchmarks/groups.py`)
 
 
 def group_sizes(codes: Tensor) -> Tensor:
@@ -87,7 +87,8 @@ class DuoFFN(nn.Module):
     def cheaper_than_waiting(self, tokens: Tensor) -> bool:
         """Whether an accelerator runs the networks on all tokens (N, d) sooner than the host learns a group's size.
 
-        On a processor, groups are never much slower, also those of single tokens (`benchmarks/speed.py`).
+        On a processor, groups are never much slower, also those of single tokens (`benchmarks/groups.py`). The number
+        of tokens decides, not a measurement: both ways round differently, and the same seed gives the same result.
         """
         if tokens.device.type == "cpu":
             return False

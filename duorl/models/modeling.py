@@ -176,7 +176,7 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
     @property
     def action_compute(self) -> Tensor:
         """Compute of each action in each layer, (L, 3); big sums to 1 over the layers (see `duorl.costs`)."""
-        return self.flops.compute.to(self.device)
+        return self.flops.compute.to(self.device, non_blocking=True)
 
     def route_compute(self, routes: Tensor) -> Tensor:
         """Compute of routes (..., L), action codes: (...)."""

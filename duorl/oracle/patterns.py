@@ -66,7 +66,7 @@ def pattern_losses(
         teacher = closeness and start.fork().take_all(BIG)
         for index, done in along(start, routes):
             lowered = -done.compare(teacher, closeness) if closeness and teacher else done.losses()
-            total[index] += lowered.sum().item()
+            total[index.cpu()] += lowered.sum().item()
     return total / windows[:, 1:].numel()
 
 

@@ -245,11 +245,13 @@ def states_within(limit: int, model: DuoForCausalLM, count: int, length: int, ro
     working = max(4 * inner_size(config), 12 * size + scores)
     stored = 2 * layers * model.flops.width  # keys and values of the tokens in one search
     per_state = _FLOAT * (3 * size * (layers + 1) + working + stored)
-    fixed = _FLOAT * (count * length * routes + 4 * config.vocab_size * head_rows(config.vocab_size, model.device))
-    fits = (limit - fixed) // per_state
+    table, logits = _FLOAT * count * length * routes, 4 * _FLOAT * config.vocab_size
+    rows = head_rows(config.vocab_size, model.device)  # the head takes no more states at once
+    fits = max((limit - table - rows * logits) // per_state, min(rows, (limit - table) // (per_state + logits)))
     if fits < length:
+        needed = table + length * per_state + min(length, rows) * logits
         raise ValueError(
             f"memory_limit {limit:,} is too small: a table of {count * length:,} tokens and {routes:,} routes, and its "
-            f"search, need {fixed + length * per_state:,} bytes; search fewer windows at once or raise it"
+            f"search, need {needed:,} bytes; search fewer windows at once or raise it"
         )
     return min(fits, max(length, _STATES_AT_ONCE))

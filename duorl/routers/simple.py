@@ -48,7 +48,7 @@ class RandomRouter(Router):
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
         """(...), drawn anew at every call; see `Router.forward`."""
         drawn = torch.randint(len(self.codes), hidden.shape[:-1], generator=self.generator)
-        return self.codes[drawn].to(hidden.device)
+        return self.codes[drawn].to(hidden.device, non_blocking=True)
 
 
 class PatternRouter(Router):
