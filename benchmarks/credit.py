@@ -45,6 +45,7 @@ PATTERN = [1, 1, 1, 1, 1, 2, 1, 2]  # the best pattern with two big layers of du
 DEEP = 12  # layers; deeper models have other variants
 LEVELS = ("0.25", "0.5")  # of the compute, at which these are compared
 HALF = "soft router, half as long"
+RIVAL = "soft router"  # with which deep models' learners are compared too
 
 Variants = dict[str, tuple[Callable[..., Learner] | None, dict]]
 """By name: a learner, and the options of its environment that are not the default. Without a learner: the router that
@@ -108,7 +109,7 @@ def deep(price: float) -> Variants:
         "ReinMax, learning rate 0.003": (partial(agents.ReinMax, learning_rate=3e-3), one),
         "ReinMax, least share 0.5": (partial(agents.ReinMax, least_share=0.5), one),
         HALF: (None, {}),
-        "soft router": (partial(Soft, updates=None), one),
+        RIVAL: (partial(Soft, updates=None), one),
         "soft router, then ReinMax, sharpness 3 to 30": (partial(sharp, first_sharpness=3.0), {**one, "share": 0.5}),
         "soft router, then ReinMax, sharpness 10 to 30": (partial(sharp, first_sharpness=10.0), {**one, "share": 0.5}),
     }
@@ -213,7 +214,12 @@ class Study:
         """A row per variant: mean return, paired difference to the first with the same seed, spread of the gradient."""
         by_name = {name: [one for one in found if one["name"] == name] for name in self.variants}
         stacked = {name: torch.tensor([one["returns"] for one in seeds]) for name, seeds in by_name.items()}
-        first, files = next(iter(stacked.values())), self.material[2].files
+        first, rival, files = next(iter(stacked.values())), stacked.get(RIVAL), self.material[2].files
+
+        def difference(values: Tensor, other: Tensor) -> list[float]:
+            found = estimate(values - other, files)
+            return [found.value, *(found.interval or ())]
+
         return [
             {
                 "name": name,
@@ -224,8 +230,8 @@ class Study:
                     level: sum(one["losses"][level] for one in by_name[name]) / len(values)
                     for level in by_name[name][0]["losses"]
                 },
-                "minus": (values - first).mean().item(),
-                "interval": estimate(values - first, files).interval,
+                "minus": difference(values, first),
+                **({} if rival is None else {"minus_rival": difference(values, rival)}),
                 "fresh": by_name[name][0]["fresh"],
                 "trained": by_name[name][0]["trained"],
             }
@@ -271,9 +277,10 @@ def markdown(table: list[dict]) -> str:
     """The rows as a table; columns without a value are left out."""
     lines = []
     for row in table:
-        low, high = row["interval"]
-        minus = f"{row['minus']:+.4f} ({low:+.4f}, {high:+.4f})" if row is not table[0] else ""
+        minus = _difference(row["minus"]) if row is not table[0] else ""
         shown = {"learner": row["name"], "return": f"{row['return']:+.4f}", "minus the first's": minus}
+        if "minus_rival" in row:
+            shown[f"minus the {RIVAL}'s"] = _difference(row["minus_rival"]) if row["name"] != RIVAL else ""
         if "compute" in row:
             shown["compute"] = f"{row['compute']:.2f}"
         shown |= {f"loss at {level}": f"{loss:.3f}" for level, loss in row.get("losses", {}).items()}
@@ -281,6 +288,10 @@ def markdown(table: list[dict]) -> str:
         lines.append(shown | (spreads if any(one["fresh"] for one in table) else {}))
     head = list(lines[0])
     return grid(head, (list(line.values()) for line in lines), numbers=range(1, len(head)))
+
+
+def _difference(found: list[float]) -> str:
+    return "{:+.4f} ({:+.4f}, {:+.4f})".format(*found)
 
 
 def _spread(value: float | None) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import credit, later, prices
+from benchmarks import credit, groups, later, prices
 from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.evaluation.compare import Comparison
@@ -22,6 +22,8 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARKS = [
     ("credit", credit, "learning.md"),
+    ("credit-smollm2", credit, "learning.md"),
+    ("groups", groups, "performance.md"),
     ("later-smollm2", later, "learning.md"),
     ("prices", prices, "budgets.md"),
 ]
