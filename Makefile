@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test clean
+.PHONY: train test bench clean
 
 train: .venv/installed
 	$(BIN)/python train.py
@@ -26,6 +26,9 @@ test: .venv/installed-test .types/duorl
 .types/duorl: Makefile $(wildcard duorl/*)
 	rm -rf .types && mkdir -p .types/duorl
 	ln -s $(addprefix ../../,$(wildcard duorl/*) agents envs) .types/duorl/
+
+bench: .venv/installed  # QUICK=1: in minutes
+	$(BIN)/python -m benchmarks.bench $(if $(QUICK),--quick)
 
 clean:
 	rm -rf .venv .types build *.egg-info

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +21,7 @@ from transformers import LlamaConfig
 
 import duorl
 from duorl.models import DuoConfig
-from duorl.oracle import all_routes, exhaustive, tree_flops
+from duorl.oracle import SearchContext, all_routes, exhaustive, tree_flops
 from duorl.runs.allocator import keep_freed_memory
 
 _PEAK_SIZE = 2048
@@ -36,9 +37,9 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def random_duo(layers: int) -> duorl.DuoForCausalLM:
-    """A duo model with the sizes of duo-tiny, another number of layers and random weights."""
-    backbone = duorl.load("duo-tiny").config.backbone.to_dict() | {"num_hidden_layers": layers}
+def random_duo(layers: int, **sizes: int) -> duorl.DuoForCausalLM:
+    """A duo model with the sizes of duo-tiny, but another number of layers and other `sizes`, and random weights."""
+    backbone = duorl.load("duo-tiny").config.backbone.to_dict() | {"num_hidden_layers": layers, **sizes}
     torch.manual_seed(0)
     model = duorl.DuoForCausalLM(DuoConfig(backbone=LlamaConfig.from_dict(backbone), small_size=48))
     return model.eval().requires_grad_(False)
@@ -60,8 +61,21 @@ def naive(model: duorl.DuoForCausalLM, inputs: Tensor, routes: Tensor) -> None:
         torch.nn.functional.cross_entropy(logits, inputs.flatten(), reduction="none")
 
 
-def measure(name: str, model: duorl.DuoForCausalLM, actions: tuple[str, ...], context: str, windows: int) -> None:
-    """Print the row of one case."""
+class Search(NamedTuple):
+    """How fast a search is."""
+
+    per_token: float  # seconds
+    flop_ratio: float  # of naive enumeration to the search
+    time_ratio: float
+    speed: float  # FLOPs per second
+    peak: float  # FLOPs per second of the machine
+
+
+@torch.no_grad()
+def measure(
+    model: duorl.DuoForCausalLM, actions: tuple[str, ...], context: SearchContext, windows: int, rounds: int = _ROUNDS
+) -> Search:
+    """Measure one case."""
     generator, length = torch.Generator().manual_seed(0), _TOKENS // windows
     tokens = torch.randint(model.config.backbone.vocab_size, (windows, length + 1), generator=generator)
     square = torch.randn(_PEAK_SIZE, _PEAK_SIZE, generator=generator)
@@ -69,7 +83,7 @@ def measure(name: str, model: duorl.DuoForCausalLM, actions: tuple[str, ...], co
     tried = routes[torch.randperm(len(routes), generator=generator)[:_TRIED]]
     searches, enumerations, products = [], [], []
     flops = exhaustive(model, tokens, context=context, actions=actions).flops
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         products += [seconds(lambda: square @ square) for _ in range(3)]
         searches.append(seconds(lambda: exhaustive(model, tokens, context=context, actions=actions)))
         enumerations.append(seconds(lambda: naive(model, tokens[:, :-1], tried)) * len(routes) / len(tried))
@@ -77,24 +91,28 @@ def measure(name: str, model: duorl.DuoForCausalLM, actions: tuple[str, ...], co
     time_ratio = min(enumerations) / min(searches)
     flop_ratio = naive_flops(model, actions, length) / tree_flops(model, actions, length)
     peak = 2 * _PEAK_SIZE**3 / min(products)
-    print(
-        f"| {name} | {context} | {1e3 * per_token:.2f} | {flop_ratio:.2f} | {time_ratio:.2f} | "
-        f"{time_ratio / flop_ratio:.2f} | {flops / min(searches) / 1e9:.0f} | {peak / 1e9:.0f} | "
-        f"{flops / min(searches) / peak:.0%} |"
+    return Search(per_token, flop_ratio, time_ratio, flops / min(searches), peak)
+
+
+def line(name: str, context: SearchContext, found: Search) -> str:
+    """A line of the table."""
+    return (
+        f"| {name} | {context} | {1e3 * found.per_token:.2f} | {found.flop_ratio:.2f} | {found.time_ratio:.2f} | "
+        f"{found.time_ratio / found.flop_ratio:.2f} | {found.speed / 1e9:.0f} | {found.peak / 1e9:.0f} | "
+        f"{found.speed / found.peak:.0%} |"
     )
 
 
-@torch.no_grad()
 def main() -> None:
     """Measure and print a table in Markdown."""
     keep_freed_memory()
     print("| routes | context | ms per token | FLOP ratio | time ratio | of it | GFLOP/s | peak | share of peak |")
     print("|---|---|---:|---:|---:|---:|---:|---:|---:|")
     tiny, deep, both = duorl.load("duo-tiny"), random_duo(12), ("small", "big")
-    for context in ("reference", "uniform", "routed"):
-        measure("2^8", tiny, both, context, windows=1 if context != "routed" else 16)
-    measure("2^12", deep, both, "reference", windows=1)
-    measure("3^8", tiny, ("skip", *both), "reference", windows=1)
+    for context in get_args(SearchContext):
+        print(line("2^8", context, measure(tiny, both, context, windows=1 if context != "routed" else 16)))
+    print(line("2^12", "reference", measure(deep, both, "reference", windows=1)))
+    print(line("3^8", "reference", measure(tiny, ("skip", *both), "reference", windows=1)))
 
 
 if __name__ == "__main__":

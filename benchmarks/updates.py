@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -63,6 +63,32 @@ def updates(model: duorl.DuoForCausalLM, windows: Tensor) -> dict[str, tuple[env
     return {"random rollout": (random, rollout)} | {name: (one.env, one.update) for name, one in made.items()}
 
 
+def ratios(
+    model: duorl.DuoForCausalLM,
+    windows: Tensor,
+    repeats: int,
+    chosen: Sequence[str] | None = None,
+    new: bool = False,
+) -> Iterator[tuple[str, list[float]]]:
+    """By name of the learner: the times of its update, in plain passes."""
+    plain = torch.no_grad()(plain_pass(model, windows))
+    for name, (env, update) in updates(model, windows).items():
+        if chosen and name not in chosen:
+            continue
+        units = [plain]
+        if new:
+            reference = plain_pass(model, windows[: env.windows_per_batch], [SMALL] * model.num_layers)
+            units.append(torch.no_grad()(reference))
+        update(), update(), [unit() for unit in units]
+        found = []
+        for _ in range(repeats):
+            before = sum(map(seconds, units))
+            if new:
+                env._known_losses.fill_(torch.nan)
+            found.append(seconds(update) / ((before + sum(map(seconds, units))) / 2))
+        yield name, found
+
+
 def main() -> None:
     """Measure and print."""
     asked = options()
@@ -74,26 +100,12 @@ def main() -> None:
     )
     windows = duorl.load_windows(["stdlib-docs"], tokenizer, split="router", length=asked.length)
     windows = windows[: asked.windows].to(model.device)
-    plain = torch.no_grad()(plain_pass(model, windows))
     print(
         f"{asked.model} in {asked.dtype} on {asked.device}, {windows[:, 1:].numel()} tokens, {asked.threads} threads",
         flush=True,
     )
-    for name, (env, update) in updates(model, windows).items():
-        if asked.learners and name not in asked.learners:
-            continue
-        units = [plain]
-        if asked.new:
-            reference = plain_pass(model, windows[: env.windows_per_batch], [SMALL] * model.num_layers)
-            units.append(torch.no_grad()(reference))
-        update(), update(), [unit() for unit in units]
-        ratios = []
-        for _ in range(asked.repeats):
-            before = sum(map(seconds, units))
-            if asked.new:
-                env._known_losses.fill_(torch.nan)
-            ratios.append(seconds(update) / ((before + sum(map(seconds, units))) / 2))
-        low, middle, high = statistics.quantiles(ratios, n=4)
+    for name, found in ratios(model, windows, asked.repeats, asked.learners, asked.new):
+        low, middle, high = statistics.quantiles(found, n=4)
         print(f"{name}: {middle:.2f} plain passes ({low:.2f} to {high:.2f})", flush=True)
 
 

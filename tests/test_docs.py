@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import credit, groups, later, prices
+from benchmarks import credit, groups, later, prices, recipes
 from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.evaluation.compare import Comparison
@@ -24,6 +24,7 @@ BENCHMARKS = [
     ("credit", credit, "learning.md"),
     ("credit-smollm2", credit, "learning.md"),
     ("groups", groups, "performance.md"),
+    ("recipes-smollm2", recipes, "your-model.md"),
     ("later-smollm2", later, "learning.md"),
     ("prices", prices, "budgets.md"),
 ]

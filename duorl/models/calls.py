@@ -166,7 +166,7 @@ class RoutedCall(Call):
             _current.reset(token)
         if actions.shape != before.shape:
             raise ValueError(f"a router gave {tuple(actions.shape)} actions for {tuple(before.shape)} tokens")
-        self.compute = before + self.action_compute[layer][actions]
+        self.compute = before + self.action_compute[layer].take(actions)
         self.previous, self.taken = hidden, (*self.taken, actions)
         return ffn.route(hidden, actions).view(given)
 
