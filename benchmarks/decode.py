@@ -5,7 +5,8 @@
 Every round runs all cases one after the other, so that a slow moment of the machine affects all. *Speed* is the
 original's time divided by the case's: medians and quartiles over rounds. *Of FLOPs saved* is the share of time saved,
 against the original, divided by the share of FLOPs saved, with attention and head. The routes are fixed patterns whose
-big layers are spread evenly, and random ones per token, at the same compute.
+big layers are spread evenly, and random ones per token, at the same compute. *Of plain* compares a pattern with a model
+of transformers that has just the networks of this pattern, and no router: no routing of it can be faster.
 """
 
 from __future__ import annotations
@@ -70,7 +71,9 @@ def routers(model: DuoForCausalLM) -> dict[str, tuple[Router, float]]:
 
 def rows(model: DuoForCausalLM, rounds: int, batches: tuple[int, ...], long: int) -> list[dict]:
     """A row per case and router."""
-    original, known = fixed(model, [BIG] * model.num_layers), routers(model)
+    known = routers(model)
+    routes = {name: router.config["route"] for name, (router, _) in known.items() if "route" in router.config}
+    plains = {f"plain {name}": fixed(model, route) for name, route in routes.items()}
     generator = torch.Generator().manual_seed(0)
     vocabulary, table = model.config.backbone.vocab_size, []
     each = [(name, router) for name, (router, _) in known.items()]
@@ -81,12 +84,16 @@ def rows(model: DuoForCausalLM, rounds: int, batches: tuple[int, ...], long: int
     def decode(prompts: Tensor) -> dict[str, Callable]:
         options = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
         options["attention_mask"] = torch.ones_like(prompts)
-        runs: dict[str, Callable] = {"original": lambda: original.generate(prompts, **options)}
+        runs: dict[str, Callable] = {
+            name: lambda m=plain: m.generate(prompts, **options) for name, plain in plains.items()
+        }
         return runs | {name: lambda r=router: model.generate(prompts, router=r, **options) for name, router in each}
 
     def prefill(prompts: Tensor) -> dict[str, Callable]:
         keep = {"logits_to_keep": 1, "use_cache": True}
-        runs: dict[str, Callable] = {"original": lambda: original(input_ids=prompts, **keep)}
+        runs: dict[str, Callable] = {
+            name: lambda m=plain: m(input_ids=prompts, **keep) for name, plain in plains.items()
+        }
         return runs | {name: lambda r=router: model(input_ids=prompts, router=r, **keep) for name, router in each}
 
     cases = {f"decode, batch {batch}": (decode(ids(batch, PROMPT)), PROMPT + NEW / 2, batch * NEW) for batch in batches}
@@ -102,13 +109,17 @@ def _ratios(
     model: DuoForCausalLM, times: dict[str, list[float]], name: str, compute: float, context: float, tokens: int
 ) -> dict:
     big, own = model.flops.token(torch.tensor([1.0, compute]), context).tolist()
-    speeds = [plain / ours for plain, ours in zip(times["original"], times[name], strict=True)]
+    speeds, plains = (
+        [plain / ours for plain, ours in zip(times[one], times[name], strict=True)] if one in times else None
+        for one in ("plain all-big", f"plain {name}")
+    )
     low, middle, high = statistics.quantiles(speeds, n=4)
     saved = 1 - own / big
     return {
         "compute": compute,
         "tokens_per_second": tokens / statistics.median(times[name]),
         "speed": [middle, low, high],
+        "of_plain": None if plains is None else statistics.median(plains),
         "flops_saved": saved,
         "of_flops_saved": (1 - 1 / middle) / saved if saved > 0.01 else None,
     }
@@ -121,10 +132,17 @@ def markdown(table: list[dict]) -> str:
         middle, low, high = row["speed"]
         share = "" if row["of_flops_saved"] is None else f"{row['of_flops_saved']:.2f}"
         speed = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        numbers = [f"{row['compute']:.2f}", f"{row['tokens_per_second']:,.1f}", speed, f"{row['flops_saved']:.2f}"]
+        plain = "" if row["of_plain"] is None else f"{row['of_plain']:.2f}"
+        numbers = [
+            f"{row['compute']:.2f}",
+            f"{row['tokens_per_second']:,.1f}",
+            speed,
+            plain,
+            f"{row['flops_saved']:.2f}",
+        ]
         lines.append([row["case"], row["router"], *numbers, share])
-    head = ("case", "router", "compute", "tokens/s", "speed", "FLOPs saved", "time saved, of FLOPs saved")
-    return grid(head, lines, numbers=range(2, 7))
+    head = ("case", "router", "compute", "tokens/s", "speed", "of plain", "FLOPs saved", "time saved, of FLOPs saved")
+    return grid(head, lines, numbers=range(2, 8))
 
 
 @torch.no_grad()
