@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from duorl.routed_pass import RoutedPass
 from duorl.runs.allocator import keep_freed_memory
 
 WINDOW = 128
-TOKENS = (128, 512, 2048, 8192)
+TOKENS = (128, 512, 2048, 8192)  # of a pass, by default
 KINDS: dict[str, Callable[[DuoFFN, Tensor], bool] | None] = {
     "groups": lambda ffn, tokens: False,
     "selection": lambda ffn, tokens: True,
@@ -53,8 +53,9 @@ def passes(model: DuoForCausalLM, tokens: int, share: float) -> dict[str, Callab
     """A routed pass by kind; `share` of the tokens are big."""
     generator = torch.Generator().manual_seed(0)
     vocabulary, layers = model.config.backbone.vocab_size, model.num_layers
-    windows = torch.randint(vocabulary, (tokens // WINDOW, WINDOW + 1), generator=generator).to(model.device)
-    drawn = torch.rand((layers, tokens // WINDOW, WINDOW), generator=generator)
+    count, length = max(1, tokens // WINDOW), min(tokens, WINDOW)
+    windows = torch.randint(vocabulary, (count, length + 1), generator=generator).to(model.device)
+    drawn = torch.rand((layers, count, length), generator=generator)
     actions = (SMALL + (drawn < share).long()).to(model.device)
 
     def run(kind: str) -> Tensor:
@@ -68,10 +69,10 @@ def passes(model: DuoForCausalLM, tokens: int, share: float) -> dict[str, Callab
 
 
 @torch.no_grad()
-def rows(name: str, model: DuoForCausalLM, rounds: int, share: float) -> list[dict]:
+def rows(name: str, model: DuoForCausalLM, rounds: int, share: float, sizes: Sequence[int] = TOKENS) -> list[dict]:
     """A row per number of tokens: milliseconds of each kind."""
     table = []
-    for tokens in TOKENS:
+    for tokens in sizes:
         times = measured(passes(model, tokens, share), rounds)
         work = linear_flops(model.stack.ffns[0]) * tokens
         table.append(
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["duo-tiny"], help="see benchmarks/shapes.py")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--tokens", type=int, nargs="*", default=TOKENS, help="of a pass")
     parser.add_argument("--share", type=float, default=0.5, help="of the tokens that are big")
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -107,7 +109,7 @@ def main() -> None:
     found = []
     for name in options.models:
         model = load(name, getattr(torch, options.dtype), options.device)
-        found += rows(name, model, options.rounds, options.share)
+        found += rows(name, model, options.rounds, options.share, options.tokens)
     record(options.out, rows=found)
     print(markdown(found))
 

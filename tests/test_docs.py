@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import credit, groups, later, prices, recipes
+from benchmarks import credit, decode, groups, later, prices, recipes
 from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.evaluation.compare import Comparison
@@ -24,6 +24,10 @@ BENCHMARKS = [
     ("credit", credit, "learning.md"),
     ("credit-smollm2", credit, "learning.md"),
     ("groups", groups, "performance.md"),
+    ("groups-cpu", groups, "performance.md"),
+    ("decode", decode, "speed.md"),
+    ("decode-1b", decode, "speed.md"),
+    ("decode-smollm2", decode, "speed.md"),
     ("recipes-smollm2", recipes, "your-model.md"),
     ("later-smollm2", later, "learning.md"),
     ("prices", prices, "budgets.md"),
