@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import credit, decode, groups, later, prices, recipes
+from benchmarks import bench, credit, decode, groups, later, prices, recipes, sizes
 from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.evaluation.compare import Comparison
@@ -95,6 +95,12 @@ def test_the_benchmarks_tables_are_those_of_the_kept_rows(result, benchmark, pag
     kept = json.loads((ROOT / "docs" / "results" / f"{result}.json").read_text())
     text = (ROOT / "docs" / page).read_text()
     assert benchmark.markdown(kept["rows"]) in text and kept["command"] in text
+
+
+def test_the_table_of_the_performance_is_the_kept_one():
+    kept = json.loads(sizes.LATEST.read_text())
+    assert bench.markdown(kept["rows"], kept["curves"]) in (ROOT / "docs" / "performance.md").read_text()
+    assert sizes.markdown(sizes.rows(kept)) in (ROOT / "docs" / "scale.md").read_text()
 
 
 def test_the_kept_study_says_what_its_numbers_say():
