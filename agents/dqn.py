@@ -209,8 +209,8 @@ class DQN(StableBaselinesAgent):
             gamma=1.0,
             train_freq=env.layers,
             gradient_steps=gradient_steps,
-            # The buffer has the next episode's first state in place of the final one; `done` makes its value 0.
             replay_buffer_class=_HostReplay,
+            # The buffer has the next episode's first state in place of the final one; `done` makes its value 0.
             replay_buffer_kwargs={"handle_timeout_termination": False},
             target_update_interval=target_interval * episode,
             exploration_fraction=exploration_fraction,

@@ -71,8 +71,8 @@ class DuoFFN(nn.Module):
         Returns:
             Shape (..., d); zeros for skip.
         """
-        if actions.numel() == 1 and actions.device.type == "cpu":
-            return self.run(hidden, int(actions))
+        if actions.numel() == 1 and actions.device.type == "cpu" and (only := int(actions)) in (SKIP, SMALL, BIG):
+            return self.run(hidden, only)
         tokens, codes = hidden.flatten(0, -2), actions.flatten()  # (N, d), (N,)
         if sizes is None:
             if self.cheaper_than_waiting(tokens):
