@@ -18,9 +18,9 @@ import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -129,12 +129,8 @@ def start_up(repeats: int) -> Iterator[Row]:
         "duorl train --print_config": ["-m", "duorl", "train", "--print_config"],
         "import duorl": ["-c", "import duorl"],
     }.items():
-        times = []
-        for _ in range(max(3, repeats)):
-            started = time.perf_counter()
-            subprocess.run([sys.executable, *words], check=True, capture_output=True)
-            times.append(time.perf_counter() - started)
-        yield Row.of(name, times, "s")
+        start = partial(subprocess.run, [sys.executable, *words], check=True, capture_output=True)
+        yield Row.of(name, [oracle.seconds(start) for _ in range(repeats)], "s")
 
 
 def resident() -> int:
@@ -143,28 +139,29 @@ def resident() -> int:
     return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
 
 
-def growth_of_memory(name: str) -> tuple[float, float]:
-    """Bytes by which a process grows in an update of a learner, and what `peak_bytes` says."""
+def growth_of_memory(name: str) -> tuple[int, float, float]:
+    """Tokens of an update of a learner, bytes by which a process grows in it, and what `peak_bytes` says."""
     torch.set_num_threads(1)
     model = duorl.load("duo-tiny")
     env = Lockstep(model, windows(model, 4096), windows_per_batch=32, group_size=1 if name == "ReinMax" else 2)
     before = resident()
     getattr(agents, name)(env).learn(env.layers * env.num_tokens)
-    return resident() - before, peak_bytes(model.config, env.num_tokens, model.dtype, keeps=KEEPS[name])
+    said = peak_bytes(model.config, env.num_tokens, model.dtype, keeps=KEEPS[name])
+    return env.num_tokens, resident() - before, said
 
 
 def memory() -> Iterator[Row]:
     """The growth of a process's memory in an update, in new processes."""
     for name in KEEPS:
         with side_by_side(1) as pool:
-            grown, said = pool.submit(growth_of_memory, name).result()
+            tokens, grown, said = pool.submit(growth_of_memory, name).result()
         unit = f"MB beside the model; the check before a training says {said / MEGABYTE:,.0f}"
-        yield Row(f"memory of {name}, {32 * 128 * (1 if name == 'ReinMax' else 2):,} tokens", grown / MEGABYTE, unit)
+        yield Row(f"memory of {name}, {tokens:,} tokens", grown / MEGABYTE, unit)
 
 
-def update_seconds(model: duorl.DuoForCausalLM, tokens: int, repeats: int, **options) -> float:
+def update_seconds(model: duorl.DuoForCausalLM, tokens: int, repeats: int) -> float:
     """Median seconds of an update of REINFORCE."""
-    env = Lockstep(model, windows(model, tokens), windows_per_batch=tokens // 256, group_size=2, **options)
+    env = Lockstep(model, windows(model, tokens), windows_per_batch=tokens // 256, group_size=2)
     agent = agents.REINFORCE(env)
     agent.planned = 10**9
     return statistics.median(rollout.measured({"": agent.update}, repeats)[""])  # type: ignore[dict-item]
@@ -180,9 +177,7 @@ def side_by_side_seconds(count: int) -> float:
     """Seconds of as many trainings as seeds, at the same time, without the start of the processes."""
     with side_by_side(count) as pool:
         list(pool.map(training, range(count)))  # the start, and what is loaded once
-        started = time.perf_counter()
-        list(pool.map(training, range(count)))
-        return time.perf_counter() - started
+        return oracle.seconds(lambda: list(pool.map(training, range(count))))
 
 
 def curves(quick: bool) -> Iterator[Curve]:
@@ -219,9 +214,7 @@ def rank(own: int) -> None:
     model = duorl.load("duo-tiny")
     agent = agents.REINFORCE(Lockstep(model, windows(model, 8192), windows_per_batch=own // 2, group_size=2))
     agent.learn(agent.decisions_per_update)
-    started = time.perf_counter()
-    agent.learn(10 * agent.decisions_per_update)
-    print("seconds", time.perf_counter() - started, flush=True)
+    print("seconds", oracle.seconds(lambda: agent.learn(10 * agent.decisions_per_update)), flush=True)
 
 
 def machine() -> dict[str, object]:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig
 
+from benchmarks import shapes
 from duorl.markdown import grid
 from duorl.models.config import DuoConfig
 from duorl.models.families import small_size
@@ -22,7 +23,7 @@ from duorl.models.footprint import Keeps, peak_bytes, weight_bytes
 
 LATEST = Path(__file__).parent / "results" / "latest.json"
 SHAPES = {
-    "1 B": {"hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 12, "num_attention_heads": 20},
+    "1 B": shapes.SHAPES["1b"],
     "8 B": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

@@ -85,7 +85,7 @@ def test_every_family_has_the_logits_of_the_processor(family):
 
 
 def waits(run):
-    """How often the host waits for the device."""
+    """Where the host waits for the device, once for every time."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
