@@ -1,7 +1,7 @@
 """How far each learner raises the acceptance of drafts: tables of docs/experiments.md.
 
     python -m benchmarks.acceptance --seeds 5 --out docs/results/acceptance.json
-    python -m benchmarks.acceptance --model smollm2 --dtype bfloat16 --out docs/results/acceptance-smollm2.json
+    python -m benchmarks.acceptance --model smollm2 --dtype bfloat16 --rate 0.003 --device cuda --processes 12
 
 Acceptance is the share of tokens whose most likely next token is that of all-big: what greedy decoding keeps of a
 draft. Every learner trains one router for a range of prices, from equally many layer decisions of the router split. It
@@ -143,7 +143,7 @@ class Study:
             for stage in variants(self.rate)[name]:
                 router = self.trained(stage, seed, place / "start", router)
             assert router is not None
-            router.save_pretrained(place)
+            router.save_pretrained(place / "router")
             seconds = time.process_time() - started
             self.measured(router).save(place / "ladder.safetensors")
             write_json(place / "time.json", {"seconds": seconds})

@@ -2,7 +2,9 @@
 
     python -m benchmarks.drafts --out docs/results/drafts.json
     python -m benchmarks.drafts --model smollm2 --dtype bfloat16 --out docs/results/drafts-smollm2.json
-    python -m benchmarks.drafts --router runs/acceptance/router --router runs/soft/router
+    python -m benchmarks.drafts --router runs/mine/router --router runs/soft/router
+
+Routers for a range of prices draft at the compute of the best fixed pattern, which a search on router text finds.
 
 Every prompt is the beginning of a window of the evaluation split. All ways of decoding go on with it, one after the
 other, so that a slow moment of the machine affects all. Every way must write the tokens of plain decoding. *Speed* is
@@ -36,7 +38,6 @@ from duorl.runs.allocator import keep_freed_memory
 CORPORA = {"stdlib-code": "code", "stdlib-docs": "prose"}
 WARM_UP = 2  # prompts
 LOOKUP = 8  # tokens that follow the last ones earlier in the text
-LENGTHS = (2, 4, 8)  # of drafts without a pace
 CHOSEN_ON = 16  # windows of router text that choose the fixed pattern
 SPENDS = 0.4  # compute of the fixed pattern, at most
 
@@ -44,25 +45,31 @@ Way = dict[str, object]
 """Options of `generate`."""
 
 
-def ways(routers: dict[str, Router]) -> dict[str, Way]:
-    """All ways of decoding; the first is plain."""
+def ways(routers: dict[str, Router], lengths: Sequence[int]) -> dict[str, Way]:
+    """All ways of decoding, by name; plain is first.
+
+    Every router drafts with a pace, and as many tokens as each of the lengths says. The first one is also tried
+    together with tokens that are looked up in the text.
+    """
     found: dict[str, Way] = {"plain": {}, "lookup": _lookup()}
     for name, router in routers.items():
         found[name] = {"draft": router, "draft_tokens": Pace()}
-        found[f"{name}, and lookup"] = {"draft": router, "draft_tokens": Pace()} | _lookup()
-    small = {"draft": ConstantRouter("small")}
-    return found | {f"all-small, always {length}": {**small, "draft_tokens": length} for length in LENGTHS}
+        found |= {f"{name}, always {length}": {"draft": router, "draft_tokens": length} for length in lengths}
+    first = next(iter(routers))
+    return found | {f"{first}, and lookup": {"draft": routers[first], "draft_tokens": Pace()} | _lookup()}
 
 
 def _lookup() -> Way:
     return {"prompt_lookup_num_tokens": LOOKUP}
 
 
-def rows(model: DuoForCausalLM, routers: dict[str, Router], prompts: dict[str, Tensor], new: int) -> list[dict]:
+def rows(
+    model: DuoForCausalLM, routers: dict[str, Router], lengths: Sequence[int], prompts: dict[str, Tensor], new: int
+) -> list[dict]:
     """A row per text and way of decoding."""
     table = []
     for text, ids in prompts.items():
-        known = ways(routers)
+        known = ways(routers, lengths)  # a text starts with fresh paces
         runs = [decode(model, prompt[None], known, new) for prompt in ids]
         for name in known:
             plain, own = ([run[one] for run in runs] for one in ("plain", name))
@@ -139,6 +146,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100, help="of each text")
     parser.add_argument("--length", type=int, default=64, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens that are written")
+    parser.add_argument("--lengths", type=int, nargs="*", default=[2, 4, 8], help="of drafts without a pace")
     parser.add_argument("--router", type=Path, action="append", default=[], help="folder of a router that drafts")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--out", type=Path, default=Path("runs/drafts.json"))
@@ -147,17 +155,20 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     model = duorl.load(options.model, dtype=options.dtype, device=options.device)
     tokenizer = duorl.load_tokenizer(options.model)
-    patterns = draft_patterns(model, duorl.load_windows(list(CORPORA), tokenizer, split="router", length=128))
+    training = duorl.load_windows(list(CORPORA), tokenizer, split="router", length=128)[:CHOSEN_ON].to(model.device)
+    patterns = draft_patterns(model, training)
     fixed = next(pattern for pattern in reversed(patterns) if pattern.compute <= SPENDS)
     routers: dict[str, Router] = {"all-small": ConstantRouter("small"), "best fixed": PatternRouter(fixed.route)}
-    routers |= {folder.parent.name: load_router(folder) for folder in options.router}
+    for folder in options.router:
+        router = load_router(folder).to(model.device)
+        routers[folder.parent.name] = router.calibrated(model, training, compute=fixed.compute)
     prompts = {
         text: duorl.load_windows([corpus], tokenizer, split="evaluation", length=options.length)[
             : options.prompts + WARM_UP, :-1
         ].to(model.device)
         for corpus, text in CORPORA.items()
     }
-    table = rows(model, routers, prompts, options.new)
+    table = rows(model, routers, options.lengths, prompts, options.new)
     record(options.out, rows=table, fixed=fixed.route)
     print(markdown(table))
 

@@ -114,6 +114,9 @@ def test_interpolation_is_linear_and_refuses_to_extrapolate():
     assert loss_at([falling], 0.19) is None and loss_at([falling], 0.81) is None
     both = loss_at([falling, steps([0.2, 0.4], torch.tensor([[3.0, 9.0], [3.0, 3.0]]))], 0.3)
     assert both.value == pytest.approx((5.5 + 4.5) / 2)
+    finer = steps([0.8, 0.5, 0.2], torch.tensor([[1.0, 5.0], [2.0, 7.0], [3.0, 9.0]]))  # another step, the same line
+    assert loss_at([falling, finer], 0.35).value == pytest.approx(5.25)
+    assert loss_at([finer, falling], 0.35).interval == pytest.approx(loss_at([falling, falling], 0.35).interval)
     compute, losses = torch.tensor([0.8, 0.2]), torch.tensor([1.0, 3.0])
     assert reaches(compute, losses, 2.5) == pytest.approx(0.35)
     assert reaches(compute, losses, 4.0) == pytest.approx(0.2) and reaches(compute, losses, 0.5) is None

@@ -198,14 +198,23 @@ def _interpolated(
     *more: Tensor,
 ) -> Estimate:
     """A statistic of a frontier's compute (P,), of values (P,), and of the means of more columns (W,)."""
-    steps = len(seeds[0].losses)
-    pairs = zip(seeds, values, strict=True)
-    columns = torch.stack([torch.cat([one.spent, own, *(column[None] for column in more)]) for one, own in pairs])
+    steps = max(map(len, values))
+    columns = torch.stack(
+        [
+            torch.cat([_with_steps(one.spent, steps), _with_steps(own, steps), *(column[None] for column in more)])
+            for one, own in zip(seeds, values, strict=True)
+        ]
+    )
 
     def of_means(means: np.ndarray) -> float:
         return statistic(means[:steps], means[steps : 2 * steps], *means[2 * steps :])
 
     return estimate(columns, files, statistic=of_means)
+
+
+def _with_steps(values: Tensor, count: int) -> Tensor:
+    """(P, W) -> (count, W): the last step stands again, which changes no frontier; seeds can have other steps."""
+    return values[torch.arange(count).clamp(max=len(values) - 1)]
 
 
 def minus(own: Estimate, rival: Estimate) -> Row:
