@@ -22,7 +22,7 @@ from duorl.cli.console import resume_command
 from duorl.cli.learners import LEARNERS, named
 from duorl.cli.parser import build_parser, parse
 from duorl.learners.base import Learner
-from duorl.paper import dense, scaling
+from duorl.paper import StudySize, dense, scaling
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -338,6 +338,19 @@ def test_paper_writes_every_figure_its_numbers_the_claims_and_a_report(tiny, sma
     assert "study/report.html" in capsys.readouterr().out and table in Path("study/report.html").read_text()
     Path("study/figure-4b.json").unlink()
     assert "lacks figure-4b.json" in refused(["report", "study"], capsys)
+
+
+def test_the_quick_study_changes_defaults_and_no_option_that_was_given(tmp_path):
+    given = tmp_path / "paper.yaml"
+    given.write_text("total_decisions: 3000")
+    words = ["--quick", "--size.prices", "[0.7]", "--config", str(given)]
+    options, config = parse("paper", words)
+    assert (options.size.prices, options.size.windows, options.size.big) == ((0.7,), 8, (1,))
+    assert (options.total_decisions, options.soft) == (3000, {"updates": 40})
+    assert parse("paper", [])[0].size == StudySize()
+    given.write_text(config)
+    again = parse("paper", ["--config", str(given)])[0]
+    assert all(again[name] == options[name] for name in ("quick", "size", "soft", "total_decisions"))
 
 
 @pytest.mark.slow

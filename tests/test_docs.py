@@ -103,8 +103,9 @@ def test_the_table_of_the_performance_is_the_kept_one():
     assert sizes.markdown(sizes.rows(kept)) in (ROOT / "docs" / "scale.md").read_text()
 
 
-def test_the_kept_study_says_what_its_numbers_say():
-    folder = ROOT / "docs" / "results" / "paper"
+@pytest.mark.parametrize("study", ["paper", "paper-smollm2"])
+def test_the_kept_study_says_what_its_numbers_say(study):
+    folder = ROOT / "docs" / "results" / study
     figures = {
         path.stem.removeprefix("figure-"): json.loads(path.read_text()) for path in sorted(folder.glob("figure-*.json"))
     }

@@ -26,7 +26,7 @@ from duorl.files import write_json, write_text
 from duorl.learners import Soft
 from duorl.learners.base import Learner
 from duorl.models.loading import model_folder
-from duorl.paper import Study, StudySize, Wanted, dense, scaling
+from duorl.paper import Study, Wanted, dense, scaling
 from duorl.paper.claims import claims_page
 from duorl.paper.measures import LOWER_BOUND
 from duorl.paper.pictures import draw
@@ -37,7 +37,6 @@ from duorl.routers import load as load_router
 from duorl.runs.jobs import Job, Tell
 from duorl.runs.training import Training
 
-_QUICK_UPDATES, _QUICK_DECISIONS = 40, 200_000
 _LEAST_WINDOW = 8
 _SAVE_EVERY = 120.0
 
@@ -60,16 +59,13 @@ class Paper:
     """
 
     def __init__(self, options: Namespace, config: str):
-        self.options, self.config = options, config
+        self.options, self.config, self.size = options, config, options.size
         require_positive(total_decisions=options.total_decisions, soft_windows=options.soft_windows)
         if options.env.window < _LEAST_WINDOW:
             raise ValueError(
                 f"env.window must be at least {_LEAST_WINDOW} tokens for a study, not {options.env.window}"
             )
-        self.size = StudySize.quick() if options.quick else options.size
-        self.soft = {**options.soft, "updates": _QUICK_UPDATES} if options.quick else options.soft
-        self.soft = typed(Soft, self.soft, "soft", skip=("env", "budget"))
-        self.total_decisions = _QUICK_DECISIONS if options.quick else options.total_decisions
+        self.soft = typed(Soft, options.soft, "soft", skip=("env", "budget"))
         self._read()
         for factory in options.agents.values():
             for price in self.size.prices:
@@ -82,8 +78,7 @@ class Paper:
         options = self.options
         self.sources = {"prose": source_names(options.prose), "code": source_names(options.code)}
         named = [", ".join(names) for names in self.sources.values()]
-        kept = _kept_dense(options.dense, model_folder(options.model), named)
-        self.dense = [] if options.quick else kept
+        self.dense = _kept_dense(options.dense, model_folder(options.model), named)
         material = Material.of(options, options.env.window)
         self.model, self.tokenizer = material.model, material.tokenizer
         everything = [name for names in self.sources.values() for name in names]
@@ -146,8 +141,7 @@ class Paper:
                 "events": str(folder / "tensorboard" / place.name),
             }
             if apart:
-                more = {"run": str(folder), "quick": self.options.quick}
-                jobs.append(Job(place.name, place, train_apart, {**more, **arguments}))
+                jobs.append(Job(place.name, place, train_apart, {"run": str(folder), **arguments}))
             else:
                 jobs.append(Job(place.name, place, self.train, arguments))
         return jobs
@@ -163,13 +157,13 @@ class Paper:
         """
         name, at, actions = wanted
         make = self._soft(at, actions) if name is None else partial(self.options.agents[name], self._lockstep(at))
-        training = Training(self.total_decisions, Path(place), Path(events), _SAVE_EVERY, lambda router: {}, 1)
+        training = Training(self.options.total_decisions, Path(place), Path(events), _SAVE_EVERY, lambda router: {}, 1)
         training.run(make(), lambda router, journal: router, tell).save_pretrained(place)
         return {}
 
     def _measure(self, study: Study) -> dict[str, Any]:
         figures = study.run()
-        if self.options.quick:
+        if self.options.quick and not self.dense:
             self.say("figure 8: training small models")
             with contextlib.redirect_stdout(io.StringIO()):  # the Trainer prints its log
                 where = self.model.device.type  # a Trainer takes no number of a GPU
@@ -193,14 +187,14 @@ class Paper:
         return partial(Soft, lockstep, budget=compute, **self.soft)
 
 
-def train_apart(run: str, quick: bool, tell: Tell, **arguments: Any) -> dict[str, Any]:
+def train_apart(run: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
     """Run `Paper.train` in another process, with a study from the run's configuration."""
-    return _paper(run, quick).train(tell=tell, **arguments)
+    return _paper(run).train(tell=tell, **arguments)
 
 
 @lru_cache(maxsize=1)
-def _paper(run: str, quick: bool) -> Paper:
-    return Paper(*options_again("paper", run, *(["--quick"] if quick else [])))
+def _paper(run: str) -> Paper:
+    return Paper(*options_again("paper", run))
 
 
 def _place(wanted: Wanted, folder: Path) -> Path:

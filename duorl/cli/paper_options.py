@@ -49,3 +49,12 @@ class PaperOptions:
     processes: int | None = None
     cluster: str | None = None
     out: str | None = None
+
+    @staticmethod
+    def quick() -> dict[str, Any]:
+        """The defaults with `--quick`, by name: a run of minutes, with wide intervals."""
+        size = {"windows": 8, "pattern_windows": 8, "final_windows": 32, "big": (1,), "prices": (0.3,)}
+        return {f"size.{name}": value for name, value in size.items()} | {
+            "soft": {"updates": 40},
+            "total_decisions": 200_000,
+        }

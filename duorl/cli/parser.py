@@ -37,7 +37,8 @@ _TRAIN_ONLY = ("target_compute",)
 _FLAGS = {
     "overwrite": "replace the run in the output folder",
     "resume": "continue the run in the output folder",
-    "quick": "few windows, short trainings, Fig. 8 on small models: takes minutes, results are noisy",
+    "quick": "other defaults: few windows, short trainings, Fig. 8 on small models if there is no dense.json; takes "
+    "minutes, results are noisy",
     "whole": "also write the weights of the model itself, so that the folder needs nothing else",
 }
 _WHERE = {"device": DeviceOptions, "map": MapOptions, "trainer": TrainerDeviceOptions}
@@ -80,13 +81,14 @@ def _condensed(message: str) -> str:
     return f"{before}{' or '.join(map(_condensed, reasons))} (given:{value})" if reasons else message
 
 
-def build_parser(name: str, without: Collection[str] = (), price: float | None = None) -> _Parser:
+def build_parser(name: str, without: Collection[str] = (), price: float | None = None, quick: bool = False) -> _Parser:
     """The parser of a command.
 
     Args:
         name: name of the command.
         without: the options among `agent` and `reward` that get no default.
         price: the price of a default reward; None: that of the command line.
+        quick: whether the defaults are those of `--quick`.
     """
     command = COMMANDS[name]
     parser = _Parser(
@@ -105,6 +107,8 @@ def build_parser(name: str, without: Collection[str] = (), price: float | None =
     for flag, where in _WHERE.items():
         if flag in command.flags:
             parser.add_class_arguments(where)
+    if quick:
+        parser.set_defaults(kind.quick())
     if name in ("train", "compare"):
         _add_defaults(parser, name, without, price)
     elif price is not None and name == "evaluate":
@@ -157,12 +161,13 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
     for path in yaml_files(words):
         _check_yaml(path)
     make_known(words)
-    parser = build_parser(name)
+    quick = "--quick" in words and "quick" in COMMANDS[name].flags
+    parser = build_parser(name, quick=quick)
     parsed = parser.parse_args(list(words))
     # The parser would keep the default class's options for another class, e.g. PPO's learning rate for REINFORCE.
     replaced, price = _replaced(parsed, parser.get_defaults()), price_of_model(parsed.get("model") or "")
     if replaced or price is not None:
-        parser = build_parser(name, without=replaced, price=price)
+        parser = build_parser(name, without=replaced, price=price, quick=quick)
         parsed = parser.parse_args(list(words))
     if "device" in parsed:
         device = pick_device(parsed.device)

@@ -131,10 +131,10 @@ class Place:
         return load_router(self.router).to(bench.model.device)
 
 
-def options_again(command: str, run: str, *flags: str) -> tuple[Namespace, str]:
+def options_again(command: str, run: str) -> tuple[Namespace, str]:
     """The options of a run in a folder, and the same as YAML, read by a job in another process."""
     quieten()
-    return parse(command, ["--config", str(Path(run) / CONFIG), *flags])
+    return parse(command, ["--config", str(Path(run) / CONFIG)])
 
 
 def do_apart(run: str, work: str, tell: Tell, **arguments: Any) -> dict[str, Any]:

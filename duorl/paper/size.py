@@ -27,11 +27,6 @@ class StudySize:
     big: tuple[int, ...] | None = None
     prices: tuple[float, ...] = (0.1, 0.3, 0.6)
 
-    @classmethod
-    def quick(cls) -> StudySize:
-        """A size for a run of minutes, with wide intervals."""
-        return cls(windows=8, pattern_windows=8, final_windows=32, big=(1,), prices=(0.3,))
-
     def __post_init__(self) -> None:
         if self.windows < 2:
             raise ValueError(f"windows must be at least 2, for intervals over them, not {self.windows}")
