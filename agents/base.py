@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from duorl.envs.lockstep import Lockstep
 from duorl.learners import HeadLearner
 
@@ -16,7 +18,7 @@ class Agent(HeadLearner):
 
     env: Lockstep
 
-    def __init__(self, env: Lockstep, **options):
+    def __init__(self, env: Lockstep, **options: Any):
         super().__init__(env, **options)
 
 

@@ -278,6 +278,6 @@ class MEX(DQN):
 
     algorithm_class = _MexDQN
 
-    def __init__(self, env: Lockstep, *, eta: float = 1e-3, **options):
+    def __init__(self, env: Lockstep, *, eta: float = 1e-3, **options: Any):
         super().__init__(env, **options)
         cast(_MexDQN, self.algorithm).eta = eta

@@ -1,4 +1,4 @@
-"""How far each learner raises the acceptance of drafts: tables of docs/experiments.md.
+"""How far each learner raises the acceptance of drafts: tables of docs/explanation/drafts.md.
 
     python -m benchmarks.acceptance --seeds 5 --out docs/results/acceptance.json
     python -m benchmarks.acceptance --model smollm2 --dtype bfloat16 --rate 0.003 --device cuda --processes 12

@@ -3,10 +3,10 @@
     make bench
     make bench QUICK=1
 
-It writes benchmarks/results/latest.json, and without QUICK the tables of docs/performance.md. Every row is a ratio or a
-size that was measured in this run: its median, its quartiles if there are repetitions, and its goal if it has one. A
-curve has the time of one thing at several sizes, and the exponent of the power law that fits best. All times are those
-of one thread, so that machines of other sizes can be compared.
+It writes benchmarks/results/latest.json, and without QUICK the tables of docs/explanation/performance.md. Every row is
+a ratio or a size that was measured in this run: its median, its quartiles if there are repetitions, and its goal if it
+has one. A curve has the time of one thing at several sizes, and the exponent of the power law that fits best. All times
+are those of one thread, so that machines of other sizes can be compared.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from duorl.models.footprint import Keeps, peak_bytes
 from duorl.runs.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE, MARKS = ROOT / "docs" / "performance.md", ("<!-- bench -->\n", "<!-- end of bench -->\n")
+PAGE, MARKS = ROOT / "docs" / "explanation" / "performance.md", ("<!-- bench -->\n", "<!-- end of bench -->\n")
 PACKAGES = ("torch", "transformers", "gymnasium", "stable-baselines3", "numpy")
 GOALS = {
     "random rollout": "<= 1.15",

@@ -1,4 +1,4 @@
-"""How often a 95 % interval contains the true value: the table of docs/metrics.md.
+"""How often a 95 % interval contains the true value: the table of docs/explanation/intervals.md.
 
     python -m benchmarks.coverage --draws 2000
 

@@ -1,4 +1,4 @@
-"""Compares methods of reducing variance and of assigning credit: the tables of docs/learning.md.
+"""Compares methods of reducing variance and of assigning credit: the tables of docs/explanation/learning.md.
 
     python -m benchmarks.credit --out docs/results/credit.json
     python -m benchmarks.credit --model smollm2 --dtype bfloat16 --out docs/results/credit-smollm2.json

@@ -1,4 +1,4 @@
-"""What drafts are worth: acceptance, tokens per pass and speed against plain greedy decoding, in docs/speed.md.
+"""What drafts are worth: acceptance, tokens per pass and speed against plain decoding: docs/explanation/drafts.md.
 
     python -m benchmarks.drafts --out docs/results/drafts.json
     python -m benchmarks.drafts --model smollm2 --dtype bfloat16 --out docs/results/drafts-smollm2.json

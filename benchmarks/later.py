@@ -1,4 +1,4 @@
-"""What a choice of big changes for its own token, and for the tokens after it: a table of docs/learning.md.
+"""What a choice of big changes for its own token, and for the tokens after it: a table of docs/explanation/learning.md.
 
     python -m benchmarks.later --model smollm2 --dtype bfloat16
 

@@ -1,4 +1,4 @@
-"""One router for all prices against one router per price: the table of docs/budgets.md.
+"""One router for all prices against one router per price: the table of docs/how-to/budgets.md.
 
     python -m benchmarks.prices --out docs/results/prices.json
 

@@ -1,4 +1,4 @@
-"""What the parts of a conversion are worth: a table of docs/your-model.md.
+"""What the parts of a conversion are worth: a table of docs/explanation/small-networks.md.
 
     python -m benchmarks.recipes --model smollm2 --other moby-dick.jsonl
 

@@ -1,4 +1,4 @@
-"""What it takes to convert larger models and to train routers for them, on paper: a table of docs/scale.md.
+"""What it takes to convert larger models and to train their routers, on paper: docs/explanation/large-models.md.
 
     python -m benchmarks.sizes
 
@@ -49,7 +49,7 @@ SPEED = 0.4 * 989e12  # FLOPs per second: 40 % of an H100's peak in bfloat16
 GPU = 80e9  # bytes
 SMALL_RATIO = 16
 CONVERTED = 1_228_800  # tokens of `distil`, as for SmolLM2
-LEARNED = 2_000_000  # tokens of a router's training, 16 times those of docs/learning.md for SmolLM2
+LEARNED = 2_000_000  # tokens of a router's training, 16 times those of docs/explanation/learning.md for SmolLM2
 TOGETHER = 2048  # tokens of an update
 LEARNERS: dict[str, Keeps] = {"PPO": "states", "ReinMax": "everything"}
 

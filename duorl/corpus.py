@@ -19,10 +19,13 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from glob import glob
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Split = Literal["model", "router", "evaluation"]
 # Ends of the three splits on the unit interval of hashes.
@@ -313,7 +316,9 @@ def documents(sources: str | Sequence[str], split: Split) -> list[Document]:
     return sorted(found, key=lambda document: hashlib.sha256(document.path.encode()).digest()[8:])
 
 
-def load_windows(sources: str | Sequence[str], tokenizer, *, split: Split, length: int) -> Tensor:
+def load_windows(
+    sources: str | Sequence[str], tokenizer: PreTrainedTokenizerBase, *, split: Split, length: int
+) -> Tensor:
     """The token windows of one split.
 
     The documents are joined with an end-of-text token between them and cut into windows that overlap by one token. So

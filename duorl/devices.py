@@ -48,7 +48,7 @@ class MapOptions(DeviceOptions):
             512, and float32 otherwise. Routers, losses and rewards are always in float32.
         threads: threads of torch, in every training process; by default all cores, shared by the processes.
         device_map: `auto` puts as many layers as fit on GPUs, then into memory, and leaves the rest on the disk, as
-            accelerate does it; or a device by name of the part. See docs/scale.md. By default all is on `device`.
+            accelerate does it; or a device by name of the part (docs/how-to/machines.md). By default all is on one.
         max_memory: with a `device_map`, most memory by device, for instance `{"cpu": "8GB"}`.
     """
 

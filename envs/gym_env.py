@@ -216,8 +216,9 @@ class DuoRoutingVectorEnv(VectorEnv):
         tokens_per_window: 1, or T for whole windows.
         group_size: K copies of each window side by side, as (K, B, T) in the first axis.
         context: `reference`, or `routed` for whole windows.
-        model, windows, corpus, window, reward, actions, reference, inputs, big_layers: see `DuoRoutingEnv`.
         render_mode: `"ansi"` draws every token's route so far.
+
+    The other arguments are those of `DuoRoutingEnv`.
 
     Raises:
         ValueError: num_envs has the wrong size, or the context needs whole windows.

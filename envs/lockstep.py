@@ -49,7 +49,7 @@ class Lockstep(RoutingDynamics):
         windows_per_batch: int = 4,
         seed: int = 0,
         later_effects: bool = False,
-        **options,
+        **options: Any,
     ):
         super().__init__(model, **options)
         if later_effects and self.context == "reference":

@@ -1,1 +1,1 @@
-"""Examples of your own parts; see docs/rewards.md and docs/own-parts.md."""
+"""Examples of your own parts; see docs/reference/rewards.md and docs/how-to/own-parts.md."""

@@ -90,7 +90,7 @@ _PER_LAYER = {"vocab_size_per_layer_input": 61, "hidden_size_per_layer_input": 8
 _PER_LAYER |= {"head_dim": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _MINICPM3 = {"q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 _GEMMA3N = {"intermediate_size": [64, 64], "activation_sparsity_pattern": [0.0, 0.0], "laurel_rank": 4}
-# What `duorl.convert` refuses: a configuration and the reason, by its words in the message and in docs/families.md.
+# What `duorl.convert` refuses: a configuration and the reason, in the words of the message and of the page Families.
 REFUSED = {
     "bart": ({**_SEQ2SEQ, "encoder_attention_heads": 2, "decoder_attention_heads": 2}, "encoder-decoder"),
     "t5": (

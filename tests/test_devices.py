@@ -177,7 +177,10 @@ def test_the_page_states_what_is_computed(name):
     head = f"{(2 * peak(512, 'nothing') - peak(1024, 'nothing')) / 1e9:.2f} GB"
     keeps: tuple[Keeps, ...] = ("nothing", "states", "everything")
     each = [f"{(peak(1512, kept) - peak(512, kept)) / 1e6:,.0f} kB" for kept in keeps]
-    assert " | ".join([f"| {name}", weights, head, *each]) in (ROOT / "docs" / "performance.md").read_text()
+    assert (
+        " | ".join([f"| {name}", weights, head, *each])
+        in (ROOT / "docs" / "explanation" / "performance.md").read_text()
+    )
 
 
 def spent_per_token(layers, width, inner, heads, keys, vocabulary, tied):
@@ -191,7 +194,10 @@ def spent_per_token(layers, width, inner, heads, keys, vocabulary, tied):
 
 @pytest.mark.parametrize("name", _SHAPES)
 def test_the_tutorial_states_what_is_computed_and_extrapolated(name):
-    page, card = (ROOT / "docs" / "your-model.md").read_text(), (EMBEDDED["smollm2"] / "README.md").read_text()
+    page, card = (
+        (ROOT / "docs" / "explanation" / "small-networks.md").read_text(),
+        (EMBEDDED["smollm2"] / "README.md").read_text(),
+    )
     measured = [float(re.search(rf"\| {stage} \| [\d,]+ \| ([\d.]+) \|", card)[1]) for stage in STAGES]
     spent, small = spent_per_token(*_SHAPES[name])
     ratios = [own / one for own, one in zip(spent, spent_per_token(*_SHAPES["SmolLM2-135M"])[0], strict=True)]
@@ -204,11 +210,11 @@ def test_the_tutorial_states_what_is_computed_and_extrapolated(name):
     minutes = f"{choose:.0f} min | {regress:.{1 if regress < 10 else 0}f} min"
     assert f"| {name} | {minutes} | {hours} | {whole:.1f} GB | {training:.1f} GB |" in page
     if name == "8 B":
-        assert f"for an 8 B model {whole:.1f} GB" in (ROOT / "docs" / "families.md").read_text()
+        assert f"for an 8 B model {whole:.1f} GB" in (ROOT / "docs" / "explanation" / "small-networks.md").read_text()
 
 
 def test_the_page_names_the_commands_with_a_device():
-    page = (ROOT / "docs" / "performance.md").read_text()
+    page = (ROOT / "docs" / "how-to" / "devices.md").read_text()
     routed, trained = page.split(" have three options")[0], page.split(" train whole models")[0]
     for text, flags in ((routed, {"device", "map"}), (trained, {"trainer"})):
         named = set(re.findall(r"`(\w+)`", text.split("\n\n")[-1]))

@@ -19,18 +19,19 @@ from duorl.paper.dense import markdown as markdown_of_dense
 from duorl.reports.figures import budgets_markdown, markdown
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "results" not in path.parts)]
 BENCHMARKS = [
-    ("credit", credit, "learning.md"),
-    ("credit-smollm2", credit, "learning.md"),
-    ("groups", groups, "performance.md"),
-    ("groups-cpu", groups, "performance.md"),
-    ("decode", decode, "speed.md"),
-    ("decode-1b", decode, "speed.md"),
-    ("decode-smollm2", decode, "speed.md"),
-    ("recipes-smollm2", recipes, "your-model.md"),
-    ("later-smollm2", later, "learning.md"),
-    ("prices", prices, "budgets.md"),
+    ("credit", credit, "explanation/learning.md"),
+    ("credit-smollm2", credit, "explanation/learning.md"),
+    ("groups", groups, "explanation/performance.md"),
+    ("groups-cpu", groups, "explanation/performance.md"),
+    ("decode", decode, "explanation/speed.md"),
+    ("decode-1b", decode, "explanation/speed.md"),
+    ("decode-smollm2", decode, "explanation/speed.md"),
+    ("recipes-smollm2", recipes, "explanation/small-networks.md"),
+    ("later-smollm2", later, "explanation/learning.md"),
+    ("prices", prices, "how-to/budgets.md"),
 ]
 
 
@@ -57,7 +58,7 @@ def test_python_examples_run(page, tmp_path):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_are_accepted(page, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "thrifty.py").write_text(blocks(ROOT / "docs" / "rewards.md", "python")[0])
+    (tmp_path / "thrifty.py").write_text(blocks(DOCS / "tutorials" / "own-reward.md", "python")[0])
     monkeypatch.chdir(ROOT)
     for command in commands(page):
         words = shlex.split(command)
@@ -70,9 +71,7 @@ def test_the_readme_names_every_command():
     assert named == set(COMMANDS)
 
 
-@pytest.mark.parametrize(
-    "result", sorted((ROOT / "docs" / "results").glob("compare*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("result", sorted((DOCS / "results").glob("compare*.json")), ids=lambda path: path.stem)
 def test_tables_are_those_of_the_kept_results(result):
     """Every kept comparison stands in a page as it was measured, beside the command that made it."""
     comparison = Comparison.load(result)
@@ -81,9 +80,7 @@ def test_tables_are_those_of_the_kept_results(result):
     assert comparison.settings["command"] in text
 
 
-@pytest.mark.parametrize(
-    "result", sorted((ROOT / "docs" / "results").glob("budgets*.json")), ids=lambda path: path.stem
-)
+@pytest.mark.parametrize("result", sorted((DOCS / "results").glob("budgets*.json")), ids=lambda path: path.stem)
 def test_tables_at_equal_compute_are_those_of_the_kept_results(result):
     numbers = json.loads(result.read_text())
     text = "\n".join(page.read_text() for page in PAGES)
@@ -92,20 +89,20 @@ def test_tables_at_equal_compute_are_those_of_the_kept_results(result):
 
 @pytest.mark.parametrize(("result", "benchmark", "page"), BENCHMARKS, ids=[result for result, *_ in BENCHMARKS])
 def test_the_benchmarks_tables_are_those_of_the_kept_rows(result, benchmark, page):
-    kept = json.loads((ROOT / "docs" / "results" / f"{result}.json").read_text())
-    text = (ROOT / "docs" / page).read_text()
+    kept = json.loads((DOCS / "results" / f"{result}.json").read_text())
+    text = (DOCS / page).read_text()
     assert benchmark.markdown(kept["rows"]) in text and kept["command"] in text
 
 
 def test_the_table_of_the_performance_is_the_kept_one():
     kept = json.loads(sizes.LATEST.read_text())
-    assert bench.markdown(kept["rows"], kept["curves"]) in (ROOT / "docs" / "performance.md").read_text()
-    assert sizes.markdown(sizes.rows(kept)) in (ROOT / "docs" / "scale.md").read_text()
+    assert bench.markdown(kept["rows"], kept["curves"]) in (DOCS / "explanation" / "performance.md").read_text()
+    assert sizes.markdown(sizes.rows(kept)) in (DOCS / "explanation" / "large-models.md").read_text()
 
 
 @pytest.mark.parametrize("study", ["paper", "paper-smollm2"])
 def test_the_kept_study_says_what_its_numbers_say(study):
-    folder = ROOT / "docs" / "results" / study
+    folder = DOCS / "results" / study
     figures = {
         path.stem.removeprefix("figure-"): json.loads(path.read_text()) for path in sorted(folder.glob("figure-*.json"))
     }
@@ -113,11 +110,11 @@ def test_the_kept_study_says_what_its_numbers_say(study):
     assert len(figures) == 17
     page = claims_page(figures, model=settings["model"], command=settings["command"])
     assert (folder / "claims.md").read_text() == page
-    assert settings["command"] in (ROOT / "docs" / "paper.md").read_text()
+    assert settings["command"] in (DOCS / "explanation" / "paper.md").read_text()
 
 
 def test_the_dense_table_is_that_of_the_kept_rows():
-    text = (ROOT / "docs" / "paper.md").read_text()
+    text = (DOCS / "explanation" / "paper.md").read_text()
     kept = json.loads((EMBEDDED["duo-tiny"] / "dense.json").read_text())
     assert markdown_of_dense(kept["rows"]) in text
     assert kept["settings"]["command"] in text
@@ -130,15 +127,15 @@ def test_links_lead_somewhere(page):
 
 
 def test_the_oracles_table_is_the_kept_one():
-    text = (ROOT / "docs" / "experiments.md").read_text()
-    rows = json.loads((ROOT / "docs" / "results" / "oracle.json").read_text())["rows"]
+    text = (DOCS / "explanation" / "experiments.md").read_text()
+    rows = json.loads((DOCS / "results" / "oracle.json").read_text())["rows"]
     for row in rows:
         assert f"| {row['big']} | {row['loss']:.4f} | {row['compute']:.4f} | {row['fixed_loss']:.4f} |" in text
     assert rows[1]["loss"] < rows[8]["loss"]
 
 
 def test_the_kept_comparison_shows_what_the_readme_says():
-    texts = json.loads((ROOT / "docs" / "results" / "budgets.json").read_text())["texts"]
+    texts = json.loads((DOCS / "results" / "budgets.json").read_text())["texts"]
     assert set(texts) == {"stdlib-code", "stdlib-docs"}
     better = {"ReinMax": 0, "PPO": 0}
     for found in texts.values():

@@ -1,4 +1,4 @@
-"""The tutorial docs/your-model.md, step by step, with its own commands on its own small model."""
+"""The tutorial docs/tutorials/your-model.md, step by step, with its own commands on its own small model."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from test_docs import ROOT, blocks, commands
 import duorl
 from duorl.cli import main
 
-PAGE = ROOT / "docs" / "your-model.md"
+PAGE = ROOT / "docs" / "tutorials" / "your-model.md"
 _EVALUATION = ["--evaluation.windows=4", "--evaluation.reference_windows=2", "--evaluation.fixed_windows=2"]
 _EVALUATION += ["--evaluation.final_windows=2", "--evaluation.finalists=2", "--evaluation.bound=none"]
 # What makes each command quick; the page's own words stay.

@@ -16,7 +16,7 @@ from duorl.rewards import LossImprovement, Reward
 from duorl.routed_pass import Context
 
 # The default price of the command line. At this price, routers on duo-tiny can be better than a fixed pattern
-# (docs/experiments.md, "How the defaults were chosen").
+# (docs/explanation/experiments.md, "How the defaults were chosen").
 DEFAULT_PRICE = 0.3
 
 
@@ -65,16 +65,17 @@ class RunOptions:
         agents: the learners, by their names in tables and pictures.
         reward: import path of a class, with its arguments, or of a function. Built in, in nats:
             LossImprovement (price), TeacherKL (price, share), LogitLensShaping (scale), RedundancyCharge (charge,
-            threshold), Sum (rewards); in accepted tokens: Acceptance (price, sampled). See docs/rewards.md.
+            threshold), Sum (rewards); in accepted tokens: Acceptance (price, sampled). See docs/reference/rewards.md.
         model: `duo-tiny` or `smollm2`, for which the package has networks, a folder, or `owner/name` on the hub.
-        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/explanation/oracle.md); by default that of the
+            saved model.
         corpus: built-in corpora (stdlib-code, stdlib-docs, stdlib-tests), or paths and globs of .txt, .jsonl
             and .parquet files.
         actions: names of the allowed actions, out of skip, small, big.
         reference: action of the reference route in every layer; its loss is the reference loss of the gain.
         total_decisions: number of layer decisions that each agent learns from.
         target_compute: target of the compute, as a share of an all-big pass, in place of a price. The price is found by
-            dual ascent in the training; with `env.prices`, after the training. See docs/budgets.md.
+            dual ascent in the training; with `env.prices`, after the training. See docs/how-to/budgets.md.
         env: the text and the environment of the training.
         own_env: options of `env` for single learners, by the learner's name; rivals too.
         starts: for single learners, by name: the learner, named before it, from whose router with the same seed its
@@ -88,15 +89,15 @@ class RunOptions:
         seeds: number of trainings of every learner, with seeds `seed`, `seed + 1`, ...
         processes: number of trainings at the same time; they share the machine's cores. By default one per core.
         cluster: `auto` for the Ray cluster of this machine, or the HOST:PORT of its head: trainings run on its
-            machines, in place of processes here. It needs the extra `ray`, see docs/scale.md.
+            machines, in place of processes here. It needs the extra `ray`, see docs/how-to/machines.md.
         targets: values of the compute at which all routers are compared; needs `env.prices`.
         reach_targets: every router is also measured calibrated to each of the targets, so that it reaches those that no
-            price of `env.prices` meets: costs are then subtracted from its logits. See docs/budgets.md.
+            price of `env.prices` meets: costs are then subtracted from its logits. See docs/how-to/budgets.md.
         transfer: further texts, as for `corpus`, on which no router learns. All routers are compared on them at
             `targets`, also after a calibration without labels on the first `evaluation.fixed_windows` windows of their
-            router split. See docs/budgets.md.
+            router split. See docs/how-to/budgets.md.
         knowable: hidden units per head of a large network that estimates the avoidable part of the regret
-            (`regret_avoidable`, docs/metrics.md); 0: no estimate.
+            (`regret_avoidable`, docs/reference/metrics.md); 0: no estimate.
         out: folder of the run; by default the first free `runs/NAME-N`.
     """
 
@@ -135,7 +136,8 @@ class EvaluateOptions:
     Args:
         router: folder of a saved router.
         model: `duo-tiny`, `smollm2`, a folder, or `owner/name` on the hub.
-        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/explanation/oracle.md); by default that of the
+            saved model.
         corpus: built-in corpora, or paths and globs.
         actions: names of the actions that the oracle and the fixed pattern may take.
         reference: action of the reference route in every layer; its loss is the reference loss of the gain.
@@ -176,7 +178,8 @@ class OracleOptions:
 
     Args:
         model: `duo-tiny`, `smollm2`, a folder, or `owner/name` on the hub.
-        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/explanation/oracle.md); by default that of the
+            saved model.
         corpus: built-in corpora, or paths and globs.
         actions: names of the allowed actions.
         context: `reference` (the tokens before it are all-big), `uniform` (the same route for all tokens) or `routed`
@@ -215,7 +218,8 @@ class LabelOptions:
 
     Args:
         model: `duo-tiny`, `smollm2`, a folder, or `owner/name` on the hub.
-        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/explanation/oracle.md); by default that of the
+            saved model.
         corpus: built-in corpora, or paths and globs.
         actions: names of the allowed actions.
         base: label deviations from the routes of this policy: `random`, the name of an action, or the folder of a

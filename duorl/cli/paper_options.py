@@ -25,7 +25,8 @@ class PaperOptions:
         soft_windows: windows in each update of the soft router.
         size: number of windows, patterns and prices.
         dense: dense.json of `duorl dense`, or its folder, for Fig. 8; by default the one in the model's folder.
-        skip: what the action `skip` leaves out, `ffn` or `block` (docs/oracle.md); by default as the model was saved.
+        skip: what the action `skip` leaves out, `ffn` or `block` (docs/explanation/oracle.md); by default that of the
+            saved model.
         seed: seed of all random generators.
         processes: number of trainings at the same time; by default one per core.
         cluster: see `duorl compare`.

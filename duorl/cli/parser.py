@@ -134,7 +134,7 @@ def _rewards_section() -> str:
     """The section about rewards in --help, from the docstrings of the classes."""
     from duorl import rewards
 
-    lines = ["rewards:", "  The reward of one decision; Sum adds several rewards. See docs/rewards.md.", ""]
+    lines = ["rewards:", "  The reward of one decision; Sum adds several rewards. See docs/reference/rewards.md.", ""]
     for name, kind in inspect.getmembers(rewards, inspect.isclass):
         if issubclass(kind, rewards.Reward) and kind not in (rewards.Reward, rewards.FunctionReward):
             given = inspect.signature(kind).parameters.values()

@@ -44,7 +44,7 @@ class Comparison:
 
     Attributes:
         settings: model, corpus, price, numbers of tokens, command.
-        rows: one per router; see docs/metrics.md for every key.
+        rows: one per router; see docs/reference/metrics.md for every key.
         frontiers: loss against compute of the best fixed pattern and of the oracle, per number of big layers. Without
             an exact oracle, the oracle's frontier is empty.
     """
@@ -173,7 +173,7 @@ class Comparer:
     def row(self, name: str, seeds: Sequence[Router]) -> dict[str, Any]:
         """Measure a router, trained with one seed or several.
 
-        The bound is measured on its searched windows only. See docs/metrics.md for the keys.
+        The bound is measured on its searched windows only. See docs/reference/metrics.md for the keys.
         """
         sees_label = isinstance(seeds[0], (OracleRouter, ReplayRouter))
         windows = self.searched if sees_label else self.windows

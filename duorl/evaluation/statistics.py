@@ -3,7 +3,7 @@
 An estimate varies with the seeds of the learners and with the files of the text. Windows of one file are similar, so a
 whole file is left out at a time. The jackknife gives a variance for the seeds and one for the files. The interval adds
 both, each with the t quantile of its own degrees of freedom. `python -m benchmarks.coverage` shows how often such
-intervals contain the true value; docs/metrics.md has the table.
+intervals contain the true value; docs/explanation/intervals.md has the table.
 
     loss = estimate(losses, files)              # (S, W), (W,)
     loss.value, loss.interval

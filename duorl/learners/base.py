@@ -89,8 +89,8 @@ class Task(Protocol):
 class Learner(ABC):
     """Trains a router, update by update.
 
-    All learners report the same TensorBoard tags over the same x axis, layer decisions (docs/metrics.md). So their
-    curves can be compared.
+    All learners report the same TensorBoard tags over the same x axis, layer decisions (docs/reference/metrics.md). So
+    their curves can be compared.
 
     Args:
         env: the task; its seed starts all random generators.

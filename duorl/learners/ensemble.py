@@ -19,7 +19,8 @@ class Ensemble(Taught):
     Args:
         env: the task; its seed also starts the weights, the random routes, the bootstraps and the orders.
         members: number of members, K.
-        windows, target, temperature, rungs, epochs, batch_size, learning_rate, width, base: see `Supervised`.
+
+    The other options are those of `Supervised`.
 
     Raises:
         ValueError: as for `Supervised`, or `members` is below 1.

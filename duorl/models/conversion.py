@@ -28,7 +28,7 @@ def convert(model: PreTrainedModel, *, small_ratio: int = 16, skip: Skip = "ffn"
     allocated once, and nothing is initialised that is overwritten.
 
     Args:
-        model: a transformers causal language model of a family in docs/families.md. It does not change.
+        model: a transformers causal language model of a family in docs/reference/families.md. It does not change.
         small_ratio: inner size of big divided by that of small (the paper: 16).
         skip: what the action `skip` leaves out, see `DuoConfig`.
 

@@ -1,4 +1,4 @@
-"""Which models of transformers can become duo models. docs/families.md lists them.
+"""Which models of transformers can become duo models. docs/reference/families.md lists them.
 
 What cannot is refused here in one line, from the configuration if that is enough: before weights are loaded.
 """

@@ -2,7 +2,7 @@
 
 A family whose layers have the structure of Llama needs no entry here. Every other family has one entry in `FAMILIES`,
 with the differences, and one line in the table in tests/conftest.py. If a family does not work, `duorl.convert` finds
-this out, because it compares the converted model with the original. docs/families.md lists what converts.
+this out, because it compares the converted model with the original. docs/reference/families.md lists what converts.
 """
 
 from __future__ import annotations

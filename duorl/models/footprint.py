@@ -1,4 +1,4 @@
-"""The memory of a duo model and of its passes, from the sizes in its configuration. See docs/performance.md."""
+"""The memory of a duo model and of its passes, from the sizes in its configuration: docs/explanation/performance.md."""
 
 from __future__ import annotations
 

@@ -108,7 +108,8 @@ def load(
         dtype: dtype of the weights in memory, or its name; see `duorl.devices` for `auto`.
         device: where the model runs; see `duorl.devices`.
         skip: what the action `skip` leaves out, see `DuoConfig`; by default as the model was saved.
-        device_map, max_memory: for a model that is larger than a device, see `duorl.devices.MapOptions`.
+        device_map: for a model that is larger than a device, see `duorl.devices.MapOptions`.
+        max_memory: with a device map, see there.
 
     Raises:
         OSError: there is no such folder, or files are missing in it, or its base model.

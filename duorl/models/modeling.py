@@ -194,7 +194,7 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         logits_to_keep: int | Tensor = 0,
         routes: Tensor | None = None,
         router: RouterLike | None = None,
-        **kwargs,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """The backbone's forward pass with routed feed-forward networks.
 

@@ -1,7 +1,7 @@
 """Approximate oracles, for models whose routes cannot be enumerated: beam search, coordinate descent, random routes.
 
 Each search returns one route per token. The return of these routes is a lower bound of the oracle's return, and their
-loss at price 0 is an upper bound of its loss. docs/oracle.md has the differences on duo-tiny.
+loss at price 0 is an upper bound of its loss. docs/explanation/oracle.md has the differences on duo-tiny.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The dynamic program follows AmoebaLLM (2024). S[l][k] is the best pattern with k big layers among the first l and small
 ones after them. It is the better of S[l-1][k] and S[l-1][k-1] with layer l big. It tries L (L + 1) / 2 patterns in
 place of 2^L. The greedy search orders the layers by the change of the loss if only this layer changes, and improves the
-best pattern of every budget by swaps. It tries in the order of L patterns. docs/oracle.md compares them.
+best pattern of every budget by swaps. It tries in the order of L patterns. docs/explanation/oracle.md compares them.
 """
 
 from __future__ import annotations

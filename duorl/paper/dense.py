@@ -43,7 +43,7 @@ class DenseOptions:
         windows: number of windows of each text's evaluation split.
         processes: number of trainings at the same time; they share the machine's cores.
         cluster: `auto` for the Ray cluster of this machine, or the HOST:PORT of its head: trainings run on its
-            machines, in place of processes here. It needs the extra `ray`, see docs/scale.md.
+            machines, in place of processes here. It needs the extra `ray`, see docs/how-to/machines.md.
         seed: seed of the routes in the measurement.
         out: folder for the models and dense.json; by default the first free `runs/dense-N`.
     """
