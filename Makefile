@@ -1,16 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: train test docs bench clean
+.PHONY: train test types docs bench clean
 
 train: .venv/installed
 	$(BIN)/python train.py
 
-test: .venv/installed-test .types/duorl
+test: .venv/installed-test types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --dist loadfile  # one process per core, with one thread each
+
+types: .venv/installed-test .types/duorl
+	cd .types && ../$(BIN)/mypy --config-file ../pyproject.toml
 
 .venv/installed: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -1,6 +1,7 @@
 """The examples in README and docs run, and the commands in them exist."""
 
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ from duorl.reports.figures import budgets_markdown, markdown
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
+GENERATED = re.compile(r"docs/reference/(commands|python/\w+)\.md")  # tests/test_site.py builds them
 PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "results" not in path.parts)]
 BENCHMARKS = [
     ("credit", credit, "explanation/learning.md"),
@@ -123,7 +125,34 @@ def test_the_dense_table_is_that_of_the_kept_rows():
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_somewhere(page):
     for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
-        assert (page.parent / target).exists(), target
+        place = (page.parent / target).resolve()
+        assert place.exists() or GENERATED.fullmatch(place.relative_to(ROOT).as_posix()), target
+
+
+@pytest.mark.slow
+def test_the_notebook_runs(tmp_path):
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text())["cells"]
+    program = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    (tmp_path / "notebook.py").write_text(program)
+    quiet = {**os.environ, "MPLBACKEND": "agg"}
+    done = subprocess.run([sys.executable, "notebook.py"], cwd=tmp_path, env=quiet, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", done.stdout)]
+    assert losses[1] < losses[0]  # the router is better than all-small
+
+
+def test_the_errors_page_quotes_messages_of_the_code():
+    page = (DOCS / "reference" / "errors.md").read_text().split("## No error")[0]
+    code = "\n".join(path.read_text() for path in ROOT.glob("duorl/**/*.py"))
+    quoted = [
+        cell
+        for line in page.splitlines()
+        if line.startswith("| `")
+        for cell in re.findall(r"`([^`]+)`", line.split(" | ")[0])
+    ]
+    assert len(quoted) > 15
+    for message in quoted:
+        assert message in re.sub(r'"\s*\n\s*f?"', "", code), message
 
 
 def test_the_oracles_table_is_the_kept_one():
