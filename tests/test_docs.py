@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench, credit, decode, groups, later, prices, recipes, sizes
+from benchmarks import acceptance, bench, credit, decode, groups, later, prices, recipes, sizes
 from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.evaluation.compare import Comparison
@@ -24,6 +24,8 @@ DOCS = ROOT / "docs"
 GENERATED = re.compile(r"docs/reference/(commands|python/\w+)\.md")  # tests/test_site.py builds them
 PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "results" not in path.parts)]
 BENCHMARKS = [
+    ("acceptance-smollm2", acceptance, "explanation/drafts.md"),
+    ("acceptance-smollm2-long", acceptance, "explanation/drafts.md"),
     ("credit", credit, "explanation/learning.md"),
     ("credit-smollm2", credit, "explanation/learning.md"),
     ("groups", groups, "explanation/performance.md"),
