@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -143,6 +144,12 @@ def test_the_notebook_runs(tmp_path):
     assert losses[1] < losses[0]  # the router is better than all-small
 
 
+def test_the_release_is_the_same_everywhere():
+    release = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert f"\nversion: {release}\n" in (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+),", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)[1] == release
+
+
 def test_the_errors_page_quotes_messages_of_the_code():
     page = (DOCS / "reference" / "errors.md").read_text().split("## No error")[0]
     code = "\n".join(path.read_text() for path in ROOT.glob("duorl/**/*.py"))
@@ -185,3 +192,30 @@ def test_the_kept_comparison_shows_what_the_readme_says():
             assert low < 0 < high and abs(minus["ReinMax", target]["soft"]["difference"]) < 0.002
         assert all(router["level_at"] is None for router in found["routers"] if router["router"] != "best fixed")
     assert better == {"ReinMax": 2, "PPO": 1}
+
+
+@pytest.mark.slow
+def test_the_worked_examples_of_parts_apply_and_work(tmp_path):
+    """All diffs of CONTRIBUTING.md on a copy of the package as it is installed."""
+    for folder in ("duorl", "envs", "agents", "tests"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__", "*.safetensors"))
+    diffs = blocks(ROOT / "CONTRIBUTING.md", "diff")
+    assert len(diffs) == 5
+    for diff in diffs:
+        subprocess.run(["git", "apply", "-"], cwd=tmp_path, input=diff, text=True, check=True)
+    for folder in ("envs", "agents"):
+        (tmp_path / "duorl" / folder).symlink_to(tmp_path / folder)
+    (tmp_path / "try.py").write_text(
+        "from conftest import FAMILIES, ROUTED_ONLY, make_original\n"
+        "import duorl\n"
+        "from duorl import agents, inputs, rewards, routers, testing\n"
+        "from duorl.cli.learners import named\n"
+        "testing.check_reward(rewards.SmallBonus())\n"
+        "testing.check_router(routers.EarlyRouter(2))\n"
+        "testing.check_input(inputs.INPUTS['big_so_far'])\n"
+        "testing.check_learner(named('randomsearch'))\n"
+        "duorl.convert(make_original('xglm'), small_ratio=4)\n"
+    )
+    paths = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(tmp_path / "tests")])}
+    done = subprocess.run([sys.executable, "try.py"], cwd=tmp_path, env=paths, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

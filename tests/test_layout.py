@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from docs import house
+from docs.house import imported, part_of
+
 ROOT = Path(__file__).parent.parent
 # From the bottom up; those of one line do not know each other, but a package's own modules do.
 ORDER = [
@@ -37,26 +40,6 @@ SOURCES = sorted(
 )
 
 
-def part_of(path: Path) -> str | None:
-    """The line of ORDER that a file belongs to; None outside of the package."""
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    if parts[0] in ("envs", "agents"):
-        return parts[0]
-    return parts[1] if parts[0] == "duorl" and len(parts) > 1 and parts[1] != "__init__" else None
-
-
-def imported(tree: ast.AST) -> set[str]:
-    """Parts of the package that a module imports, anywhere in it."""
-    names = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            within = [f"duorl.{alias.name}" for alias in node.names] if node.module == "duorl" else [node.module]
-            names |= set(within)
-        elif isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-    return {name.split(".")[1] for name in names if name.startswith("duorl.")}
-
-
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_a_module_knows_only_what_stands_below_it(path):
     tree, part = ast.parse(path.read_text()), part_of(path)
@@ -65,6 +48,10 @@ def test_a_module_knows_only_what_stands_below_it(path):
     for other in imported(tree) - {part}:
         assert other in RANK, f"{other} has no place in the order"
         assert RANK[other] < RANK[part] and (part, other) not in BESIDE, f"{part} imports {other}"
+
+
+def test_the_picture_of_the_house_is_that_of_the_imports():
+    assert house.PICTURE.read_text() == house.draw()
 
 
 def test_the_map_names_every_part_and_every_module_of_models():
