@@ -106,7 +106,7 @@ class Paper:
         if self.too_many:
             say(f"{self.too_many}: a search takes the oracle's place, a {LOWER_BOUND}")
         study = self._study(folder)
-        workers.finish(self._jobs(study.wanted(), folder, apart=workers.apart), folder)
+        workers.finish(self._jobs(study.wanted(), folder, workers), folder)
         with console.status("") as status:
             self.say = status.update
             figures = self._measure(study)
@@ -135,8 +135,8 @@ class Paper:
             progress=lambda note: self.say(note),
         )
 
-    def _jobs(self, routers: Sequence[Wanted], folder: Path, *, apart: bool) -> list[Job]:
-        """The trainings of routers; with `apart`, in other processes."""
+    def _jobs(self, routers: Sequence[Wanted], folder: Path, workers: Workers) -> list[Job]:
+        """The trainings of routers."""
         jobs = []
         for wanted in routers:
             place = _place(wanted, folder)
@@ -145,11 +145,8 @@ class Paper:
                 "place": str(place),
                 "events": str(folder / "tensorboard" / place.name),
             }
-            if apart:
-                more = {"run": str(folder), "quick": self.options.quick}
-                jobs.append(Job(place.name, place, train_apart, {**more, **arguments}))
-            else:
-                jobs.append(Job(place.name, place, self.train, arguments))
+            again = partial(train_apart, quick=self.options.quick)
+            jobs.append(workers.placed(Job(place.name, place, self.train, arguments), again, folder))
         return jobs
 
     def train(self, wanted: Sequence[Any], place: str, events: str, tell: Tell) -> dict[str, Any]:
