@@ -147,7 +147,7 @@ def _run(search: Search, plan: RouteSearchPlan, workers: Workers, config: str, f
         )
         settings = {"command": typed_command(), **read_config(config)}
         _write_difficulty(found.difficulty, found.exact, title, settings, folder)
-    say(f"wrote {folder}/: " + ", ".join(sorted(path.name for path in folder.glob("[!.]*.*"))))
+    say(f"wrote {folder}/: " + ", ".join([*sorted(path.name for path in folder.glob("[!.]*.*")), "shards/"]))
 
 
 def _write_difficulty(rows: list[TokenRow], exact: bool, title: str, settings: dict, folder: Path) -> None:
