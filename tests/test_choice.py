@@ -15,11 +15,13 @@ from duorl.evaluation import (
     EvaluationOptions,
     RouteSearchOptions,
     choose,
+    choose_starts,
     find_bound,
     flops_per_second,
     measure,
     plan_route_search,
-    search_routes,
+    search_windows,
+    summarize,
     training_flops,
 )
 from duorl.oracle import descent, descent_flops, exhaustive, fixed_patterns, tree_flops
@@ -291,19 +293,26 @@ def test_numbers_are_never_cut_and_names_are(deep_comparer, bound, scale):
 # `duorl oracle`
 
 
+def searched(model, windows, options):
+    method = plan_route_search(model, windows, options).method
+    starts = choose_starts(model, windows, options) if method == "descent" else []
+    found = search_windows(model, windows, options, method, starts)
+    return summarize(model, windows, Names(), options, method, found)
+
+
 @pytest.mark.slow
 def test_a_search_is_exhaustive_or_a_lower_bound_that_says_so(duo, deep, windows):
     options = RouteSearchOptions(actions=ALL, price=0.1)
-    exact = search_routes(duo, windows[:2], Names(), options)
+    exact = searched(duo, windows[:2], options)
     assert plan_route_search(duo, windows[:2], options).flops == 14 * tree_flops(duo, ALL, 7)
     assert exact.exact and len(exact.rows) == 4 and exact.numbers["bound"] == "exact" and len(exact.difficulty) == 14
-    lower = search_routes(duo, windows[:2], Names(), replace(options, method="descent"))
+    lower = searched(duo, windows[:2], replace(options, method="descent"))
     names = ((exact, "oracle"), (lower, "lower_bound"))
     spent = [found.numbers[name] + 0.1 * found.numbers[f"{name}_compute"] for found, name in names]
     assert spent[0] <= spent[1] + 1e-5 and lower.rows == [] and lower.numbers["bound"] == "lower bound"
     assert "descent is a lower bound of the oracle's return" in lower.summary
     assert plan_route_search(deep, windows[:2], options).method == "descent"
-    assert search_routes(deep, windows[:1], Names(), options).method == "descent"
+    assert searched(deep, windows[:1], options).method == "descent"
     with pytest.raises(ValueError, match=r"impossible here, give --method descent: .*too many"):
         plan_route_search(deep, windows[:2], replace(options, method="exhaustive"))
     with pytest.raises(ValueError, match="beam knows the reference and the routed context"):

@@ -412,6 +412,7 @@ def test_pretrain_makes_a_model_that_loads_and_resumes(tiny, small_corpus):
         (["report"], "run"),
         (["oracle", "--method", "exhaustive", "--memory_limit", "1000"], "memory_limit 1,000 is too small: .* need"),
         (["oracle", "--price", "-1"], "price must be at least 0"),
+        (["oracle", "--shard", "0"], "shard must be at least 1"),
         (["oracle", "--skip", "half"], "half"),
         (["oracle", "--context", "causal"], "causal"),
         (["paper", "--dense", "gone"], "no dense.json at gone"),

@@ -1,5 +1,6 @@
 """Jobs on a Ray cluster: two nodes on this machine, which share nothing but Ray with the process that runs them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -64,6 +65,8 @@ SIZE = ["--evaluation.windows=2", "--evaluation.fixed_windows=2", "--evaluation.
 SIZE += ["--evaluation.reference_windows=1", "--env.window=32", "--validations=2", "--total_decisions=40000"]
 COMPARE = ["compare", "--agents={A: REINFORCE, B: PPO}", "--rivals=[]", "--reward=own.Own", "--corpus=texts/*.txt"]
 COMPARE += [*SIZE, "--threads=1", "--save_every=0.5"]
+ORACLE = ["oracle", "--corpus=texts/*.txt", '--actions=["skip", "small", "big"]', "--threads=1"]
+ORACLE += ["--window=16", "--windows=6", "--shard=1"]
 
 
 @pytest.fixture(scope="module")
@@ -89,10 +92,10 @@ def folder(tmp_path_factory, small_corpus):
     return place
 
 
-def duorl(place, *options):
-    """The command in a process of its own."""
+def duorl(place, *options, command=COMPARE):
+    """A command in a process of its own."""
     alone = {"OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
-    words = [sys.executable, "-c", "from duorl.cli import main; main()", *COMPARE, *options]
+    words = [sys.executable, "-c", "from duorl.cli import main; main()", *command, *options]
     return subprocess.Popen(words, cwd=place, env=os.environ | alone, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
@@ -135,6 +138,22 @@ def test_a_stopped_run_saves_and_goes_on(cluster, folder):
     said = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, said
     assert routers(folder / "stopped") == routers(folder / "alone")
+
+
+@pytest.mark.slow
+def test_a_search_in_shards_is_that_of_one_process(cluster, folder):
+    """Also if a machine is lost."""
+    duorl(folder, "--processes=1", "--out=search", command=ORACLE).wait(300)
+    second = cluster.add_node(num_cpus=1, object_store_memory=100_000_000)
+    process = duorl(folder, f"--cluster={cluster.address}", "--out=searched", command=ORACLE)
+    until(lambda: any((folder / "searched" / "shards").glob("*/result.json")), process)
+    cluster.remove_node(second, allow_graceful=False)
+    said = process.communicate(timeout=300)[0].decode()
+    assert process.returncode == 0 and "a machine was lost" in said, said
+    tables = [(folder / run / "tokens.csv").read_text() for run in ("search", "searched")]
+    assert tables[0] == tables[1] and len(tables[0].splitlines()) > 6 * 16
+    numbers = [json.loads((folder / run / "oracle.json").read_text()) for run in ("search", "searched")]
+    assert [found.pop("settings")["shard"] for found in numbers] == [1, 1] and numbers[0] == numbers[1]
 
 
 @pytest.mark.slow

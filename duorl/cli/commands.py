@@ -58,7 +58,7 @@ COMMANDS = {
         "Search the best routes of held-out tokens and print the loss per number of big layers.",
         "duorl.cli.options:OracleOptions",
         "duorl.cli.oracle",
-        ("overwrite", "map"),
+        _ROUTES,
     ),
     "label": Command(
         "Search the routes of router text once, for learners that learn from labels.",

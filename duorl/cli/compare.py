@@ -71,7 +71,7 @@ class Compare:
 
     def __call__(self, folder: Path) -> None:
         """Train what is not in the folder yet, compare, and print where the results are."""
-        self.workers.finish(self.jobs(folder, apart=self.workers.apart), folder)
+        self.workers.finish(self.jobs(folder), folder)
         self._compare(folder)
         if self.options.targets:
             self._compare_budgets(folder)
@@ -83,18 +83,12 @@ class Compare:
         seeds = range(self.options.seed, self.options.seed + self.options.seeds)
         return [Place(name, seed, folder, len(seeds) > 1) for seed in seeds for name in self.names]
 
-    def jobs(self, folder: Path, *, apart: bool) -> list[Job]:
-        """The jobs of all trainings, then those that measure routers at several prices.
-
-        Args:
-            folder: folder of the run.
-            apart: the jobs run in other processes, which read the run's configuration again.
-        """
+    def jobs(self, folder: Path) -> list[Job]:
+        """The jobs of all trainings in a run's folder, then those that measure routers at several prices."""
 
         def job(name: str, place: Path, work: str, arguments: dict[str, Any], *after: str) -> Job:
-            if apart:
-                return Job(name, place, do_apart, {"run": str(folder), "work": work, **arguments}, after)
-            return Job(name, place, partial(WORK[work], self.bench), arguments, after)
+            here = Job(name, place, partial(WORK[work], self.bench), arguments, after)
+            return self.workers.placed(here, partial(do_apart, work=work), folder)
 
         ladders, options, fixed = [], self.options, folder / FIXED
         jobs = [job("best fixed", fixed, "rank", self._size)]  # on a deep model it takes as long as a training

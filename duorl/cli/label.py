@@ -17,6 +17,7 @@ from duorl.cli.trainings import Workers, options_again
 from duorl.learners.shards import ABOUT, SHARDS, write_about, write_shard
 from duorl.learners.sources import Source
 from duorl.prices import check_price, check_prices, ladder
+from duorl.runs import interrupts
 from duorl.runs.jobs import Job, Tell
 
 _RUNGS = 5  # prices of a range
@@ -34,7 +35,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     if options.prices is not None:
         check_prices(options.prices)
     labelling = Labelling(options)
-    return "labels", partial(_run, labelling, Workers(options, config, labelling.model, labelling.model.device))
+    workers = Workers(options, config, labelling.model, labelling.model.device, most=labelling.shards)
+    return "labels", partial(_run, labelling, workers)
 
 
 class Labelling:
@@ -53,12 +55,18 @@ class Labelling:
             raise ValueError(f"base {options.base} has labels already: name a policy")
         self.prices = [options.price] if options.prices is None else ladder(options.prices, _RUNGS)
 
+    @property
+    def shards(self) -> int:
+        """How many there are."""
+        return -(-min(self.options.windows, len(self.windows)) // self.options.shard)
+
     def shard(self, number: int, place: str, tell: Tell) -> dict[str, Any]:
         """Label the windows of a shard: the function of a job."""
         size = self.options.shard
         tokens = self.windows[number * size : (number + 1) * size].to(self.model.device)
         generator = torch.Generator().manual_seed(self.options.seed * 2**20 + number)
-        found = self.source.table(tokens) or self.source.deviations(tokens, self.prices, generator)
+        with interrupts.immediate():
+            found = self.source.table(tokens) or self.source.deviations(tokens, self.prices, generator)
         write_shard(Path(place) / _SHARD, tokens, found)
         return {"windows": len(tokens)}
 
@@ -77,13 +85,10 @@ def _run(labelling: Labelling, workers: Workers, folder: Path) -> None:
     options, available = labelling.options, len(labelling.windows)
     write_about(folder, labelling.model, options.actions, searched=labelling.source.searches)
     jobs = []
-    for number in range(-(-min(options.windows, available) // options.shard)):
+    for number in range(labelling.shards):
         place = folder / "shards" / f"{number:05}"
-        arguments = {"number": number, "place": str(place)}
-        if workers.apart:
-            jobs.append(Job(place.name, place, shard_apart, {"run": str(folder), **arguments}))
-        else:
-            jobs.append(Job(place.name, place, labelling.shard, arguments))
+        job = Job(place.name, place, labelling.shard, {"number": number, "place": str(place)})
+        jobs.append(workers.placed(job, shard_apart, folder))
     workers.finish(jobs, folder)
     labelled = sum(job.result["windows"] for job in jobs)
     say(f"{labelled} of {available} windows of {options.window} tokens are labelled")

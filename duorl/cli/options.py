@@ -176,6 +176,8 @@ class EvaluateOptions:
 class OracleOptions:
     """Search the best route of every held-out token, and print the losses per number of big layers.
 
+    With `--resume`, a stopped search goes on with the shards that it has, and more `windows` extend a finished one.
+
     Args:
         model: `duo-tiny`, `smollm2`, a folder, or `owner/name` on the hub.
         skip: what the action `skip` leaves out, `ffn` or `block` (docs/explanation/oracle.md); by default that of the
@@ -188,10 +190,13 @@ class OracleOptions:
         method: `exhaustive` tries all routes. Coordinate `descent` and `beam` search are for deeper models; their
             returns are lower bounds of the oracle's. `auto` is exhaustive if this fits into the memory limit, and
             descent otherwise.
-        memory_limit: bytes for the table of all losses and the search.
+        memory_limit: bytes for the table of all losses and the search, in each process.
         window: tokens per window.
         windows: number of windows of the evaluation split to search.
+        shard: windows per shard, which is one job; they are searched at once, as far as the memory limit permits.
         seed: seed of the random routes in the comparison.
+        processes: number of jobs at the same time; by default one per core.
+        cluster: see `duorl compare`.
         out: folder for oracle.json and the difficulty of the tokens; by default the first free `runs/oracle-N`.
     """
 
@@ -205,7 +210,10 @@ class OracleOptions:
     memory_limit: int = 2**30
     window: int = 128
     windows: int = 8
+    shard: int = 8
     seed: int = 0
+    processes: int | None = None
+    cluster: str | None = None
     out: str | None = None
 
 

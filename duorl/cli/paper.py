@@ -101,7 +101,7 @@ class Paper:
         if self.too_many:
             say(f"{self.too_many}: a search takes the oracle's place, a {LOWER_BOUND}")
         study = self._study(folder)
-        workers.finish(self._jobs(study.wanted(), folder, apart=workers.apart), folder)
+        workers.finish(self._jobs(study.wanted(), folder, workers), folder)
         with console.status("") as status:
             self.say = status.update
             figures = self._measure(study)
@@ -130,8 +130,8 @@ class Paper:
             progress=lambda note: self.say(note),
         )
 
-    def _jobs(self, routers: Sequence[Wanted], folder: Path, *, apart: bool) -> list[Job]:
-        """The trainings of routers; with `apart`, in other processes."""
+    def _jobs(self, routers: Sequence[Wanted], folder: Path, workers: Workers) -> list[Job]:
+        """The trainings of routers."""
         jobs = []
         for wanted in routers:
             place = _place(wanted, folder)
@@ -140,10 +140,7 @@ class Paper:
                 "place": str(place),
                 "events": str(folder / "tensorboard" / place.name),
             }
-            if apart:
-                jobs.append(Job(place.name, place, train_apart, {"run": str(folder), **arguments}))
-            else:
-                jobs.append(Job(place.name, place, self.train, arguments))
+            jobs.append(workers.placed(Job(place.name, place, self.train, arguments), train_apart, folder))
         return jobs
 
     def train(self, wanted: Sequence[Any], place: str, events: str, tell: Tell) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, cast
@@ -31,7 +31,7 @@ from duorl.routers import load as load_router
 from duorl.runs import interrupts
 from duorl.runs.cluster import Needs, OnCluster, connect
 from duorl.runs.folders import CONFIG
-from duorl.runs.jobs import RESULT, Executor, Job, Tell, executor, run
+from duorl.runs.jobs import RESULT, Executor, Function, Job, Tell, executor, run
 
 _STEPS = 7  # prices at which a router is measured
 _BEYOND = 0.05  # of the compute
@@ -58,6 +58,7 @@ class Workers:
         config: the resolved options as YAML.
         model: the model that every job loads.
         device: where it will be.
+        most: maximum number of jobs at the same time.
 
     Attributes:
         apart: whether jobs run in other processes, which read the run's configuration again.
@@ -66,15 +67,23 @@ class Workers:
         ValueError: `processes` is below 1, or the cluster is not there, or cannot do the jobs.
     """
 
-    def __init__(self, options: Namespace, config: str, model: DuoForCausalLM, device: torch.device):
+    def __init__(
+        self, options: Namespace, config: str, model: DuoForCausalLM, device: torch.device, most: int | None = None
+    ):
         if options.processes is not None:
             require_positive(processes=options.processes)
         self.threads, self._config = options.threads, config
         self._processes = options.processes or processes_for(device, options.threads)
+        if most is not None:
+            self._processes = min(self._processes, most)
         memory = weight_bytes(cast("DuoConfig", model.config), model.dtype) + _PROCESS
         self._needs = Needs(options.threads or 1, int(device.type == "cuda"), memory)
         self._ray = options.cluster and connect(options.cluster, self._needs)
         self.apart = bool(self._ray) or self._processes > 1
+
+    def placed(self, job: Job, again: Function, folder: Path) -> Job:
+        """A job of a run in a folder as it runs here; in another process by `again`, which gets the folder as `run`."""
+        return replace(job, function=again, arguments={"run": str(folder), **job.arguments}) if self.apart else job
 
     def finish(self, jobs: list[Job], folder: Path) -> None:
         """Run the jobs of a run in a folder that are not finished; errors as for `finish_all`."""

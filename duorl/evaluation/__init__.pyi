@@ -6,7 +6,15 @@ from .compare import Comparer, Comparison
 from .flat import flatten
 from .measure import Measurement, evaluate, measure
 from .options import EvaluationOptions
-from .route_search import RouteSearch, RouteSearchOptions, RouteSearchPlan, plan_route_search, search_routes
+from .route_search import (
+    RouteSearch,
+    RouteSearchOptions,
+    RouteSearchPlan,
+    choose_starts,
+    plan_route_search,
+    search_windows,
+    summarize,
+)
 from .transfer import learned_on, transfer_rows
 
 __all__ = [
@@ -24,6 +32,7 @@ __all__ = [
     "budget_rows",
     "check_searches",
     "choose",
+    "choose_starts",
     "evaluate",
     "find_bound",
     "flatten",
@@ -31,8 +40,9 @@ __all__ = [
     "learned_on",
     "measure",
     "plan_route_search",
-    "search_routes",
+    "search_windows",
     "summaries",
+    "summarize",
     "training_flops",
     "transfer_rows",
 ]

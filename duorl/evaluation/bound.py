@@ -75,14 +75,19 @@ def found_difficulty(
     model: DuoForCausalLM, found: Found, tokens: Tensor, tokenizer: PreTrainedTokenizerBase
 ) -> list[TokenRow]:
     """Difficulties, or lower bounds of them, by an approximate search of tokens (B, T+1) in the reference context."""
-    small, big = (_constant_losses(model, tokens, action) for action in (SMALL, BIG))
     columns = {"best": found.losses, "compute": found.compute, "routes": found.routes}
-    return difficulty_rows(tokens, tokenizer, small=small, big=big, **columns)
+    return difficulty_rows(tokens, tokenizer, **constant_losses(model, tokens), **columns)
 
 
 @torch.no_grad()
-def _constant_losses(model: DuoForCausalLM, tokens: Tensor, action: int) -> Tensor:
-    return RoutedPass(model, tokens, context="reference").take_all(action).losses().cpu()
+def constant_losses(model: DuoForCausalLM, tokens: Tensor) -> dict[str, Tensor]:
+    """Losses of all-small and all-big of tokens (B, T+1) in the reference context, `small` and `big`, (B, T) nats."""
+    memory = remember(model, tokens)
+
+    def losses(action: int) -> Tensor:
+        return RoutedPass(model, tokens, context="reference", memory=memory).take_all(action).losses().cpu()
+
+    return {"small": losses(SMALL), "big": losses(BIG)}
 
 
 def find_bound(

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from duorl.costs import action_ids
-from duorl.evaluation.bound import found_difficulty
+from duorl.evaluation.bound import can_search, constant_losses
 from duorl.evaluation.choice import duration
-from duorl.evaluation.difficulty import TokenRow, token_difficulty
+from duorl.evaluation.columns import Columns
+from duorl.evaluation.difficulty import TokenRow, difficulty_rows, token_difficulty
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle import (
-    Found,
     RouteTable,
     SearchContext,
     beam,
@@ -27,8 +28,8 @@ from duorl.oracle import (
     exhaustive,
     tree_flops,
 )
-from duorl.oracle.patterns import STARTS, Route, patterns_flops, search_patterns, spread
-from duorl.oracle.search import MEMORY_LIMIT, states_within
+from duorl.oracle.patterns import STARTS, Route, pattern_count, patterns_flops, search_patterns, spread
+from duorl.oracle.search import MEMORY_LIMIT, all_routes, states_within
 
 SearchMethod = Literal["auto", "exhaustive", "descent", "beam"]
 _RANDOM, _BEAM = 100, 8
@@ -95,15 +96,18 @@ class RouteSearchPlan:
     def text(self, flops_per_second: float) -> str:
         """A sentence for the terminal."""
         bound = "exact" if self.method == "exhaustive" else "a lower bound of the oracle"
-        return f"search: {self.method}, {bound}, about {duration(self.flops / flops_per_second)}."
+        return f"search: {self.method}, {bound}, about {duration(self.flops / flops_per_second)} on this machine."
 
 
 def plan_route_search(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> RouteSearchPlan:
     """Plan the search of tokens (B, T+1): decides `auto`, before the search starts.
 
     Raises:
-        ValueError: the method is unknown or impossible: too many routes, too much memory, or another context.
+        ValueError: the method is unknown or impossible: too many routes, too much memory, or another context; or the
+            model has no such context.
     """
+    if options.context != "uniform" and (missing := can_search(model, tokens[:1])):
+        raise ValueError(missing)
     method, (count, positions) = _method(model, tokens, options), tokens[:, 1:].shape
     walk = partial(tree_flops, model, options.actions, positions)
     if method == "exhaustive":
@@ -113,7 +117,7 @@ def plan_route_search(model: DuoForCausalLM, tokens: Tensor, options: RouteSearc
     else:
         per_token = descent_flops(model, options.actions, positions, starts=STARTS + 1) + walk(routes=_RANDOM)
         start = patterns_flops(model, options.actions, positions, "greedy")
-        per_token += start * min(1.0, _START_WINDOWS / count)
+        per_token += start * _START_WINDOWS / count
     return RouteSearchPlan(method, per_token * count * positions)
 
 
@@ -135,90 +139,145 @@ def _method(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) 
     return "exhaustive"
 
 
-def search_routes(
-    model: DuoForCausalLM, tokens: Tensor, tokenizer: PreTrainedTokenizerBase, options: RouteSearchOptions
+def choose_starts(
+    model: DuoForCausalLM, text: Tensor, options: RouteSearchOptions, tried: Callable[[int], None] = lambda count: None
+) -> list[Route]:
+    """The fixed patterns with which a descent starts, chosen on the first windows of the text; a bound may use labels.
+
+    Args:
+        model: a duo model.
+        text: (W, T+1), all windows of the text; so the patterns do not depend on how many of them are searched.
+        options: see `RouteSearchOptions`.
+        tried: called with the number of patterns so far, of at most `starts_count`.
+    """
+    windows, actions, price = text[:_START_WINDOWS], options.actions, options.price
+    found = search_patterns(model, windows, actions=actions, method="greedy", price=price, tried=tried)
+    spent = model.flops.compute.tolist()
+
+    def cost(route: Route) -> float:
+        return found[route] + price * sum(spent[layer][code] for layer, code in enumerate(route))
+
+    return [min(found, key=cost), *spread(found)]
+
+
+def starts_count(model: DuoForCausalLM, options: RouteSearchOptions) -> int:
+    """Maximum number of patterns that `choose_starts` tries."""
+    return pattern_count(model.num_layers, options.actions, "greedy")
+
+
+def search_windows(
+    model: DuoForCausalLM,
+    tokens: Tensor,
+    options: RouteSearchOptions,
+    method: str,
+    starts: Sequence[Sequence[int]] = (),
+) -> Columns:
+    """Search the route of every token of some windows, whatever other windows there are.
+
+    Args:
+        model: a duo model.
+        tokens: (B, T+1).
+        options: see `RouteSearchOptions`.
+        method: that of the plan.
+        starts: for a descent, see `choose_starts`.
+
+    Returns:
+        Of an exhaustive search, `losses` (B, T, A^L) nats, and in the routed context `committed` (B, T), see
+        `RouteTable`. Of the others, `routes` (B, T, L), `losses` and `compute` (B, T), see `Found`; `random`, the
+        losses (B, T) of the best of 100 random routes; and for the difficulty `small` and `big`, those of the two
+        constant routes.
+
+    Raises:
+        ValueError: see `plan_route_search`.
+    """
+    names = ("price", "actions", "context", "memory_limit")
+    more: dict[str, Any] = {name: getattr(options, name) for name in names}
+    if method == "exhaustive":
+        table = exhaustive(model, tokens, **more)
+        found = {"losses": table.losses, "committed": table.committed}
+        return {name: values.cpu() for name, values in found.items() if values is not None}
+    best = (
+        descent(model, tokens, start=starts, **more)
+        if method == "descent"
+        else beam(model, tokens, width=_BEAM, **more)
+    )
+    lucky = best_of_random(model, tokens, count=_RANDOM, generator=_generator(options), **more)
+    columns = {"routes": best.routes, "losses": best.losses, "compute": best.compute, "random": lucky.losses}
+    if _has_difficulty(options) and options.context == "reference":
+        columns |= constant_losses(model, tokens.to(model.device))
+    return columns
+
+
+def summarize(
+    model: DuoForCausalLM,
+    tokens: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RouteSearchOptions,
+    method: str,
+    found: Columns,
 ) -> RouteSearch:
-    """Search the route of every token, and compare it with the best of 100 random routes.
+    """Compare the routes of all windows with the best of 100 random ones.
 
     Args:
         model: a duo model.
         tokens: (B, T+1).
         tokenizer: gives their text.
         options: see `RouteSearchOptions`.
-
-    Raises:
-        ValueError: see `plan_route_search`.
+        method: that of the plan.
+        found: what `search_windows` found in these windows.
     """
-    method = _method(model, tokens, options)
     if method == "exhaustive":
-        return _exhaustive(model, tokens, tokenizer, options)
-    return _approximate(method, model, tokens, tokenizer, options)
+        return _exact(model, tokens, tokenizer, options, found)
+    difficulty = []
+    if "small" in found:
+        columns = {name: found[name] for name in ("small", "big", "compute", "routes")}
+        difficulty = difficulty_rows(tokens, tokenizer, best=found["losses"], **columns)
+    means = _means(found["losses"], found["compute"], found["random"])
+    return _described(method, tokens, options, [], means, difficulty)
 
 
-def _exhaustive(
-    model: DuoForCausalLM, tokens: Tensor, tokenizer: PreTrainedTokenizerBase, options: RouteSearchOptions
+def _exact(
+    model: DuoForCausalLM,
+    tokens: Tensor,
+    tokenizer: PreTrainedTokenizerBase,
+    options: RouteSearchOptions,
+    found: Columns,
 ) -> RouteSearch:
-    table = exhaustive(
-        model,
-        tokens,
-        context=options.context,
-        actions=options.actions,
-        price=options.price,
-        memory_limit=options.memory_limit,
-    )
+    routes, price = all_routes(model.num_layers, options.actions), options.price
+    spent = model.route_compute(routes.to(model.device)).cpu()
+    table = RouteTable(routes, found["losses"], spent, options.context, committed=found.get("committed"))
     # A committed context belongs to one price; in it, routes of other budgets have no meaning.
     rows = table.by_budget() if table.committed is None else []
-    generator = torch.Generator().manual_seed(options.seed)
-    lucky = table.best_of_random(_RANDOM, generator=generator, price=options.price)
-    best = table.best(options.price)
-    loss, random_loss = (table.loss(index).mean().item() for index in (best, lucky))
-    named = {"small", "big"} <= set(options.actions)
-    difficulty = token_difficulty(table, tokens, tokenizer, price=options.price) if named else []
-    spent = table.compute[best].mean().item()
-    return _described("exhaustive", table, tokens, options, rows, (loss, spent, random_loss), difficulty)
+    lucky = table.best_of_random(_RANDOM, generator=_generator(options), price=price)
+    best = table.best(price)
+    difficulty = token_difficulty(table, tokens, tokenizer, price=price) if _has_difficulty(options) else []
+    means = _means(table.loss(best), table.compute[best], table.loss(lucky))
+    return _described("exhaustive", tokens, options, rows, means, difficulty)
 
 
-def _approximate(
-    method: str, model: DuoForCausalLM, tokens: Tensor, tokenizer: PreTrainedTokenizerBase, options: RouteSearchOptions
-) -> RouteSearch:
-    names = ("price", "actions", "context", "memory_limit")
-    more: dict[str, Any] = {name: getattr(options, name) for name in names}
-    if method == "descent":
-        found = descent(model, tokens, start=_starts(model, tokens, options), **more)
-    else:
-        found = beam(model, tokens, width=_BEAM, **more)
-    generator = torch.Generator().manual_seed(options.seed)
-    lucky = best_of_random(model, tokens, count=_RANDOM, generator=generator, **more)
-    named = {"small", "big"} <= set(options.actions) and options.context == "reference"
-    difficulty = found_difficulty(model, found, tokens.to(model.device), tokenizer) if named else []
-    means = tuple(value.mean().item() for value in (found.losses, found.compute, lucky.losses))
-    return _described(method, found, tokens, options, [], cast(tuple[float, float, float], means), difficulty)
+def _generator(options: RouteSearchOptions) -> torch.Generator:
+    """Draws the random routes, the same ones for all windows."""
+    return torch.Generator().manual_seed(options.seed)
 
 
-def _starts(model: DuoForCausalLM, tokens: Tensor, options: RouteSearchOptions) -> list[Route]:
-    """Good fixed patterns, chosen on the first searched windows; a bound may use labels."""
-    tried = search_patterns(
-        model, tokens[:_START_WINDOWS], actions=options.actions, method="greedy", price=options.price
-    )
-    spent = model.flops.compute.tolist()
+def _has_difficulty(options: RouteSearchOptions) -> bool:
+    return {"small", "big"} <= set(options.actions)
 
-    def cost(route: Route) -> float:
-        return tried[route] + options.price * sum(spent[layer][code] for layer, code in enumerate(route))
 
-    return [min(tried, key=cost), *spread(tried)]
+def _means(*values: Tensor) -> list[float]:
+    return [value.mean().item() for value in values]
 
 
 def _described(
     method: str,
-    found: RouteTable | Found,
     tokens: Tensor,
     options: RouteSearchOptions,
     rows: list[dict[str, float]],
-    means: tuple[float, float, float],
+    means: Sequence[float],
     difficulty: list[TokenRow],
 ) -> RouteSearch:
     loss, compute, random_loss = means
-    exact = isinstance(found, RouteTable)
+    exact = method == "exhaustive"
     key = "oracle" if exact else "lower_bound"
     name = "oracle" if exact else method
     remark = "" if exact else f"\n{method} is a lower bound of the oracle's return, which may be higher"
@@ -226,7 +285,7 @@ def _described(
         method=method,
         exact=exact,
         rows=rows,
-        title=f"{found.context} context, {tokens[:, 1:].numel():,} held-out tokens",
+        title=f"{options.context} context, {tokens[:, 1:].numel():,} held-out tokens",
         summary=(
             f"per token, at price {options.price:g}: {name} {loss:.4f} at compute {compute:.3f}, "
             f"best of {_RANDOM} random {random_loss:.4f}{remark}"

@@ -78,6 +78,17 @@ def deferred() -> Iterator[None]:
         check()
 
 
+@contextmanager
+def immediate() -> Iterator[None]:
+    """In this block, also within `deferred`, a signal is raised immediately: what runs in it has nothing to save."""
+    check()
+    before, _State.depth = _State.depth, 0
+    try:
+        yield
+    finally:
+        _State.depth = before
+
+
 def pending() -> bool:
     """Whether a signal is stored; then save and call `check`."""
     return _State.noted is not None
