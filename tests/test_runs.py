@@ -97,6 +97,17 @@ def test_a_broken_checkpoint_is_named(tmp_path, keep):
         checkpoints.load(path)
 
 
+@pytest.mark.parametrize("bits", [0x01, 0xFF])
+def test_a_checkpoint_with_a_changed_byte_is_broken(tmp_path, bits):
+    path = tmp_path / "x.safetensors"
+    checkpoints.save(path, {"a": torch.arange(3), "b": np.ones(2), "c": 1.5})
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bits]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="is broken or not a checkpoint: delete it"):
+            checkpoints.load(path)
+
+
 def test_a_checkpoint_refuses_what_it_cannot_hold(tmp_path):
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\] is a set"):
         checkpoints.save(tmp_path / "x", {"a": [1, {2}]})
