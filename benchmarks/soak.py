@@ -55,7 +55,7 @@ rivals:
   supervised: {{class_path: Supervised, init_args: {{windows: 1, epochs: 3}}}}
   soft: {{class_path: Soft, init_args: {{updates: {updates}}}}}
 """
-_DECISIONS, _UPDATES = 120_000, 120  # at scale 1
+_DECISIONS, _UPDATES = 400_000, 400  # at scale 1
 _MEGABYTES = 256
 _FULL = (10.0, 20.0)  # seconds for which a disk is full
 _STARTING = 15.0  # seconds in which nothing happens to a process: Python is starting
@@ -163,6 +163,8 @@ class Soak:
         self.machines = Machines() if cluster else None
         self.kinds = self._kinds()
         self.deck: list[str] = []
+        self.visit: Visit | None = None
+        self.due = 0.0  # when something happens next
         self.began, self.events = time.monotonic(), list[str]()
         if not self.disk.small:
             self.note("left out: a full disk, because this user may not mount one")
@@ -177,8 +179,13 @@ class Soak:
             kinds["lost machine"] = self._lose
         return kinds
 
+    def _next(self) -> float:
+        return time.monotonic() + self.draw.uniform(*self.every)
+
     def close(self) -> None:
-        """Release the disk and the cluster."""
+        """End what still runs, and release the disk and the cluster."""
+        if self.visit and self.visit.process.poll() is None:
+            self.visit.end(signal.SIGKILL)
         if self.machines:
             self.machines.close()
         self.disk.close()
@@ -200,6 +207,7 @@ class Soak:
     def disturbed(self, number: int, until: float) -> Run:
         """Make a run, disturb it until some time, and compare it."""
         run = Run(f"disk/{number}")
+        self.due = self.due or self._next()
         while run.starts < _VISITS:
             visit = self._start(run)
             self._watch(visit, until)
@@ -220,18 +228,18 @@ class Soak:
         words = kills.duorl("compare", "--config", "soak.yaml", "--out", run.name, *where, *again)
         log = self.folder / f"{run.name.replace('/', '-')}-{run.starts}.log"
         excuses = {"is broken or not a checkpoint"} if run.damaged else set()
-        return Visit(run, kills.launch(words, self.folder, log), log, excuses)
+        self.visit = Visit(run, kills.launch(words, self.folder, log), log, excuses)
+        return self.visit
 
     def _watch(self, visit: Visit, until: float) -> None:
-        due = time.monotonic() + self.draw.uniform(*self.every)
         while visit.process.poll() is None:
             time.sleep(0.1)
             if visit.age > _LONGEST:
                 visit.end(signal.SIGKILL)
                 raise RuntimeError(f"{visit.run.name} hangs:\n{visit.log.read_text()[-2000:]}")
-            if due <= time.monotonic() < until and visit.age > _STARTING:
+            if self.due <= time.monotonic() < until and visit.age > _STARTING:
                 self._disturb(visit)
-                due = time.monotonic() + self.draw.uniform(*self.every)
+                self.due = self._next()
 
     def _disturb(self, visit: Visit) -> None:
         """Do the first thing on the deck that is possible now; each comes once before any comes again."""
@@ -345,6 +353,8 @@ def soak(options: argparse.Namespace, folder: Path) -> bool:
         until = one.began + 60 * options.minutes
         while time.monotonic() < until:
             runs.append(one.disturbed(len(runs), until))
+            if runs[-1].different:
+                shutil.copytree(folder / runs[-1].name, folder / f"differs-{len(runs)}")
             shutil.rmtree(folder / runs[-1].name)
     finally:
         one.close()
@@ -364,15 +374,12 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=1.0, help="size of the runs; 1 takes some minutes on two cores")
     parser.add_argument("--every", type=float, nargs=2, default=(60, 120), help="seconds between two disturbances")
     parser.add_argument("--cluster", action="store_true", help="run the jobs on a Ray cluster, and lose its machines")
-    parser.add_argument("--folder", type=Path, help="keeps the logs of all commands; it must not exist")
     parser.add_argument("--out", type=Path, default=Path("runs/soak.json"))
     options = parser.parse_args()
-    folder = options.folder or Path(tempfile.mkdtemp())
-    folder.mkdir(parents=True, exist_ok=not options.folder)
-    went_well = soak(options, folder.absolute())
-    if not options.folder:
-        shutil.rmtree(folder)
-    sys.exit(not went_well)
+    folder = Path(tempfile.mkdtemp())
+    if not soak(options, folder):
+        sys.exit(f"logs and runs that differ are in {folder}")
+    shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
