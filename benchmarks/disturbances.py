@@ -1,7 +1,7 @@
 """What benchmarks/soak.py disturbs runs with: processes that it kills, a disk that fills up, damaged checkpoints, and
 machines of a cluster that are lost.
 
-    python -m benchmarks.soak --minutes 4 --scale 0.1 --every 20 30
+    python -m benchmarks.soak --minutes 6 --scale 0.1 --every 20 30
 
 This file only does the damage; what DuoRL owes after it is checked in benchmarks/soak.py.
 """
@@ -18,7 +18,7 @@ from typing import Any
 
 from duorl.runs.jobs import CHECKPOINT, RESULT
 
-_WORKERS = ("spawn_main", "ray::")  # in the command lines of processes here and of tasks on a cluster
+_WORKERS = ("spawn_main", "ray::work")  # in the command lines of processes here and of tasks on a cluster
 _BLOCK = 2**20
 _FLIPPED = 16  # bytes
 _APART = 5.0  # seconds between the loss of a machine and the next one
@@ -121,6 +121,7 @@ class Machines:
     """A Ray cluster of two nodes on this machine, each with one core; the second one can be lost."""
 
     def __init__(self) -> None:
+        os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}  # by default, others go first
         from ray.cluster_utils import Cluster
 
         self._node = {"num_cpus": 1, "object_store_memory": 100_000_000}
