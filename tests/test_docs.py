@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import bench, credit, decode, groups, later, prices, recipes, sizes
+from benchmarks import bench, credit, decode, groups, later, prices, recipes, sizes, soak
 from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.evaluation.compare import Comparison
@@ -31,6 +31,7 @@ BENCHMARKS = [
     ("recipes-smollm2", recipes, "your-model.md"),
     ("later-smollm2", later, "learning.md"),
     ("prices", prices, "budgets.md"),
+    ("soak", soak, "reliability.md"),
 ]
 
 
@@ -95,6 +96,12 @@ def test_the_benchmarks_tables_are_those_of_the_kept_rows(result, benchmark, pag
     kept = json.loads((ROOT / "docs" / "results" / f"{result}.json").read_text())
     text = (ROOT / "docs" / page).read_text()
     assert benchmark.markdown(kept["rows"]) in text and kept["command"] in text
+
+
+def test_the_log_of_the_soak_is_from_the_kept_one():
+    kept = json.loads((ROOT / "docs" / "results" / "soak.json").read_text())
+    shown = re.findall(r"^    ( *\d+:\d\d run .*)$", (ROOT / "docs" / "reliability.md").read_text(), re.MULTILINE)
+    assert shown and set(shown) <= set(kept["events"]) and not kept["broken"]
 
 
 def test_the_table_of_the_performance_is_the_kept_one():
