@@ -1,5 +1,6 @@
 """What `benchmarks/soak.py` does to runs, and what it takes for a broken promise."""
 
+import json
 import os
 import random
 import signal
@@ -57,6 +58,26 @@ def test_a_disk_is_filled_and_freed(tmp_path):
     finally:
         disk.close()
     assert not any(disk.folder.iterdir())
+
+
+def test_differences_of_weights_tables_and_remains_are_named_and_times_are_none(tmp_path):
+    def run(name, weight, loss, speed, big, *remains):
+        for path, content in [("routers/A/router.safetensors", weight), *((path, "") for path in remains)]:
+            (tmp_path / name / path).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / path).write_text(content)
+        rows = [{"router": "A", "loss": loss, "tokens_per_second": speed}, {"router": "B", "loss": 1.0}]
+        found = {"rows": rows, "frontiers": {"fixed": [big]}}
+        (tmp_path / name / "comparison.json").write_text(json.dumps(found))
+        return soak.differences(tmp_path / "alone", tmp_path / name)
+
+    assert run("alone", "w", 2.0, 5, 1) == run("same", "w", 2.0, 6, 1) == []
+    assert run("other", "v", 2.5, 5, 2, "routers/A/checkpoint.safetensors", "errors/A.txt") == [
+        "routers/A/router.safetensors",
+        "table: A",
+        "frontiers",
+        "left: routers/A/checkpoint.safetensors",
+        "left: errors/A.txt",
+    ]
 
 
 STOPPED, LEFT = "duorl: stopped; go on with: duorl compare --resume", "A failed: the disk is full (it is)\n"
