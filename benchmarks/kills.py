@@ -61,25 +61,34 @@ RUNS = {
 _TIMES = ("time", "runtime", "per_second", "total_flos")  # depend on the time of a run, not on its results
 
 
-def prepare(folder: Path) -> None:
-    """Write the text and the configurations of all runs."""
+def prepare(folder: Path, runs: dict[str, tuple[str, str]] | None = None) -> None:
+    """Write the text and the configurations of runs; by default, of all."""
     modules = sorted(Path(os.__file__).parent.glob("*.py"))[:20]
     (folder / "text.txt").write_text("\n".join(module.read_text("utf8") for module in modules))
-    for name, (_, config) in RUNS.items():
+    for name, (_, config) in (RUNS if runs is None else runs).items():
         (folder / f"{name}.yaml").write_text(config)
 
 
 def command(name: str, out: str, *more: str) -> list[str]:
     """The command of a run, in a new process."""
-    code = "from duorl.cli import main; main()"
-    return [sys.executable, "-c", code, RUNS[name][0], "--config", f"{name}.yaml", "--out", out, *more]
+    return duorl(RUNS[name][0], "--config", f"{name}.yaml", "--out", out, *more)
+
+
+def duorl(*words: str) -> list[str]:
+    """A command of DuoRL, in a new process."""
+    return [sys.executable, "-c", "from duorl.cli import main; main()", *words]
 
 
 def start(name: str, out: str, folder: Path, *more: str) -> subprocess.Popen:
     """Start a run with one thread."""
+    return launch(command(name, out, *more), folder, folder / f"{out}.log")
+
+
+def launch(words: list[str], folder: Path, to: Path) -> subprocess.Popen:
+    """Start a command in a folder, with one thread; what it says is added to a file."""
     one = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(folder / f"{out}.log", "a") as log:
-        return subprocess.Popen(command(name, out, *more), cwd=folder, env=one, stdout=log, stderr=log)
+    with open(to, "a") as log:
+        return subprocess.Popen(words, cwd=folder, env=one, stdout=log, stderr=log)
 
 
 def finish(name: str, out: str, folder: Path, *more: str) -> float:

@@ -134,6 +134,12 @@ def test_a_stopped_run_saves_and_goes_on(cluster, folder):
     process.send_signal(signal.SIGTERM)
     said = process.communicate(timeout=100)[0].decode()
     assert process.returncode == 143 and "--resume" in said, said
+    damaged = folder / "stopped" / "routers" / "A" / "checkpoint.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:1000])
+    process = duorl(folder, f"--cluster={cluster.address}", "--out=stopped", "--resume")
+    said = process.communicate(timeout=300)[0].decode()  # its path is that of this machine
+    assert process.returncode == 1 and f"{damaged.relative_to(folder)} is broken or not a checkpoint" in said, said
+    damaged.unlink()
     process = duorl(folder, f"--cluster={cluster.address}", "--out=stopped", "--resume")
     said = process.communicate(timeout=300)[0].decode()
     assert process.returncode == 0, said

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import acceptance, bench, credit, decode, groups, later, prices, recipes, sizes
+from benchmarks import acceptance, bench, credit, decode, groups, later, prices, recipes, sizes, soak
 from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.evaluation.compare import Comparison
@@ -37,6 +37,7 @@ BENCHMARKS = [
     ("recipes-smollm2", recipes, "explanation/small-networks.md"),
     ("later-smollm2", later, "explanation/learning.md"),
     ("prices", prices, "how-to/budgets.md"),
+    ("soak", soak, "how-to/interruptions.md"),
 ]
 
 
@@ -97,6 +98,12 @@ def test_the_benchmarks_tables_are_those_of_the_kept_rows(result, benchmark, pag
     kept = json.loads((DOCS / "results" / f"{result}.json").read_text())
     text = (DOCS / page).read_text()
     assert benchmark.markdown(kept["rows"]) in text and kept["command"] in text
+
+
+def test_the_log_of_the_soak_is_from_the_kept_one():
+    kept = json.loads((ROOT / "docs" / "results" / "soak.json").read_text())
+    shown = re.findall(r"^    ( *\d+:\d\d run .*)$", (DOCS / "how-to" / "interruptions.md").read_text(), re.MULTILINE)
+    assert shown and set(shown) <= set(kept["events"]) and not kept["broken"]
 
 
 def test_the_table_of_the_performance_is_the_kept_one():

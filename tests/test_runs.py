@@ -1,10 +1,12 @@
 """Runs: checkpoints, folders, interrupts, jobs, the journal."""
 
+import errno
 import itertools
 import math
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -14,6 +16,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer.record_writer import RecordWriter
 
 from duorl import files
 from duorl.runs import checkpoints, folders, interrupts, jobs, processes
@@ -95,6 +98,17 @@ def test_a_broken_checkpoint_is_named(tmp_path, keep):
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"broken\.safetensors is broken"):
         checkpoints.load(path)
+
+
+@pytest.mark.parametrize("bits", [0x01, 0xFF])
+def test_a_checkpoint_with_a_changed_byte_is_broken(tmp_path, bits):
+    path = tmp_path / "x.safetensors"
+    checkpoints.save(path, {"a": torch.arange(3), "b": np.ones(2), "c": 1.5})
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ bits]) + whole[place + 1 :])
+        with pytest.raises(ValueError, match="is broken or not a checkpoint: delete it"):
+            checkpoints.load(path)
 
 
 def test_a_checkpoint_refuses_what_it_cannot_hold(tmp_path):
@@ -371,3 +385,32 @@ def test_a_journal_that_goes_on_shows_one_curve(tmp_path, torn, monkeypatch):
         file.write_bytes(file.read_bytes()[:-150])
     write(tmp_path / "stopped", range(60, 100, 10), decisions=50)
     assert curve(tmp_path / "stopped") == curve(tmp_path / "whole")
+
+
+def test_a_journal_that_cannot_write_says_so_where_it_is_used(tmp_path, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    met = []
+    monkeypatch.setattr(threading, "excepthook", met.append)
+    hook, journal = threading.excepthook, Journal(tmp_path)
+    monkeypatch.setattr(RecordWriter, "write", full)
+    with pytest.raises(OSError, match="No space left"):
+        Journal(tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        journal.scalars(10, {"train/loss": 0.5})
+        journal.flush()
+    with pytest.raises(OSError, match="No space left"):
+        journal.close()
+    assert threading.excepthook is hook and met == []  # a thread's hook prints its traceback
+
+
+def test_the_journal_leaves_the_errors_of_other_threads_alone(tmp_path, monkeypatch):
+    met = []
+    monkeypatch.setattr(threading, "excepthook", lambda what: met.append(what.exc_value))
+    journal = Journal(tmp_path)
+    thread = threading.Thread(target=lambda: 1 / 0)
+    thread.start()
+    thread.join()
+    journal.close()
+    assert [type(error) for error in met] == [ZeroDivisionError]

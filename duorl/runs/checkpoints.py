@@ -3,11 +3,13 @@
     save(path, {"weights": tensor, "step": 7, "random": generator.bit_generator.state})
     state = load(path)
 
-The file has the tensors. The structure around them is JSON in the file's metadata.
+The file has the tensors. The structure around them is JSON in the file's metadata. A digest of both is there too,
+because a disk may change bytes that no reader of safetensors looks at.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from pathlib import Path
@@ -20,7 +22,7 @@ from safetensors.torch import save as serialized
 
 from duorl.files import writing
 
-_KEY = "state"
+_STRUCTURE, _DIGEST = "state", "sha256"
 
 
 def save(path: str | Path, state: Any) -> None:
@@ -38,7 +40,7 @@ def save(path: str | Path, state: Any) -> None:
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_encoded(state, "state", tensors), allow_nan=False)
     with writing(path) as beside:
-        beside.write_bytes(serialized(tensors, {_KEY: structure}))
+        beside.write_bytes(serialized(tensors, {_STRUCTURE: structure, _DIGEST: _digest(structure, tensors)}))
 
 
 def load(path: str | Path) -> Any:
@@ -53,9 +55,21 @@ def load(path: str | Path) -> Any:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            return _decoded(json.loads(file.metadata()[_KEY]), tensors)
+            structure, digest = (file.metadata()[name] for name in (_STRUCTURE, _DIGEST))
+        if _digest(structure, tensors) != digest:
+            raise ValueError("its content is not what was saved")
+        return _decoded(json.loads(structure), tensors)
     except Exception as error:  # what a broken structure leads to is of many kinds
         raise ValueError(f"{path} is broken or not a checkpoint: delete it to start anew ({error})") from error
+
+
+def _digest(structure: str, tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of everything that a file holds."""
+    found = hashlib.sha256(structure.encode())
+    for name, tensor in sorted(tensors.items()):
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.flatten().view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
 def _encoded(value: Any, where: str, tensors: dict[str, torch.Tensor]) -> Any:

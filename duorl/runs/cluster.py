@@ -196,7 +196,7 @@ class OnCluster(Executor):
             elif kind == "said":
                 tell(**content)
             elif kind == "error":
-                raise JobError(*content)
+                raise JobError(*(text.replace(f"{RUN}/", f"{self.folder}/") for text in content))
             elif kind == "interrupted":
                 raise interrupts.Interrupted(content)
             else:

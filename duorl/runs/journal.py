@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,9 @@ class Journal:
     A training that continues writes another file. It tells readers to ignore the points of the earlier file after the
     checkpoint. So the curve is that of a training that was never stopped.
 
+    TensorBoard writes in a thread. What goes wrong there, such as a full disk, is raised by the next `scalars`,
+    `flush` or `close`. Until `close`, the thread prints no traceback of its own.
+
     Args:
         folder: folder of the events; TensorBoard shows each folder as a run.
         decisions: layer decisions at the checkpoint from which the training continues; 0 for a new training.
@@ -27,7 +31,17 @@ class Journal:
         from torch.utils.tensorboard import SummaryWriter  # imported here, because it loads slowly
 
         purge_step = decisions + 1 if decisions else None
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step) if ranks.first() else _Nothing()
+        self._hook = threading.excepthook
+        threading.excepthook = self._caught
+        try:
+            self._writer: Any = SummaryWriter(str(folder), purge_step=purge_step) if ranks.first() else _Nothing()
+        except BaseException:  # it writes already
+            threading.excepthook = self._hook
+            raise
+
+    def _caught(self, what: threading.ExceptHookArgs) -> None:
+        if not type(what.thread).__module__.startswith("tensorboard."):
+            self._hook(what)
 
     def scalars(self, decisions: int, metrics: Mapping[str, float]) -> None:
         """Write metrics by tag, after a number of layer decisions."""
@@ -47,12 +61,19 @@ class Journal:
             self._writer._get_file_writer().add_summary(summary, decisions)
 
     def flush(self) -> None:
-        """Write everything to the operating system, so that a kill does not lose it."""
+        """Write everything to the operating system, so that a kill does not lose it.
+
+        Raises:
+            OSError: something could not be written.
+        """
         self._writer.flush()
 
     def close(self) -> None:
         """Flush and close the files."""
-        self._writer.close()
+        try:
+            self._writer.close()
+        finally:
+            threading.excepthook = self._hook
 
 
 class _Nothing:

@@ -19,8 +19,8 @@ from duorl.runs.jobs import Function, described
 from duorl.runs.mirror import Mirror, scatter
 from duorl.runs.processes import prepare
 
-RUN = "run"
-"""The run's folder, where a task works."""
+RUN = "duorl-run"
+"""The run's folder, where a task works; a name that nobody else gives, because messages are searched for it."""
 _EVERY = 1.0  # seconds between two looks at the files and at the switch
 
 Message = tuple[str, Any]
