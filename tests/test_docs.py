@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import acceptance, bench, credit, decode, groups, later, prices, recipes, sizes, soak
+from benchmarks import acceptance, bench, credit, decode, drafts, groups, later, prices, recipes, sizes, soak
 from duorl.cli import COMMANDS
 from duorl.cli.parser import parse
 from duorl.evaluation.compare import Comparison
@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "res
 BENCHMARKS = [
     ("acceptance-smollm2", acceptance, "explanation/drafts.md"),
     ("acceptance-smollm2-long", acceptance, "explanation/drafts.md"),
+    ("drafts", drafts, "explanation/drafts.md"),
     ("credit", credit, "explanation/learning.md"),
     ("credit-smollm2", credit, "explanation/learning.md"),
     ("groups", groups, "explanation/performance.md"),
