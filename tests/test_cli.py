@@ -348,6 +348,8 @@ def test_the_quick_study_changes_defaults_and_no_option_that_was_given(tmp_path)
     assert (options.size.prices, options.size.windows, options.size.big) == ((0.7,), 8, (1,))
     assert (options.total_decisions, options.soft) == (3000, {"updates": 40})
     assert parse("paper", [])[0].size == StudySize()
+    given.write_text("quick: true")
+    assert parse("paper", ["--config", str(given)])[0].size.windows == 8
     given.write_text(config)
     again = parse("paper", ["--config", str(given)])[0]
     assert all(again[name] == options[name] for name in ("quick", "size", "soft", "total_decisions"))

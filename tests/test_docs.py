@@ -214,7 +214,7 @@ def test_the_worked_examples_of_parts_apply_and_work(tmp_path):
     for folder in ("envs", "agents"):
         (tmp_path / "duorl" / folder).symlink_to(tmp_path / folder)
     (tmp_path / "try.py").write_text(
-        "from conftest import FAMILIES, ROUTED_ONLY, make_original\n"
+        "from conftest import make_original\n"
         "import duorl\n"
         "from duorl import agents, inputs, rewards, routers, testing\n"
         "from duorl.cli.learners import named\n"

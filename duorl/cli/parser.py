@@ -161,12 +161,12 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
     for path in yaml_files(words):
         _check_yaml(path)
     make_known(words)
-    quick = "--quick" in words and "quick" in COMMANDS[name].flags
-    parser = build_parser(name, quick=quick)
+    parser = build_parser(name)
     parsed = parser.parse_args(list(words))
     # The parser would keep the default class's options for another class, e.g. PPO's learning rate for REINFORCE.
     replaced, price = _replaced(parsed, parser.get_defaults()), price_of_model(parsed.get("model") or "")
-    if replaced or price is not None:
+    quick = bool(parsed.get("quick"))
+    if replaced or price is not None or quick:
         parser = build_parser(name, without=replaced, price=price, quick=quick)
         parsed = parser.parse_args(list(words))
     if "device" in parsed:
