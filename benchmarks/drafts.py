@@ -1,7 +1,7 @@
 """What drafts are worth: acceptance, tokens per pass and speed against plain decoding: docs/explanation/drafts.md.
 
     python -m benchmarks.drafts --out docs/results/drafts.json
-    python -m benchmarks.drafts --model smollm2 --dtype bfloat16 --out docs/results/drafts-smollm2.json
+    python -m benchmarks.drafts --model smollm2 --dtype bfloat16 --search_device cuda --processes 14
     python -m benchmarks.drafts --router runs/mine/router --router runs/soft/router
 
 Routers for a range of prices draft at the compute of the best fixed pattern, which a search on router text finds.
@@ -9,7 +9,8 @@ Routers for a range of prices draft at the compute of the best fixed pattern, wh
 Every prompt is the beginning of a window of the evaluation split. All ways of decoding go on with it, one after the
 other, so that a slow moment of the machine affects all. Every way must write the tokens of plain decoding. *Speed* is
 plain decoding's time divided by the way's: the median over prompts, and its 95 % interval. A way with a `Pace` keeps
-it from prompt to prompt; it meets two prompts before the clock starts.
+it from prompt to prompt; it meets two prompts before the clock starts. Processes share the prompts, and each of them
+begins with fresh paces.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +29,7 @@ from scipy.stats import binom
 from torch import Tensor
 
 import duorl
+from benchmarks.processes import side_by_side
 from benchmarks.record import record
 from duorl.closeness import same_token
 from duorl.markdown import grid
@@ -63,18 +68,45 @@ def _lookup() -> Way:
     return {"prompt_lookup_num_tokens": LOOKUP}
 
 
-def rows(
-    model: DuoForCausalLM, routers: dict[str, Router], lengths: Sequence[int], prompts: dict[str, Tensor], new: int
-) -> list[dict]:
-    """A row per text and way of decoding."""
-    table = []
-    for text, ids in prompts.items():
-        known = ways(routers, lengths)  # a text starts with fresh paces
-        runs = [decode(model, prompt[None], known, new) for prompt in ids]
-        for name in known:
-            plain, own = ([run[one] for run in runs] for one in ("plain", name))
-            table.append({"text": text, "way": name, **_summary(plain, own)})
-    return table
+@dataclass(frozen=True)
+class Decoding:
+    """All ways of decoding one model, for processes that share the prompts.
+
+    Args:
+        model: name of the model.
+        dtype: its precision.
+        device: where it runs.
+        routers: those that draft.
+        lengths: of drafts without a pace.
+        new: tokens that are written.
+    """
+
+    model: str
+    dtype: str
+    device: str
+    routers: dict[str, Router]
+    lengths: Sequence[int]
+    new: int
+
+    def __call__(self, prompts: Tensor) -> list[dict[str, dict]]:
+        """See `decode`, for prompts (N, P); those of the warm-up are left out."""
+        model, known = loaded(self.model, self.dtype, self.device), ways(self.routers, self.lengths)
+        return [decode(model, prompt[None].to(model.device), known, self.new) for prompt in prompts][WARM_UP:]
+
+
+@lru_cache(maxsize=1)
+def loaded(name: str, dtype: str, device: str) -> DuoForCausalLM:
+    """A model, once in every process."""
+    return duorl.load(name, dtype=dtype, device=device)
+
+
+def rows(runs: dict[str, list[dict[str, dict]]]) -> list[dict]:
+    """A row per text and way of decoding, of the runs of every text."""
+    return [
+        {"text": text, "way": way, **_summary([run["plain"] for run in each], [run[way] for run in each])}
+        for text, each in runs.items()
+        for way in each[0]
+    ]
 
 
 def decode(model: DuoForCausalLM, prompt: Tensor, known: dict[str, Way], new: int) -> dict[str, dict]:
@@ -91,22 +123,20 @@ def decode(model: DuoForCausalLM, prompt: Tensor, known: dict[str, Way], new: in
             return_dict_in_generate=True,
             **way,
         )
-        seconds = time.perf_counter() - started
-        found[name] = {"seconds": seconds, "tokens": written.sequences[0], "drafts": getattr(written, "drafts", None)}
+        seconds, tokens = time.perf_counter() - started, written.sequences[0].tolist()
+        found[name] = {"seconds": seconds, "tokens": tokens, "drafts": getattr(written, "drafts", None)}
     return found
 
 
 def _summary(plain: Sequence[dict], own: Sequence[dict]) -> dict:
-    equal = [torch.equal(one["tokens"], other["tokens"]) for one, other in zip(plain, own, strict=True)]
-    timed = slice(WARM_UP, None)
-    speeds = [one["seconds"] / other["seconds"] for one, other in zip(plain[timed], own[timed], strict=True)]
-    drafts = [run["drafts"] for run in own[timed] if run["drafts"] is not None]
+    pairs = list(zip(plain, own, strict=True))
+    drafts = [run["drafts"] for run in own if run["drafts"] is not None]
     passes, drafted = sum(one.passes for one in drafts), sum(one.drafted for one in drafts)
     accepted = sum(one.accepted for one in drafts)
     return {
-        "prompts": len(speeds),
-        "equal": sum(equal) / len(equal),
-        "speed": _median(speeds),
+        "prompts": len(pairs),
+        "equal": sum(one["tokens"] == other["tokens"] for one, other in pairs) / len(pairs),
+        "speed": _median([one["seconds"] / other["seconds"] for one, other in pairs]),
         "acceptance": accepted / drafted if drafted else None,
         "tokens_per_pass": 1 + accepted / passes if passes else None,
     }
@@ -148,27 +178,31 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens that are written")
     parser.add_argument("--lengths", type=int, nargs="*", default=[2, 4, 8], help="of drafts without a pace")
     parser.add_argument("--router", type=Path, action="append", default=[], help="folder of a router that drafts")
+    parser.add_argument("--search_device", help="finds the fixed pattern, and calibrates")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--processes", type=int, default=1, help="that share the threads and the prompts")
     parser.add_argument("--out", type=Path, default=Path("runs/drafts.json"))
     options = parser.parse_args()
     keep_freed_memory()
     torch.set_num_threads(options.threads)
-    model = duorl.load(options.model, dtype=options.dtype, device=options.device)
+    model = duorl.load(options.model, dtype=options.dtype, device=options.search_device or options.device)
     tokenizer = duorl.load_tokenizer(options.model)
     training = duorl.load_windows(list(CORPORA), tokenizer, split="router", length=128)[:CHOSEN_ON].to(model.device)
     patterns = draft_patterns(model, training)
     fixed = next(pattern for pattern in reversed(patterns) if pattern.compute <= SPENDS)
     routers: dict[str, Router] = {"all-small": ConstantRouter("small"), "best fixed": PatternRouter(fixed.route)}
     for folder in options.router:
-        router = load_router(folder).to(model.device)
-        routers[folder.parent.name] = router.calibrated(model, training, compute=fixed.compute)
-    prompts = {
-        text: duorl.load_windows([corpus], tokenizer, split="evaluation", length=options.length)[
-            : options.prompts + WARM_UP, :-1
-        ].to(model.device)
-        for corpus, text in CORPORA.items()
-    }
-    table = rows(model, routers, options.lengths, prompts, options.new)
+        router = load_router(folder).to(model.device).calibrated(model, training, compute=fixed.compute)
+        routers[folder.parent.name] = router.to(options.device)
+
+    def prompts(corpus: str) -> tuple[Tensor, ...]:
+        windows = duorl.load_windows([corpus], tokenizer, split="evaluation", length=options.length)
+        return windows[: options.prompts + WARM_UP * options.processes, :-1].tensor_split(options.processes)
+
+    decoding = Decoding(options.model, options.dtype, options.device, routers, options.lengths, options.new)
+    with side_by_side(options.processes) as pool:
+        runs = {text: list(chain(*pool.map(decoding, prompts(corpus)))) for corpus, text in CORPORA.items()}
+    table = rows(runs)
     record(options.out, rows=table, fixed=fixed.route)
     print(markdown(table))
 

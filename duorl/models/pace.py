@@ -3,27 +3,47 @@
 It pays to draft one more token if the probability that it is kept is higher than what the same time brings at the
 present speed (the marginal value theorem). The times are measured as they come. The probability that a token is kept is
 learned from what was kept, by the probability that the draft itself gives the token.
+
+Passes with drafts and passes without are both measured for as long as text is generated: after some passes of one kind
+comes one of the other. So neither a slow first pass nor a bad first draft decides for ever.
 """
 
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 _RECENT = 0.1  # weight of a new measurement in a running mean
 _BINS = 10  # of the draft's own probability
 _PRIOR = 2.0  # tokens: how much the draft's own probability counts, until more has been seen
 _RECENT_PASSES = 0.02  # the same for the speed with drafts, which varies more
 _TRIES, _TRUST = 4, 0.4
-_PATIENCE = 16, 128  # passes without a draft before it is tried again: at first, and at most
+_PATIENCE = 4, 256  # passes of one kind before one of the other: at first, and at most
+_SINGLES = 3, 9  # passes that verify nothing: so many come first, and so many of the last ones count
 _MOST = 64  # tokens
+
+
+class _Patience:
+    """Says after how many passes to try what has seemed worse; the longer, the oftener this has been tried."""
+
+    def __init__(self) -> None:
+        self._passes, self._length = 0, _PATIENCE[0]
+
+    def ends(self) -> bool:
+        """Whether to try it in this pass; to be asked in every pass."""
+        self._passes += 1
+        if self._passes < self._length:
+            return False
+        self._passes, self._length = 0, min(2 * self._length, _PATIENCE[1])
+        return True
 
 
 class Pace:
     """Decides how many tokens to draft, from what earlier drafts cost and brought.
 
     Attributes:
-        single: seconds of a pass that verifies nothing; None before the first.
         slope: seconds that each token to verify adds.
         draft: seconds to draft a token.
         kept: share of the drafted tokens that are kept.
@@ -31,13 +51,18 @@ class Pace:
     """
 
     def __init__(self) -> None:
-        self.single: float | None = None
         self.slope: float | None = None
         self.draft: float | None = None
         self.kept, self.found = 0.5, 0.8
         self._seen = [[_PRIOR * (place + 0.5) / _BINS, _PRIOR] for place in range(_BINS)]  # kept, tried
         self._tokens, self._seconds, self._tries = 0.0, 0.0, 0  # of the passes with a draft
-        self._idle, self._patience = 0, _PATIENCE[0]
+        self._singles: deque[float] = deque(maxlen=_SINGLES[1])
+        self._drafting, self._looking_up = _Patience(), _Patience()
+
+    @property
+    def single(self) -> float | None:
+        """Seconds of a pass that verifies nothing, the median of the last ones; None until there are some."""
+        return median(self._singles) if len(self._singles) >= _SINGLES[0] else None
 
     @property
     def speed(self) -> float:
@@ -51,7 +76,7 @@ class Pace:
         if self.single is None or len(drafted) >= _MOST:
             return False  # the time of a pass without drafts comes first
         if not drafted:
-            return self._drafts_pay() or self._try_again()
+            return self._drafts_pay() != self._drafting.ends()
         if self.draft is None or self.slope is None:
             return len(drafted) < 2
         chance = self.kept
@@ -71,7 +96,7 @@ class Pace:
         """How many tokens to verify that were looked up in the text, which costs no draft."""
         price = self.speed * (self.slope or 0.0)
         if self.found <= price:
-            return int(self._try_again())
+            return int(self._looking_up.ends())
         return _MOST if price == 0 else min(_MOST, 1 + int(math.log(price) / math.log(min(self.found, 0.99))))
 
     def learn(self, drafted: Sequence[float], kept: int) -> None:
@@ -91,22 +116,16 @@ class Pace:
         """The seconds of a draft and of a pass, and how many tokens came of them."""
         if drafted:
             self.draft = _mean(self.draft, drafting / drafted)
+        single = self.single
         if not verified:
-            self.single = _mean(self.single, verifying)
-        elif self.single is not None:
-            self.slope = _mean(self.slope, max(0.0, verifying - self.single) / verified)
+            self._singles.append(verifying)
+        elif single is not None:
+            self.slope = _mean(self.slope, max(0.0, verifying - single) / verified)
         if drafted:
             self._tries += 1
             weight = max(_RECENT_PASSES, 1 / self._tries)
             self._tokens += weight * (tokens - self._tokens)
             self._seconds += weight * (drafting + verifying - self._seconds)
-
-    def _try_again(self) -> bool:
-        self._idle += 1
-        if self._idle < self._patience:
-            return False
-        self._idle, self._patience = 0, min(2 * self._patience, _PATIENCE[1])
-        return True
 
 
 def _mean(before: float | None, value: float) -> float:
