@@ -1,13 +1,13 @@
 """Hours of `duorl compare` with disturbances: does every run end as the one left alone? A table of the page Long runs.
 
-    python -m benchmarks.soak --minutes 120 --seed 0 --out docs/results/soak.json
-    python -m benchmarks.soak --minutes 10 --cluster                          # on a Ray cluster of two nodes
-    python -m benchmarks.soak --minutes 6 --scale 0.1 --every 20 30           # a short trial
+    python -m benchmarks.soak --minutes 120 --seed 0 --cluster --out docs/results/soak.json
+    python -m benchmarks.soak --minutes 6 --scale 0.1 --every 20 30           # a short trial, without a cluster
 
 One run is left alone. Then the same run is made again and again. Every minute or two something happens to it: a signal,
-a killed worker, a full disk, a damaged checkpoint, and with `--cluster` a lost machine. After each end it goes on with
-`--resume`, and after a message about a damaged checkpoint, what the message says is done. Each run must keep what
-docs/how-to/interruptions.md promises, and end with weights, curves and table of the run that was left alone.
+a killed worker, a full disk, a damaged checkpoint. With `--cluster`, every second run is on a Ray cluster of two nodes,
+and loses machines. After each end it goes on with `--resume`, and after a message about a damaged checkpoint, what the
+message says is done. Each run must keep what docs/how-to/interruptions.md promises, and end with weights, curves and
+table of the run that was left alone.
 
 The runs lie on a small disk of their own, which takes the right to mount one. Without it, full disks are left out.
 """
@@ -79,6 +79,7 @@ class Run:
         starts: how often its command was started.
         broken: promises that were not kept.
         different: what differs from the run that was left alone.
+        address: of the cluster that does its jobs; None: processes of this machine do them.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Run:
     starts: int = 0
     broken: list[str] = field(default_factory=list)
     different: list[str] = field(default_factory=list)
+    address: str | None = None
 
 
 @dataclass
@@ -152,7 +154,7 @@ class Soak:
         scale: size of the runs.
         every: shortest and longest time between two disturbances, in seconds.
         seed: of the disturbances.
-        cluster: whether the jobs run on a cluster.
+        cluster: whether every second run's jobs run on a cluster.
     """
 
     def __init__(self, folder: Path, scale: float, every: tuple[float, float], seed: int, cluster: bool):
@@ -206,7 +208,8 @@ class Soak:
 
     def disturbed(self, number: int, until: float) -> Run:
         """Make a run, disturb it until some time, and compare it."""
-        run = Run(f"disk/{number}")
+        run = Run(f"disk/{number}", address=self.machines.address if self.machines and number % 2 == 0 else None)
+        self.note(f"run {number} begins{' on the cluster' if run.address else ''}")
         self.due = self.due or self._next()
         while run.starts < _VISITS:
             visit = self._start(run)
@@ -224,7 +227,7 @@ class Soak:
     def _start(self, run: Run) -> Visit:
         run.starts += 1
         again = ["--resume"] if (self.folder / run.name / "config.yaml").exists() else []
-        where = ["--cluster", self.machines.address] if self.machines else []
+        where = ["--cluster", run.address] if run.address else []
         words = kills.duorl("compare", "--config", "soak.yaml", "--out", run.name, *where, *again)
         log = self.folder / f"{run.name.replace('/', '-')}-{run.starts}.log"
         excuses = {"is broken or not a checkpoint"} if run.damaged else set()
@@ -275,8 +278,9 @@ class Soak:
             self.disk.free()
         return kind
 
-    def _lose(self, visit: Visit, kind: str) -> str:
-        assert self.machines
+    def _lose(self, visit: Visit, kind: str) -> str | None:
+        if not (self.machines and visit.run.address):
+            return None
         self.machines.lose()
         return kind
 
@@ -373,7 +377,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="size of the runs; 1 takes some minutes on two cores")
     parser.add_argument("--every", type=float, nargs=2, default=(60, 120), help="seconds between two disturbances")
-    parser.add_argument("--cluster", action="store_true", help="run the jobs on a Ray cluster, and lose its machines")
+    parser.add_argument(
+        "--cluster", action="store_true", help="every second run is on a Ray cluster that loses machines"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/soak.json"))
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # releases the disk
