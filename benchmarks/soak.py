@@ -285,17 +285,17 @@ class Soak:
         return kind
 
     def _damage(self, visit: Visit, kind: str) -> str | None:
-        """Stop a run and damage a checkpoint; if there is none any more, it was only stopped."""
-        run = self.folder / visit.run.name
-        if not unfinished(run):
+        """Stop a run and damage a whole checkpoint; if there is none any more, it was only stopped."""
+        run, damaged = self.folder / visit.run.name, visit.run.damaged
+        if not set(unfinished(run)) - damaged:
             return None
         stop = self.draw.choice(["SIGKILL to the main process", "SIGTERM to the main process"])
         visit.end(_SIGNALS[stop])
-        if not (found := unfinished(run)):
+        if not (found := sorted(set(unfinished(run)) - damaged)):
             return stop
         path = self.draw.choice(found)
         _DAMAGES[kind](path, self.draw)
-        visit.run.damaged.add(path)
+        damaged.add(path)
         return kind
 
     def _repair(self, visit: Visit) -> list[str]:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -30,6 +31,15 @@ def test_only_checkpoints_of_jobs_that_are_not_finished_are_damaged(tmp_path):
         checkpoints.save(tmp_path / name / "checkpoint.safetensors", {"step": 7})
     (tmp_path / "finished" / "result.json").touch()
     assert disturbances.unfinished(tmp_path) == [tmp_path / "running" / "checkpoint.safetensors"]
+
+
+def test_a_damaged_checkpoint_is_not_damaged_again(tmp_path):
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    checkpoints.save(path, {"step": 7})
+    run = soak.Run("run", damaged={path})
+    here = SimpleNamespace(folder=tmp_path, draw=random.Random(0))
+    assert soak.Soak._damage(here, SimpleNamespace(run=run), "empty checkpoint") is None
+    assert path.stat().st_size > 0
 
 
 def test_workers_are_found_among_the_processes_that_this_one_started():
