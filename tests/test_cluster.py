@@ -5,13 +5,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from duorl.cli import main
+from duorl.runs.cluster import Needs, OnCluster
+from duorl.runs.interrupts import Interrupted
 from duorl.runs.mirror import Change, Mirror, apply, gathered, scatter
 
 NEEDS_RAY = 'needs pip install -e ".[ray]"'
@@ -43,6 +47,59 @@ def test_a_mirror_stays_in_its_folder(path, tmp_path):
     with pytest.raises(ValueError, match="is outside of the run's folder"):
         apply([Change(path, b"")], tmp_path / "run")
     assert not (tmp_path / "outside").exists()
+
+
+# Stopping
+
+
+class FakeRay:
+    """Tasks that send what a test gives them; it remembers which ones are cancelled."""
+
+    exceptions = SimpleNamespace(RayTaskError=KeyError, RayError=OSError)
+
+    def __init__(self, messages):
+        self.messages, self.cancelled, self.flipped = messages, [], 0
+
+    def remote(self, **options):
+        return lambda function: SimpleNamespace(remote=lambda *given: self.messages)
+
+    def get(self, message):
+        return message
+
+    def cancel(self, task, force):
+        self.cancelled.append(task)
+
+    def flip(self):
+        self.flipped += 1
+
+
+def on_fake_cluster(messages, folder):
+    """An executor whose only task sends these messages."""
+    found = OnCluster.__new__(OnCluster)
+    found.ray, found.folder, found.needs, found._inputs = FakeRay(messages), folder, Needs(), {}
+    found._running, found._waiting, found._lock, found._stopping = set(), set(), threading.Lock(), False
+    found._switch = SimpleNamespace(flip=SimpleNamespace(remote=found.ray.flip))
+    return found
+
+
+@pytest.mark.parametrize(("begun", "at_once"), [(False, False), (True, False), (True, True)])
+def test_a_task_without_a_machine_ends_at_once_when_a_run_is_stopped(begun, at_once, tmp_path):
+    """One that has a machine saves first; only a second signal ends it."""
+
+    def messages():
+        if begun:
+            yield "begun", None
+            yield "said", {"line": "has begun"}
+        executor.stop()
+        executor.stop(at_once=at_once)
+
+    executor = on_fake_cluster(task := messages(), tmp_path)
+    with pytest.raises(Interrupted):
+        executor.execute(print, {}, lambda **said: None)
+    assert executor.ray.cancelled == ([] if begun and not at_once else [task])
+    assert executor.ray.flipped == 1 and not executor._running and not executor._waiting
+    with pytest.raises(Interrupted):  # none is handed to the cluster any more
+        executor.execute(print, {}, lambda **said: None)
 
 
 # On a cluster

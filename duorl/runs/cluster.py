@@ -141,6 +141,7 @@ class OnCluster(Executor):
         self._switch = ray.remote(num_cpus=0)(_Switch).options(scheduling_strategy=_here(ray)).remote()
         self._inputs = {path: ray.put(content) for path, content in _inputs(config).items()}
         self._running: set[Any] = set()
+        self._waiting: set[Any] = set()  # those that have no machine yet
         self._lock = threading.Lock()
         self._stopping = False
 
@@ -161,13 +162,12 @@ class OnCluster(Executor):
         raise AssertionError("unreachable")
 
     def stop(self, *, at_once: bool = False) -> None:
-        """Ask the tasks to save and end, or end them."""
+        """Ask the tasks to save and end, or end them; those that have not begun end without beginning."""
         with self._lock:
             first, self._stopping = not self._stopping, True
-            if at_once:
-                for task in self._running:
-                    self.ray.cancel(task, force=True)
-            elif first:
+            for task in self._running if at_once else self._waiting if first else ():
+                self.ray.cancel(task, force=True)
+            if first and not at_once:
                 self._switch.flip.remote()
 
     def close(self) -> None:
@@ -179,19 +179,27 @@ class OnCluster(Executor):
         options = {"num_cpus": needed.cores, "num_gpus": needed.gpus, "memory": needed.memory or None}
         task = self.ray.remote(max_retries=0, num_returns="streaming", **options)(work)
         files = gathered(self.folder, self._parts(arguments))
-        messages = task.remote(function, self._there(arguments), files, self._inputs, self._switch, needed.cores)
         with self._lock:
+            if self._stopping:
+                raise interrupts.Interrupted(signal.SIGTERM)
+            there = self._there(arguments)
+            messages = task.remote(function, there, files, self._inputs, self._switch, needed.cores)
             self._running.add(messages)
+            self._waiting.add(messages)
         try:
             return self._heard(messages, tell)
         finally:
             with self._lock:
                 self._running.discard(messages)
+                self._waiting.discard(messages)
 
     def _heard(self, messages: Iterator[Any], tell: Tell) -> dict[str, Any]:
         for message in messages:
             kind, content = self.ray.get(message)
-            if kind == "files":
+            if kind == "begun":
+                with self._lock:
+                    self._waiting.discard(messages)
+            elif kind == "files":
                 apply(content, self.folder)
             elif kind == "said":
                 tell(**content)
@@ -201,6 +209,8 @@ class OnCluster(Executor):
                 raise interrupts.Interrupted(content)
             else:
                 return content
+        if self._stopping:
+            raise interrupts.Interrupted(signal.SIGTERM)
         raise JobError("its task ended without a result")
 
     def _parts(self, arguments: Mapping[str, Any]) -> list[Path]:

@@ -45,10 +45,11 @@ def work(
         threads: threads of torch.
 
     Yields:
-        `said` with the job's messages, `files` with changes, and last `result`, `error` or `interrupted`.
+        `begun`, then `said` with the job's messages, `files` with changes, and last `result`, `error` or `interrupted`.
     """
     import ray
 
+    yield "begun", None
     with _elsewhere():
         scatter({path: ray.get(content) for path, content in inputs.items()}, Path())
         scatter(files, Path(RUN))
