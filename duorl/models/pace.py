@@ -4,8 +4,9 @@ It pays to draft one more token if the probability that it is kept is higher tha
 present speed (the marginal value theorem). The times are measured as they come. The probability that a token is kept is
 learned from what was kept, by the probability that the draft itself gives the token.
 
-Passes with drafts and passes without are both measured for as long as text is generated: after some passes of one kind
-comes one of the other. So neither a slow first pass nor a bad first draft decides for ever.
+A machine becomes faster and slower while it works. So all costs are in *passes*: the time of a pass that verifies
+nothing, now. A pass with a draft tells it too, because neighbours of both kinds tell what a verified token adds. After
+some passes of one kind comes one of the other, for as long as text is generated.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ _PRIOR = 2.0  # tokens: how much the draft's own probability counts, until more 
 _RECENT_PASSES = 0.02  # the same for the speed with drafts, which varies more
 _TRIES, _TRUST = 4, 0.4
 _PATIENCE = 4, 256  # passes of one kind before one of the other: at first, and at most
-_SINGLES = 3, 9  # passes that verify nothing: so many come first, and so many of the last ones count
+_WARM_UP, _FIRST = 2, 4  # passes whose time does not count; passes without drafts at the beginning
+_PAIRS = 9  # of neighbours that tell what a verified token adds
 _MOST = 64  # tokens
 
 
@@ -44,36 +46,35 @@ class Pace:
     """Decides how many tokens to draft, from what earlier drafts cost and brought.
 
     Attributes:
-        slope: seconds that each token to verify adds.
-        draft: seconds to draft a token.
+        single: seconds of a pass that verifies nothing; None before the first.
+        draft: passes to draft a token.
         kept: share of the drafted tokens that are kept.
         found: the same of tokens that were looked up in the text.
     """
 
     def __init__(self) -> None:
-        self.slope: float | None = None
+        self.single: float | None = None
         self.draft: float | None = None
         self.kept, self.found = 0.5, 0.8
         self._seen = [[_PRIOR * (place + 0.5) / _BINS, _PRIOR] for place in range(_BINS)]  # kept, tried
-        self._tokens, self._seconds, self._tries = 0.0, 0.0, 0  # of the passes with a draft
-        self._singles: deque[float] = deque(maxlen=_SINGLES[1])
+        self._tokens, self._cost, self._tries = 0.0, 0.0, 0  # of the passes with a draft
+        self._passes, self._last = 0, (0, 0.0)  # all passes; tokens that the last one verified, and its seconds
+        self._slopes: deque[float] = deque(maxlen=_PAIRS)
         self._drafting, self._looking_up = _Patience(), _Patience()
 
     @property
-    def single(self) -> float | None:
-        """Seconds of a pass that verifies nothing, the median of the last ones; None until there are some."""
-        return median(self._singles) if len(self._singles) >= _SINGLES[0] else None
+    def slope(self) -> float | None:
+        """Passes that each token to verify adds; None before the first pair of neighbours."""
+        return max(0.0, median(self._slopes)) if self._slopes else None
 
     @property
     def speed(self) -> float:
-        """Tokens per second: the speed with drafts, or that without if this is higher."""
-        if self.single is None:
-            return 0.0
-        return max(self._tokens / self._seconds if self._tries else 0.0, 1 / self.single)
+        """Tokens per pass: with drafts, or 1 without if this is more."""
+        return max(self._tokens / self._cost if self._tries else 0.0, 1.0)
 
     def another(self, drafted: Sequence[float]) -> bool:
         """Whether to draft one more token, after those to which the draft gave these probabilities."""
-        if self.single is None or len(drafted) >= _MOST:
+        if self._passes < _FIRST or len(drafted) >= _MOST:
             return False  # the time of a pass without drafts comes first
         if not drafted:
             return self._drafts_pay() != self._drafting.ends()
@@ -87,10 +88,9 @@ class Pace:
 
     def _drafts_pay(self) -> bool:
         """Whether passes with a draft have been faster; the fewer there were, the more they are trusted to be."""
-        assert self.single is not None
         if self._tries < _TRIES:
             return True
-        return self._tokens / self._seconds * (1 + _TRUST / self._tries**0.5) > 1 / self.single
+        return self._tokens / self._cost * (1 + _TRUST / self._tries**0.5) > 1
 
     def lookups(self) -> int:
         """How many tokens to verify that were looked up in the text, which costs no draft."""
@@ -114,18 +114,20 @@ class Pace:
 
     def clock(self, drafted: int, drafting: float, verified: int, verifying: float, tokens: int) -> None:
         """The seconds of a draft and of a pass, and how many tokens came of them."""
+        last, self._last = self._last, (verified, verifying)
+        self._passes += 1
+        if self._passes <= _WARM_UP:
+            return
+        if (last[0] == 0) != (verified == 0):
+            (_, single), (count, longer) = sorted([last, self._last])
+            self._slopes.append((longer / single - 1) / count)
+        self.single = _mean(self.single, verifying / (1 + (self.slope or 0.0) * verified))
         if drafted:
-            self.draft = _mean(self.draft, drafting / drafted)
-        single = self.single
-        if not verified:
-            self._singles.append(verifying)
-        elif single is not None:
-            self.slope = _mean(self.slope, max(0.0, verifying - single) / verified)
-        if drafted:
+            self.draft = _mean(self.draft, drafting / drafted / self.single)
             self._tries += 1
             weight = max(_RECENT_PASSES, 1 / self._tries)
             self._tokens += weight * (tokens - self._tokens)
-            self._seconds += weight * (drafting + verifying - self._seconds)
+            self._cost += weight * ((drafting + verifying) / self.single - self._cost)
 
 
 def _mean(before: float | None, value: float) -> float:
