@@ -89,10 +89,6 @@ def variants(rate: float) -> dict[str, list[Stage]]:
             Stage(closer, TeacherKL(), "distance", copies=1, share=0.5),
             Stage(partial(reinforce, learning_rate=rate / 3), accepted, "acceptance", share=0.5),
         ],
-        "soft, distance, then ReinMax, chance of acceptance": [
-            Stage(closer, TeacherKL(), "distance", copies=1, share=0.5),
-            Stage(partial(reinmax, learning_rate=rate / 3), likely, "acceptance", copies=1, share=0.5),
-        ],
     }
 
 

@@ -25,6 +25,7 @@ DOCS = ROOT / "docs"
 GENERATED = re.compile(r"docs/reference/(commands|python/\w+)\.md")  # tests/test_site.py builds them
 PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.rglob("*.md") if "results" not in path.parts)]
 BENCHMARKS = [
+    ("acceptance", acceptance, "explanation/drafts.md"),
     ("acceptance-smollm2", acceptance, "explanation/drafts.md"),
     ("acceptance-smollm2-long", acceptance, "explanation/drafts.md"),
     ("drafts", drafts, "explanation/drafts.md"),
