@@ -469,7 +469,7 @@ def test_other_commands_refuse_bad_input_too(arguments, message, tiny, capsys):
         (["--env.context", "near"], 'option "env.context": choose from routed, reference, not near'),
         (["--corpus", '["gone.txt"]'], "no text at 'gone.txt'"),
         (["--corpus", '["zero.txt"]'], "zero.txt is empty"),
-        (["--corpus", '["short.txt"]'], "128 \+ 1"),
+        (["--corpus", '["short.txt"]'], r"128 \+ 1"),
         (["--reward", "gone.Gone"], "No module named 'gone'"),
         (["--reward", "json.JSONDecoder"], "not correspond to a subclass of Reward"),
         (["--reward.price", "-1"], "price must be at least 0"),
