@@ -29,6 +29,7 @@ BENCHMARKS = [
     ("acceptance-smollm2", acceptance, "explanation/drafts.md"),
     ("acceptance-smollm2-long", acceptance, "explanation/drafts.md"),
     ("drafts", drafts, "explanation/drafts.md"),
+    ("drafts-smollm2", drafts, "explanation/drafts.md"),
     ("credit", credit, "explanation/learning.md"),
     ("credit-smollm2", credit, "explanation/learning.md"),
     ("groups", groups, "explanation/performance.md"),
