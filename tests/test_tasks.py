@@ -104,6 +104,7 @@ def test_a_router_is_measured_on_tasks_from_the_command_line(task, small_corpus,
     ("options", "said"),
     [
         (["--tasks", '["no_such_task"]'], "no task 'no_such_task': give a task of lm-evaluation-harness"),
+        (["--tasks", "no_such_task,{task}"], "no task 'no_such_task': give a task of lm-evaluation-harness"),
         (["--tasks", '["missing.yaml"]'], "missing.yaml"),
         (["--tasks", '["{task}"]', "--task_batch=0"], "task_batch must be at least 1"),
     ],

@@ -52,7 +52,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     check_evaluation(options, model, training, held_out.tokens)
     calibration = _Calibration.of(options, router, model, training)
     require_positive(task_questions=options.task_questions or 1, task_batch=options.task_batch)
-    tasks = load_tasks(options.tasks) if options.tasks else {}
+    names = options.tasks.split(",") if isinstance(options.tasks, str) else options.tasks
+    tasks = load_tasks(names) if names else {}
 
     def work(folder: Path) -> None:
         comparer = make_comparer(options, model, training, held_out.tokens, price, files=held_out.files, routers=3)

@@ -146,8 +146,9 @@ class EvaluateOptions:
             calibrated without labels, on the first `evaluation.fixed_windows` windows of the router split of `corpus`.
         learned_on: the text that the router learned on, as for `corpus`. The router's loss and compute on its
             evaluation split, and the drift of the compute to `corpus`, are also reported.
-        tasks: tasks of lm-evaluation-harness, or YAML files of your own; the router is also measured on them, beside
-            all-big, all-small and the best fixed pattern. Needs the extra `lm-eval`.
+        tasks: tasks of lm-evaluation-harness, or YAML files of your own, as a list or with commas between them; the
+            router is also measured on them, beside all-big, all-small and the best fixed pattern. Needs the extra
+            `lm-eval`.
         task_questions: first questions of each task; by default all.
         task_batch: texts per pass in the tasks.
         window: tokens per window.
@@ -164,7 +165,7 @@ class EvaluateOptions:
     price: float = DEFAULT_PRICE
     target_compute: float | None = None
     learned_on: list[str] | str | None = None
-    tasks: list[str] = field(default_factory=list)
+    tasks: list[str] | str = field(default_factory=list)
     task_questions: int | None = None
     task_batch: int = 8
     window: int = 128
