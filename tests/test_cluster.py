@@ -8,13 +8,13 @@ import sys
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from duorl.cli import main
-from duorl.runs.cluster import Needs, OnCluster
+from duorl.runs.cluster import Needs, OnCluster, _own_modules
 from duorl.runs.interrupts import Interrupted
 from duorl.runs.mirror import Change, Mirror, apply, gathered, scatter
 
@@ -47,6 +47,19 @@ def test_a_mirror_stays_in_its_folder(path, tmp_path):
     with pytest.raises(ValueError, match="is outside of the run's folder"):
         apply([Change(path, b"")], tmp_path / "run")
     assert not (tmp_path / "outside").exists()
+
+
+def test_own_modules_are_found_while_another_thread_imports(tmp_path, monkeypatch):
+    class Growing(dict):
+        def items(self):
+            for name in self:
+                yield name, self[name]
+                self.setdefault("imported_meanwhile", sys)
+
+    own = ModuleType("own")
+    own.__file__ = str(tmp_path / "own.py")
+    monkeypatch.setattr(sys, "modules", Growing({**sys.modules, "own": own}))
+    assert _own_modules(tmp_path) == [tmp_path / "own.py"]
 
 
 # Stopping

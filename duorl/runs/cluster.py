@@ -278,7 +278,7 @@ def _own_modules(here: Path) -> list[Path]:
     """Sources of imported modules in the current folder, such as a user's reward; not DuoRL's, not installed ones."""
     files = [
         Path(file)
-        for name, module in list(sys.modules.items())
+        for name, module in sys.modules.copy().items()  # at once: threads of Ray import meanwhile
         if (file := getattr(module, "__file__", None)) and name.partition(".")[0] not in ("duorl", "__main__")
     ]
     own = [file for file in files if file.is_relative_to(here) and not file.is_relative_to(sys.prefix)]
