@@ -91,9 +91,14 @@ class _HostReplay(DictReplayBuffer):
 
 
 class _TokenDQN(stable_baselines3.DQN):
-    """Every token explores independently. In Stable-Baselines3, all environments of a step explore, or none."""
+    """Every token explores independently, and values are means.
+
+    In Stable-Baselines3, all environments of a step explore, or none. Its Huber loss estimates something between the
+    mean and the median of returns that differ by more than 1, and the policy needs the mean.
+    """
 
     agent: DQN
+    eta = 0.0  # weight of MEX's optimism
 
     @property
     def epsilon(self) -> float:
@@ -109,12 +114,6 @@ class _TokenDQN(stable_baselines3.DQN):
         random = self.agent.generator.integers(self.q_net.action_space.n, size=n_envs)
         choices = np.where(self.agent.generator.random(n_envs) < self.epsilon, random, greedy)
         return choices, choices
-
-
-class _MexDQN(_TokenDQN):
-    """DQN with the loss of MEX."""
-
-    eta: float
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         self.policy.set_training_mode(True)
@@ -176,7 +175,6 @@ class DQN(StableBaselinesAgent):
     """
 
     algorithm: _TokenDQN
-    algorithm_class: type[_TokenDQN] = _TokenDQN
     stateful = ("target", "generator", "replay", *StableBaselinesAgent.stateful)
 
     def __init__(
@@ -200,7 +198,7 @@ class DQN(StableBaselinesAgent):
         require_positive(**counts, batch_size=batch_size)
         self.generator = np.random.default_rng(env.first_seed)
         episode = self.own_decisions
-        algorithm = self.algorithm_class(
+        algorithm = _TokenDQN(
             RoutingQPolicy,
             self.vec_env,
             buffer_size=max(buffer_size // episode, 1) * episode,
@@ -276,8 +274,6 @@ class MEX(DQN):
         ValueError: the environment has a hard budget.
     """
 
-    algorithm_class = _MexDQN
-
     def __init__(self, env: Lockstep, *, eta: float = 1e-3, **options: Any):
         super().__init__(env, **options)
-        cast(_MexDQN, self.algorithm).eta = eta
+        self.algorithm.eta = eta

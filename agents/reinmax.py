@@ -36,7 +36,8 @@ class ReinMax(Agent):
         correction: share of REINFORCE in the gradient, 0 to 1; above 0, the environment needs a group_size of at least
             2.
         learning_rate: learning rate of Adam; it falls linearly to 0.
-        least_share: lower bound of the probabilities in the weights of the derivatives; it bounds the weights.
+        least_share: lower bound of the probabilities in the weights of the derivatives; it bounds the weights. Effects
+            of second order of choices that are less probable are underestimated.
         first_sharpness: inverse temperature at the start; a training that goes on from a router of `Soft` begins near
             the sharpness at which that one ended.
         last_sharpness: inverse temperature at the end; it rises geometrically, so that the sampled routes become
@@ -172,21 +173,24 @@ def action_effects(slopes: Tensor, chosen: Tensor, shares: Tensor, least_share: 
 
     sum_a e_a grad pi_a estimates grad E[R]. R(a) - R(c) is replaced by the mean of the derivatives at a and c times the
     difference of the choices (the trapezoid rule, exact if R is quadratic in the choice). The derivative at a is known
-    only if a is chosen, so it gets the weight 1 / pi:
-    e_a = D_a / 2 + [a = c] (D_c - sum_b pi_b D_b) / (2 pi_c), D the slopes at the choice c.
+    only if a is chosen, so it gets the weight 1 / pi, as in Liu et al. (2023), equation 7:
+    e_a = D_a / 2 + [a = c] (D_c - sum_b pi_b D_b) / (2 pi_c), D the slopes at the choice c. This is the same, up to a
+    constant, as e_a = (D_a - sum_b pi_b D_b) (1 + ([a = c] - pi_a) / (2 pi_a)): the derivatives, and a correction with
+    mean 0. A lower bound on the last pi_a bounds the correction alone. So the estimate stays exact in expectation if R
+    is linear in the choice, whatever the policy; if R is quadratic, it is exact where all pi_a are above the bound.
 
     Args:
         slopes: (..., A), d R / d choice at the chosen action.
         chosen: (..., A), zeros and a one.
         shares: (..., A), the policy.
-        least_share: lower bound on pi_c in the weight.
+        least_share: lower bound on pi_a in the weight.
 
     Returns:
         Shape (..., A).
     """
-    surprise = (slopes * (chosen - shares)).sum(-1, keepdim=True)
-    weight = chosen / (2 * (shares * chosen).sum(-1, keepdim=True).clamp(min=least_share))
-    return slopes / 2 + weight * surprise
+    surprise = slopes - (slopes * shares).sum(-1, keepdim=True)
+    least = max(least_share, torch.finfo(shares.dtype).tiny)  # a masked action has the probability 0
+    return surprise * (1 + (chosen - shares) / (2 * shares.clamp(min=least)))
 
 
 def explained_by(effects: Tensor, chosen: Tensor, shares: Tensor) -> Tensor:

@@ -183,6 +183,18 @@ def test_reinmax_is_exact_where_the_reward_is_quadratic_in_the_choice():
     assert torch.allclose(estimate, exact)
 
 
+def test_reinmax_is_exact_for_rare_choices_where_the_reward_is_linear():
+    """Below the least share the correction shrinks, and the derivatives themselves do not."""
+    scores = torch.tensor([0.3, 0.0, -0.3], dtype=torch.double, requires_grad=True)
+    slopes, shares = torch.tensor([0.4, -1.0, 2.0], dtype=torch.double).expand(3, 3), (8 * scores).softmax(-1)
+    assert shares.min() < 0.1
+    exact = torch.autograd.grad(shares @ slopes[0], scores, retain_graph=True)[0]
+    effects = action_effects(slopes, torch.eye(3, dtype=torch.double), shares.detach().expand(3, 3), least_share=0.1)
+    assert torch.allclose(torch.autograd.grad(shares @ (shares.detach() @ effects), scores)[0], exact)
+    masked = action_effects(slopes[0], torch.tensor([1.0, 0, 0]), torch.tensor([0.5, 0.5, 0.0]), least_share=0.0)
+    assert masked.isfinite().all()
+
+
 def _all_joint_routes(tokens, discount):
     """Of a window of 3 tokens, 512 copies side by side: (512, T, L), choices per layer, rewards and credits (L, N)."""
     duo, joint = make_duo("llama"), torch.tensor(list(product(range(2), repeat=9))).view(-1, 3, 3)
