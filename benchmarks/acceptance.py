@@ -7,7 +7,9 @@ Acceptance is the share of tokens whose most likely next token is that of all-bi
 draft. Every learner trains one router for a range of prices, from equally many layer decisions of the router split. It
 is measured on the evaluation split, in the routed context, and compared with the others at equal compute. Prices range
 from 0.15 to 2.6 times what all-big is better than all-small: in nats of loss, in nats of distance, or in accepted
-tokens. Fixed patterns are chosen on router text, for every number of big layers, by acceptance.
+tokens. Fixed patterns are chosen on router text, for every number of big layers, by acceptance. Of every router, the
+fixed patterns too, two steps are mixed (`duorl.evaluation.Frontier`), those with the highest acceptance on router text.
+All ladders are kept beside the JSON; --again makes the tables from them, without training.
 """
 
 from __future__ import annotations
@@ -15,14 +17,12 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from bisect import bisect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import duorl
 from benchmarks.drafts import CHOSEN_ON, draft_patterns
@@ -33,8 +33,8 @@ from duorl.closeness import minus_divergence, same_token
 from duorl.corpus import Windows, cut, documents
 from duorl.costs import BIG, SMALL
 from duorl.envs import Lockstep
-from duorl.evaluation import Ladder
-from duorl.evaluation.budgets import agreement_at
+from duorl.evaluation import Frontier, Ladder
+from duorl.evaluation.budgets import MeasuredText, load_texts, save_texts
 from duorl.evaluation.statistics import Estimate
 from duorl.files import write_json
 from duorl.learners import Soft
@@ -43,7 +43,7 @@ from duorl.markdown import grid
 from duorl.prices import ladder
 from duorl.rewards import Acceptance, LossImprovement, Reward, TeacherKL
 from duorl.routed_pass import RoutedPass
-from duorl.routers import HeadRouter, PatternRouter, Router, spent
+from duorl.routers import ConstantRouter, HeadRouter, PatternRouter, Router, spent
 from duorl.runs.allocator import keep_freed_memory
 
 CORPORA = ("stdlib-code", "stdlib-docs")
@@ -52,6 +52,8 @@ CHEAPEST, DEAREST = 0.15, 2.6  # prices, in what all-big is better than all-smal
 STEPS = 6  # prices at which a router is measured
 TARGETS = (0.25, 0.5, 0.75)
 BEYOND = 0.05  # on other text a router spends a little less or more
+MIXED_ON = 64  # windows of router text that decide which steps are mixed
+TEXT = "evaluation split"  # name of the kept ladders
 FIXED, SOFT = "best fixed", "soft, distance"  # rivals
 
 
@@ -115,7 +117,7 @@ class Study:
     folder: Path
 
     @cached_property
-    def loaded(self) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
+    def loaded(self) -> tuple[duorl.DuoForCausalLM, Windows, Windows]:
         """The model, windows of the router split, and windows of the evaluation split."""
         return material(self.model, self.dtype, self.device, self.held_out)
 
@@ -123,7 +125,7 @@ class Study:
     def gaps(self) -> dict[str, float]:
         """By unit, what all-big is better than all-small on router text."""
         model, training, _ = self.loaded
-        small, big = (RoutedPass(model, training[:CHOSEN_ON]).take_all(action) for action in (SMALL, BIG))
+        small, big = (RoutedPass(model, training.tokens[:CHOSEN_ON]).take_all(action) for action in (SMALL, BIG))
         return {
             "loss": (small.losses() - big.losses()).mean().item(),
             "distance": -small.compare(big, minus_divergence).mean().item(),
@@ -160,60 +162,78 @@ class Study:
             options["init"] = str(place)
         windows = 8 if stage.copies > 1 else 16  # per batch; the same number of tokens
         more = {"windows_per_batch": windows, "group_size": stage.copies, "seed": seed, "prices": prices}
-        env = Lockstep(model, training, reward=stage.reward, **more)
+        env = Lockstep(model, training.tokens, reward=stage.reward, **more)
         return stage.learner(env, **options).learn(int(self.decisions * stage.share))
 
     def measured(self, router: Router) -> Ladder:
         """A router at prices of its range on the evaluation split, and where these do not lead, calibrated."""
         model, training, held_out = self.loaded
         steps = [router.at(price=price) for price in ladder(tuple(router.config["prices"]), STEPS)]
-        spends = [spent(model, step, training[:CHOSEN_ON]) for step in (steps[-1], steps[0])]
+        spends = [spent(model, step, training.tokens[:CHOSEN_ON]) for step in (steps[-1], steps[0])]
         for target in (TARGETS[0] - BEYOND, *TARGETS, TARGETS[-1] + BEYOND):
             if not spends[0] + BEYOND < target < spends[1] - BEYOND:
-                steps.append(router.calibrated(model, training[:CHOSEN_ON], compute=target))
-        return Ladder.climb(model, steps, held_out.tokens)
+                steps.append(router.calibrated(model, training.tokens[:CHOSEN_ON], compute=target))
+        return Ladder.climb(model, steps, held_out.tokens, training.tokens[:MIXED_ON])
 
     def fixed(self) -> Ladder:
         """The best fixed pattern of every number of big layers, by acceptance."""
         model, training, held_out = self.loaded
         path = self.folder / "fixed.safetensors"
         if not path.exists():
-            found = draft_patterns(model, training)
-            above = [bisect([pattern.compute for pattern in found], target) for target in TARGETS]
-            around = {place - below for place in above for below in (0, 1)}
-            steps = [PatternRouter(found[place].route) for place in sorted(around)]
+            steps = [PatternRouter(pattern.route) for pattern in draft_patterns(model, training.tokens)]
             path.parent.mkdir(parents=True, exist_ok=True)
-            Ladder.climb(model, steps, held_out.tokens).save(path)
+            Ladder.climb(model, steps, held_out.tokens, training.tokens[:MIXED_ON]).save(path)
         return Ladder.load(path)
 
-    def rows(self, seeds: int) -> list[dict]:
-        """A row per router: acceptance at every target, and paired differences to two rivals."""
-        names = list(variants(self.rate))
-        ladders = {FIXED: [self.fixed()]} | {name: [self.run((name, seed)) for seed in range(seeds)] for name in names}
-        files = self.loaded[2].files
-        at = {name: {t: agreement_at(own, t, files) for t in TARGETS} for name, own in ladders.items()}
-        return [
-            {
-                "name": name,
-                "seeds": len(ladders[name]),
-                "seconds": self.seconds(name, seeds),
-                "targets": {
-                    str(target): {
-                        "acceptance": _said(own),
-                        **{f"minus {rival}": _said(_minus(own, at[rival][target])) for rival in (FIXED, SOFT)},
-                    }
-                    for target, own in levels.items()
-                },
-            }
-            for name, levels in at.items()
-        ]
+    def text(self, seeds: int) -> MeasuredText:
+        """The ladders of all routers."""
+        model, training, held_out = self.loaded
+        ladders = {FIXED: [self.fixed()]}
+        ladders |= {name: [self.run((name, seed)) for seed in range(seeds)] for name in variants(self.rate)}
+        small, big = Ladder.climb(model, [ConstantRouter("small"), ConstantRouter("big")], held_out.tokens).losses
+        fixed, all_big = (model.flops.token(torch.tensor(spends), (WINDOW + 1) / 2) for spends in (0.0, 1.0))
+        flops = torch.stack([fixed, all_big - fixed])
+        return MeasuredText(ladders, held_out.files, training.files[:MIXED_ON], small, big, flops, WINDOW)
 
-    def seconds(self, name: str, seeds: int) -> float | None:
-        """Mean processor time of the trainings; None for fixed patterns."""
-        if name == FIXED:
-            return None
+    def seconds(self, name: str, seeds: int) -> float:
+        """Mean processor time of the trainings."""
         kept = [json.loads((self.folder / f"{name}-{seed}" / "time.json").read_text()) for seed in range(seeds)]
         return sum(one["seconds"] for one in kept) / seeds
+
+
+def rows(text: MeasuredText, seconds: dict[str, float]) -> list[dict]:
+    """A row per router: acceptance at every target, and paired differences to two rivals."""
+    frontiers = {
+        name: Frontier(seeds, text.files, text.chosen_files, goal="top1_agreement")
+        for name, seeds in text.ladders.items()
+    }
+    at = {name: {target: frontier.at(target) for target in TARGETS} for name, frontier in frontiers.items()}
+    return [
+        {
+            "name": name,
+            "seeds": len(text.ladders[name]),
+            "seconds": seconds.get(name),
+            "targets": {
+                str(target): {
+                    "acceptance": _said(own),
+                    **{f"minus {rival}": _said(_minus(own, at[rival][target])) for rival in (FIXED, SOFT)},
+                }
+                for target, own in levels.items()
+            },
+        }
+        for name, levels in at.items()
+    ]
+
+
+def again(path: Path) -> list[dict]:
+    """The rows of a kept study, from its ladders."""
+    seconds = {row["name"]: row["seconds"] for row in json.loads(path.read_text())["rows"] if row["seconds"]}
+    return rows(load_texts(ladders_of(path))[TEXT], seconds)
+
+
+def ladders_of(path: Path) -> Path:
+    """The file of the ladders beside that of the rows."""
+    return path.with_name(f"{path.stem}-ladders.safetensors.gz")
 
 
 def _minus(own: Estimate | None, rival: Estimate | None) -> Estimate | None:
@@ -225,12 +245,12 @@ def _said(found: Estimate | None) -> list[float] | None:
 
 
 @lru_cache(maxsize=1)
-def material(name: str, dtype: str, device: str, held_out: int) -> tuple[duorl.DuoForCausalLM, Tensor, Windows]:
+def material(name: str, dtype: str, device: str, held_out: int) -> tuple[duorl.DuoForCausalLM, Windows, Windows]:
     """A model, windows of the router split, and the first ones of the evaluation split."""
     model, tokenizer = duorl.load(name, dtype=dtype, device=device), duorl.load_tokenizer(name)
     learned, measured = (cut(documents(CORPORA, split), tokenizer, WINDOW) for split in ("router", "evaluation"))
     assert learned is not None and measured is not None
-    return model, learned.tokens.to(model.device), measured.first(held_out)
+    return model, learned._replace(tokens=learned.tokens.to(model.device)), measured.first(held_out)
 
 
 def markdown(table: list[dict]) -> str:
@@ -268,7 +288,11 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=torch.get_num_threads())
     parser.add_argument("--folder", type=Path, default=Path("runs/acceptance"), help="keeps what is done, to go on")
     parser.add_argument("--out", type=Path, default=Path("runs/acceptance.json"))
+    parser.add_argument("--again", action="store_true", help="only make the tables of --out, from its kept ladders")
     options = parser.parse_args()
+    if options.again:
+        write_json(options.out, {**json.loads(options.out.read_text()), "rows": (table := again(options.out))})
+        return print(markdown(table))
     keep_freed_memory()
     sizes = {"decisions": options.decisions, "rate": options.rate, "held_out": options.windows}
     place = options.folder / "-".join(map(str, (Path(options.model).name, options.dtype, *sizes.values())))
@@ -276,7 +300,9 @@ def main() -> None:
     jobs = [(name, seed) for seed in range(options.seeds) for name in variants(options.rate)]
     with side_by_side(options.processes) as pool:
         list(pool.map(study.run, jobs))
-        table = pool.submit(study.rows, options.seeds).result()
+        text = pool.submit(study.text, options.seeds).result()
+    save_texts({TEXT: text}, ladders_of(options.out))
+    table = rows(text, {name: study.seconds(name, options.seeds) for name in variants(options.rate)})
     record(options.out, rows=table)
     print(markdown(table))
 

@@ -19,7 +19,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from duorl.evaluation.statistics import Estimate, estimate, hypervolume
+from duorl.evaluation.frontier import hypervolume
+from duorl.evaluation.statistics import Estimate, estimate
 
 SEEDS = (1, 2, 3, 5)
 WINDOWS, FILES = 192, 60
@@ -89,7 +90,7 @@ def satterthwaite(found: Estimate) -> Interval:
 
 def area(means: np.ndarray) -> float:
     """The hypervolume of a frontier whose shape changes with the mean effect."""
-    return hypervolume(STEPS, LOSSES + TURNS * means[0], worst_loss=3.0)
+    return hypervolume(STEPS, LOSSES + TURNS * means[0], worst=3.0)
 
 
 def true_area(spread: Spread, *, skewed: bool) -> float:

@@ -4,8 +4,8 @@
 
 REINFORCE is trained on duo-tiny's router text: once with the price as an input, and once at each of five prices. Each
 training has equally many layer decisions, so the single routers have five times the training. Frontiers are measured in
-the routed context, on files of the router split that no training used, and compared by their hypervolume. The frontier
-of the fixed patterns is beside them.
+the routed context, on files of the router split that no training used, and compared by their hypervolume. Of each, two
+steps are mixed; the text of the trainings decides which. The frontier of the fixed patterns is beside them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from torch import Tensor
+
 from benchmarks.credit import text
 from benchmarks.record import record
 from duorl import agents
 from duorl.envs import Lockstep
-from duorl.evaluation import Baseline, EvaluationOptions, Ladder
-from duorl.evaluation.budgets import loss_at
-from duorl.evaluation.statistics import Estimate, hypervolume
+from duorl.evaluation import Baseline, EvaluationOptions, Frontier, Ladder
+from duorl.evaluation.statistics import Estimate
 from duorl.markdown import grid
 from duorl.prices import ladder
 from duorl.rewards import LossImprovement
@@ -29,6 +30,7 @@ from duorl.runs.allocator import keep_freed_memory
 PRICES, STEPS = (0.02, 0.8), 5
 TARGETS = (0.25, 0.5)
 HELD_OUT = 96  # windows
+CHOSEN_ON = 64  # windows of the trainings' text that decide which steps are mixed
 
 
 def learn(decisions: int, seed: int, price: float | None) -> Router:
@@ -48,26 +50,28 @@ def ladders(decisions: int, seed: int) -> dict[str, Ladder]:
     rounds = EvaluationOptions(fixed_windows=24, final_windows=96)
     ranked = {"method": "enumeration", "actions": ("small", "big"), "price": 0.0, "options": rounds}
     patterns = [PatternRouter(route) for route in Baseline.search(model, training, **ranked).per_big().values()]
-    return {
-        "best fixed": Ladder.climb(model, patterns, windows),
-        "one router per price": Ladder.climb(model, [learn(decisions, seed, price) for price in steps], windows),
-        "one router for all prices": Ladder.climb(model, [one.at(price=price) for price in steps], windows),
+    routers = {
+        "best fixed": patterns,
+        "one router per price": [learn(decisions, seed, price) for price in steps],
+        "one router for all prices": [one.at(price=price) for price in steps],
     }
+    return {name: Ladder.climb(model, own, windows, training[:CHOSEN_ON]) for name, own in routers.items()}
 
 
-def rows(found: dict[str, Ladder], worst_loss: float) -> list[dict]:
+def rows(found: dict[str, Ladder], worst: Tensor) -> list[dict]:
     """A row per frontier: hypervolume, and paired difference to one router per price at some computes."""
     files = text()[2].files[:HELD_OUT]
-    at = {name: {target: loss_at([ladder], target, files) for target in TARGETS} for name, ladder in found.items()}
+    frontiers = {name: Frontier([ladder], files) for name, ladder in found.items()}
+    at = {name: {target: frontier.at(target) for target in TARGETS} for name, frontier in frontiers.items()}
     separate = at["one router per price"]
     return [
         {
             "name": name,
-            "compute": [ladder.compute.min().item(), ladder.compute.max().item()],
-            "hypervolume": hypervolume(ladder.compute, ladder.loss, worst_loss=worst_loss),
+            "compute": list(frontier.range),
+            "hypervolume": frontier.area(worst).value,
             "minus": {str(target): _minus(at[name][target], separate[target]) for target in TARGETS},
         }
-        for name, ladder in found.items()
+        for name, frontier in frontiers.items()
     ]
 
 
@@ -101,7 +105,7 @@ def main() -> None:
     options = parser.parse_args()
     keep_freed_memory()
     model, _, windows = text()
-    small = Ladder.climb(model, [ConstantRouter("small")], windows.tokens[:HELD_OUT]).loss.item()
+    (small,) = Ladder.climb(model, [ConstantRouter("small")], windows.tokens[:HELD_OUT]).losses
     table = rows(ladders(options.decisions, options.seed), small)
     record(options.out, rows=table)
     print(markdown(table))

@@ -6,7 +6,6 @@ import torch
 from duorl import routers
 from duorl.corpus import Windows
 from duorl.evaluation import Ladder, learned_on, measure, transfer_rows
-from duorl.evaluation.transfer import steps_for
 from duorl.routers import BudgetRouter, ConstantRouter, HeadRouter, LogitRouter, ShiftedRouter, spent
 
 
@@ -68,23 +67,36 @@ def test_what_cannot_be_calibrated_is_refused(duo, windows):
         ShiftedRouter(HeadRouter(3, 32), [0.5])
 
 
-def test_two_steps_are_mixed_to_spend_a_target():
-    compute = torch.tensor([0.8, 0.2, 0.4])
-    shares = steps_for(compute, 0.7)
-    assert shares @ compute == pytest.approx(0.7) and shares.tolist() == pytest.approx([0.75, 0.0, 0.25])
-    assert steps_for(compute, 0.1) is None is steps_for(compute, 0.9)
+def test_a_router_that_cannot_spend_a_target_says_so(duo, windows):
+    """Its choices depend on the layer alone, so it spends few computes: 0.5, 0.75 and 1 of three equal layers."""
+    router = HeadRouter(3, 32)
+    for parameter in router.parameters():
+        parameter.data *= 0
+    router.leaning([2, 1, 2]).requires_grad_(False)
+    reached = spent(duo, router, windows)
+    assert spent(duo, router.calibrated(duo, windows, compute=reached + 0.01), windows) == reached
+    for target in (0.4, 0.6, 0.9):
+        with pytest.raises(ValueError, match=r"compute \d\.\d is out of reach: the nearest .* is \d\.\d\d, mix two"):
+            router.calibrated(duo, windows, compute=target)
 
 
 def test_on_a_new_text_the_compute_drifts_until_it_is_calibrated():
     """Each step spends a tenth more on the new text; its windows lose 1 and 3 nats at the first step, then half."""
-    old = Ladder(torch.ones(2, 3), torch.ones(2, 3), calibration=torch.tensor([0.2, 0.6]))
-    spent_there, losses = torch.tensor([[0.2, 0.4], [0.6, 0.8]]), torch.tensor([[1.0, 3.0], [0.5, 1.5]])
-    new = Ladder(spent_there, losses, calibration=torch.tensor([0.3, 0.7]))
+    losses = torch.tensor([[1.0, 3.0], [0.5, 1.5]])
+
+    def on_router_text(*spends):
+        return Ladder(torch.tensor(spends)[:, None].expand(2, 2), losses)
+
+    old = Ladder(torch.ones(2, 3), torch.ones(2, 3), chosen=on_router_text(0.2, 0.6))
+    spent_there = torch.tensor([[0.2, 0.4], [0.6, 0.8]])
+    new = Ladder(spent_there, losses, chosen=on_router_text(0.3, 0.7))
     (row,) = transfer_rows({"mine": [new]}, [{"mine": [old]}], [0.4], torch.arange(2))
     assert (row["as_learned"]["compute"], row["as_learned"]["loss"]) == pytest.approx((0.5, 1.5))
     assert (row["calibrated"]["compute"], row["calibrated"]["loss"]) == pytest.approx((0.4, 1.75))
     (row,) = transfer_rows({"mine": [new]}, [{"mine": [old]}], [0.65], torch.arange(2))
     assert row["as_learned"] is None and row["calibrated"]["compute"] == pytest.approx(0.65)
+    with pytest.raises(ValueError, match="lacks the measurements on router text"):
+        transfer_rows({"mine": [Ladder(spent_there, losses)]}, [{"mine": [old]}], [0.4], torch.arange(2))
 
 
 def test_the_drift_of_a_router_is_between_two_texts(duo, windows):

@@ -9,8 +9,8 @@ from html import unescape
 
 import pytest
 import torch
+from test_frontier import made_up
 from test_paper import Names, small_study
-from test_statistics import made_up
 
 from duorl.evaluation import Comparer, EvaluationOptions, budget_rows, summaries
 from duorl.paper import claims_page, draw

@@ -19,7 +19,8 @@ from duorl.cli.trainings import WORK, Place, Workers, do_apart, held_out_texts, 
 from duorl.cli.workbench import KNOWABLE, Workbench
 from duorl.corpus import Windows, source_names
 from duorl.costs import ACTIONS
-from duorl.evaluation.budgets import Ladder, budget_rows, summaries
+from duorl.evaluation.budgets import MeasuredText, save_texts
+from duorl.evaluation.frontier import Ladder
 from duorl.evaluation.transfer import transfer_rows
 from duorl.files import write_json, write_text, writing
 from duorl.reports import page
@@ -28,6 +29,7 @@ from duorl.routers import ConstantRouter, Router
 from duorl.runs.jobs import RESULT, Job
 
 FIXED = "fixed"  # folder of the fixed patterns in a run's folder
+LADDERS = "ladders.safetensors.gz"  # all ladders, from which budgets.json follows
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
@@ -52,7 +54,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     workers = Workers(options, config, bench.model, bench.model.device)
     check_evaluation(options, bench.model, bench.training, bench.held_out)
     if options.targets:
-        for text in held_out_texts(bench):  # each text must have an evaluation split of its own
+        for text in held_out_texts(bench):  # each text must have an evaluation split and a router split of its own
             router_text(bench, text)
     return "compare", Compare(bench, workers)
 
@@ -147,38 +149,29 @@ class Compare:
     def _compare_budgets(self, folder: Path) -> None:
         """Compare all routers at equal compute, on each text."""
         bench, learned = self.bench, source_names(self.options.corpus)
-        held_out, texts = held_out_texts(bench), {}
-        ladders = {text: self._ladders(folder, text) for text in held_out}
-        for text, windows in held_out.items():
-            texts[text] = {"tokens": windows.tokens[:, 1:].numel(), **self._budgets(ladders[text], windows)}
-            if self.options.transfer:
-                at_home = [ladders[name] for name in learned]
-                rows = transfer_rows(ladders[text], at_home, self.options.targets, windows.files)
+        measured = {text: self._measured(folder, text, windows) for text, windows in held_out_texts(bench).items()}
+        save_texts(measured, folder / LADDERS)
+        texts = {text: found.numbers(self.options.targets) for text, found in measured.items()}
+        if self.options.transfer:
+            at_home = [measured[name].ladders for name in learned]
+            for text, found in measured.items():
+                rows = transfer_rows(found.ladders, at_home, self.options.targets, found.files)
                 texts[text]["transfer"] = {"learned": text in learned, "rows": rows}
         numbers = {"command": typed_command(), "texts": texts}
         write_json(folder / "budgets.json", numbers)
         write_text(folder / "budgets.md", budgets_markdown(numbers))
-        for text, found in texts.items():
+        for text, tables in texts.items():
             with writing(folder / "figures" / f"budgets-{text.replace('/', '_')}.png") as beside:
-                budget_frontiers(found, text).savefig(beside, dpi=150)
+                budget_frontiers(tables, text).savefig(beside, dpi=150)
         page.write(folder)
 
-    def _ladders(self, folder: Path, text: str) -> dict[str, list[Ladder]]:
-        """By router the ladders of its seeds on a text."""
-        found = {"best fixed": [Ladder.load(ladder_path(folder / FIXED, text))]}
+    def _measured(self, folder: Path, text: str, windows: Windows) -> MeasuredText:
+        """The ladders of all routers on a text, by router, and what their tables need beside them."""
+        ladders = {"best fixed": [Ladder.load(ladder_path(folder / FIXED, text))]}
         for place in self.places(folder):
-            found.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
-        return found
-
-    def _budgets(self, ladders: dict[str, list[Ladder]], windows: Windows) -> dict[str, Any]:
-        constant = [ConstantRouter(name) for name in ACTIONS[1:]]
-        small, big = Ladder.climb(self.bench.model, constant, windows.tokens).losses
-        level, files = big.mean().item(), windows.files
-        rows, length = budget_rows(ladders, self.options.targets, files), windows.tokens.shape[1] - 1
-        for row in rows:  # equal computes are equal FLOPs
-            row["flops_per_token"] = self.bench.model.flops.token(torch.tensor(row["target"]), (length + 1) / 2).item()
-        return {
-            "all_big": level,
-            "rows": rows,
-            "routers": summaries(ladders, level=level, worst=small, files=files),
-        }
+            ladders.setdefault(place.name, []).append(Ladder.load(ladder_path(place.router, text)))
+        model, length = self.bench.model, windows.tokens.shape[1] - 1
+        small, big = Ladder.climb(model, [ConstantRouter(name) for name in ACTIONS[1:]], windows.tokens).losses
+        fixed, all_big = (model.flops.token(torch.tensor(spent), (length + 1) / 2) for spent in (0.0, 1.0))
+        flops = torch.stack([fixed, all_big - fixed])
+        return MeasuredText(ladders, windows.files, router_text(self.bench, text).files, small, big, flops, length)

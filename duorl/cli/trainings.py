@@ -11,7 +11,6 @@ from typing import Any, cast
 
 import torch
 from jsonargparse import Namespace
-from torch import Tensor
 
 from duorl.checks import require_positive
 from duorl.cli.comparing import searched
@@ -21,8 +20,8 @@ from duorl.cli.workbench import Workbench
 from duorl.corpus import Windows, source_names
 from duorl.devices import processes_for
 from duorl.evaluation.baseline import Baseline
-from duorl.evaluation.budgets import Ladder
 from duorl.evaluation.choice import choose, flops_per_second
+from duorl.evaluation.frontier import Ladder
 from duorl.files import writing
 from duorl.models import DuoConfig, DuoForCausalLM
 from duorl.models.footprint import weight_bytes
@@ -225,7 +224,7 @@ def _climb_texts(bench: Workbench, steps: Sequence[Router], place: Path, tell: T
         if (path := ladder_path(place, text)).exists():  # measured before the run was stopped
             continue
         with writing(path) as beside:
-            own = router_text(bench, text)
+            own = router_text(bench, text).tokens
             Ladder.climb(bench.model, steps, windows.tokens, own, between=interrupts.check).save(beside)
 
 
@@ -253,11 +252,9 @@ def held_out_texts(bench: Workbench) -> dict[str, Windows]:
 
 
 @lru_cache
-def router_text(bench: Workbench, text: str) -> Tensor | None:
-    """The first windows of a text's router split, to calibrate on; None without texts that were not learned on."""
-    if not bench.options.transfer:
-        return None
-    return bench.read([text], split="router").tokens[: bench.options.evaluation.fixed_windows]
+def router_text(bench: Workbench, text: str) -> Windows:
+    """The first windows of a text's router split: they decide which steps of a ladder are mixed, and calibrate."""
+    return bench.read([text], split="router").first(bench.options.evaluation.final_windows)
 
 
 def ladder_path(router: Path, text: str) -> Path:

@@ -1,6 +1,7 @@
 """Evaluation: measure routers and compare them with fixed patterns (baseline) and with the best routes (bound).
 
-measure | baseline (fixed patterns) | bound (searched routes)  ->  choice (what is searched)  ->  compare, budgets
+measure -> frontier (what mixing reaches) | baseline (fixed patterns) | bound (searched routes)
+-> choice (what is searched) -> compare, budgets
 """
 
 import lazy_loader

@@ -1,9 +1,10 @@
 from .baseline import Baseline
 from .bound import Bound, find_bound
-from .budgets import Ladder, budget_rows, summaries
+from .budgets import budget_rows, summaries
 from .choice import Choice, check_searches, choose, flops_per_second, training_flops
 from .compare import Comparer, Comparison
 from .flat import flatten
+from .frontier import Frontier, Ladder
 from .measure import Measurement, evaluate, measure
 from .options import EvaluationOptions
 from .route_search import (
@@ -24,6 +25,7 @@ __all__ = [
     "Comparer",
     "Comparison",
     "EvaluationOptions",
+    "Frontier",
     "Ladder",
     "Measurement",
     "RouteSearch",

@@ -1,127 +1,50 @@
-"""Routers at equal compute: their frontiers over a ladder of prices, with seeds, files and paired tests.
+"""Routers at equal compute: rows of tables from the frontiers of their ladders, with paired tests.
 
-A router for a range of prices is measured at several prices; for fixed patterns, the best one of every number of big
-layers is measured. These measurements are a `Ladder`. A deployment can mix two steps of a ladder, so the loss at a
-given compute is interpolated linearly. All routers of a table then have exactly the same compute, and are compared on
-the same windows.
+All routers of a table spend exactly the same compute, each by the mixture of its steps that is best on router text
+(`duorl.evaluation.frontier`), and are compared on the same windows.
 """
 
 from __future__ import annotations
 
+import gzip
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from torch import Tensor
 
-from duorl.evaluation.measure import Measurement, measure, stacked, top1_agreement
-from duorl.evaluation.statistics import Estimate, as_share, estimate, holm, hypervolume, named, reaches
-from duorl.models.modeling import DuoForCausalLM
-from duorl.routers import ConstantRouter, Router, spent
+from duorl.evaluation.frontier import Frontier, Ladder, Ladders
+from duorl.evaluation.statistics import Estimate, as_share, holm, named
+from duorl.files import writing
 
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Ladder:
-    """One router at several budgets, in the routed context.
-
-    Attributes:
-        spent: (P, W), mean compute of each window at each step, in [0, 1].
-        losses: (P, W), nats per token, the mean of each window.
-        top1_agreement: (P, W), share of tokens whose most likely next token is all-big's; None: not measured.
-        seconds: (P, N), wall time per token of each batch; None: not measured.
-        calibration: (P,), mean compute at each step on router text of the same kind; None: not measured.
-    """
-
-    spent: Tensor
-    losses: Tensor
-    top1_agreement: Tensor | None = None
-    seconds: Tensor | None = None
-    calibration: Tensor | None = None
-
-    @classmethod
-    def climb(
-        cls,
-        model: DuoForCausalLM,
-        steps: Sequence[Router],
-        windows: Tensor,
-        calibrate_on: Tensor | None = None,
-        between: Callable[[], None] = lambda: None,
-    ) -> Ladder:
-        """Measure routers, one per step, on windows (W, T+1), and their compute on router text, (W', T+1).
-
-        `between` is called after each measurement.
-        """
-
-        def measured_on(router: Router) -> Measurement:
-            found = measure(model, router, windows)
-            between()
-            return found
-
-        all_big = measured_on(ConstantRouter("big")).predicted
-        measured = stacked([measured_on(router) for router in steps])
-        agreement = top1_agreement(measured.predicted, all_big)
-        found = cls(measured.compute.mean(-1), measured.loss.mean(-1), agreement, measured.seconds)
-        if calibrate_on is None:
-            return found
-        return replace(found, calibration=torch.tensor([spent(model, router, calibrate_on) for router in steps]))
-
-    @property
-    def compute(self) -> Tensor:
-        """(P,), means over windows."""
-        return self.spent.mean(1)
-
-    @property
-    def calibrated(self) -> Tensor:
-        """(P,), see `calibration`; it must be measured."""
-        assert self.calibration is not None
-        return self.calibration
-
-    @property
-    def loss(self) -> Tensor:
-        """(P,) nats, means over windows."""
-        return self.losses.mean(1)
-
-    def save(self, path: Path) -> None:
-        """Write a safetensors file."""
-        save_file({name: values for name, values in vars(self).items() if values is not None}, path)
-
-    @classmethod
-    def load(cls, path: Path) -> Ladder:
-        """Load a ladder; older files have only losses and the mean compute, which is then used for every window."""
-        found = load_file(path)
-        if "spent" not in found:
-            return cls(found["compute"][:, None].expand_as(found["losses"]).contiguous(), found["losses"])
-        return cls(**found)
-
-
-Ladders = Mapping[str, Sequence[Ladder]]
-"""For each router, one ladder per training seed."""
-
-
-def budget_rows(ladders: Ladders, targets: Sequence[float], files: Tensor | None = None) -> list[Row]:
+def budget_rows(
+    ladders: Ladders, targets: Sequence[float], files: Tensor | None = None, chosen_files: Tensor | None = None
+) -> list[Row]:
     """Rows for each target compute and router.
 
     Args:
         ladders: ladders by router.
         targets: values of the compute.
         files: (W,), file of each window.
+        chosen_files: (W',), file of each window of the router text that decides which steps are mixed.
 
     Returns:
-        Rows with `router`, `seeds`, `target`, `compute` (the target: all are interpolated to it), `loss` in nats,
-        `top1_agreement` and `tokens_per_second`, each with its `NAME_interval`, and `minus`: by rival the paired
-        `difference` of losses (below 0 is better than the rival), its `interval`, its two-sided `p`, and whether it
-        `holds` by Holm's procedure over all routers and targets that are compared with this rival. If a router does not
-        reach the target, all of these are None, and `spends` is the range of its compute. See
-        `duorl.evaluation.statistics` for intervals and tests.
+        Rows with `router`, `seeds`, `target`, `compute` (the target, or less where less is best), `loss` in nats,
+        `top1_agreement` and `tokens_per_second`, each with its `NAME_interval`, `router_flops` per token of the
+        router's own decisions, and `minus`: by rival the paired `difference` of losses (below 0 is better than the
+        rival), its `interval`, its two-sided `p`, and whether it `holds` by Holm's procedure over all routers and
+        targets that are compared with this rival. If a router does not reach the target, all of these are None, and
+        `spends` is the range of its compute. See `duorl.evaluation.statistics` for intervals and tests.
     """
-    rows = [row for target in targets for row in _rows_at(ladders, target, files)]
+    frontiers = {name: Frontier(seeds, files, chosen_files) for name, seeds in ladders.items()}
+    rows = [row for target in targets for row in _rows_at(frontiers, target)]
     for rival in ladders:
         family = [row["minus"][rival] for row in rows if rival in row["minus"]]
         for difference, holds in zip(family, holm([one["p"] for one in family]), strict=True):
@@ -129,92 +52,34 @@ def budget_rows(ladders: Ladders, targets: Sequence[float], files: Tensor | None
     return rows
 
 
-def _rows_at(ladders: Ladders, target: float, files: Tensor | None) -> list[Row]:
-    reached = {name: loss_at(seeds, target, files) for name, seeds in ladders.items()}
-    return [
-        {
-            "router": name,
-            "seeds": len(ladders[name]),
-            "target": target,
-            "spends": _range(ladders[name]),
-            "compute": None if loss is None else target,
-            **named("loss", loss),
-            **named("top1_agreement", agreement_at(ladders[name], target, files), as_share),
-            **named("tokens_per_second", speed_at(ladders[name], target), math.exp),
-            "minus": {
-                rival: minus(loss, other)
-                for rival, other in reached.items()
-                if rival != name and loss is not None and other is not None
-            },
-        }
-        for name, loss in reached.items()
-    ]
+def _rows_at(frontiers: dict[str, Frontier], target: float) -> list[Row]:
+    reached = {name: frontier.at(target) for name, frontier in frontiers.items()}
+    return [_row(name, frontiers[name], target, reached) for name in frontiers]
 
 
-def loss_at(seeds: Sequence[Ladder], target: float, files: Tensor | None = None) -> Estimate | None:
-    """Mean loss over seeds at a compute, in nats; None if a seed does not reach it."""
-    return _at(seeds, target, [ladder.losses for ladder in seeds], files)
+def _row(name: str, frontier: Frontier, target: float, reached: dict[str, Estimate | None]) -> Row:
+    own, spent, flops = (frontier.at(target, of) for of in (None, "spent", "own_flops"))
+    return {
+        "router": name,
+        "seeds": len(frontier.seeds),
+        "target": target,
+        "spends": list(frontier.range),
+        "compute": spent and spent.value,
+        **named("loss", own),
+        **named("top1_agreement", frontier.at(target, "top1_agreement"), as_share),
+        **named("tokens_per_second", _speed(frontier, target), math.exp),
+        "router_flops": flops and flops.value,
+        "minus": {
+            rival: minus(own, other)
+            for rival, other in reached.items()
+            if rival != name and own is not None and other is not None
+        },
+    }
 
 
-def agreement_at(seeds: Sequence[Ladder], target: float, files: Tensor | None = None) -> Estimate | None:
-    """Mean share of tokens whose most likely next token is all-big's, at a compute; None: see `loss_at`."""
-    return _at(seeds, target, [ladder.top1_agreement for ladder in seeds], files)
-
-
-def speed_at(seeds: Sequence[Ladder], target: float) -> Estimate | None:
-    """Logarithm of the tokens per second at a compute; its interval is over seeds and batches. None: see `loss_at`."""
-    values = [one.seconds for one in seeds if one.seconds is not None]
-    if len(values) < len(seeds) or not _reached(seeds, target):
-        return None
-    by_batch = [replace(one, spent=one.compute[:, None].expand_as(own)) for one, own in zip(seeds, values, strict=True)]
-    return _interpolated(by_batch, values, None, lambda *found: -math.log(np.interp(target, *_rising(*found))))
-
-
-def _at(
-    seeds: Sequence[Ladder], target: float, values: Sequence[Tensor | None], files: Tensor | None
-) -> Estimate | None:
-    """The mean of values (P, W) at a compute."""
-    known = [value for value in values if value is not None]
-    if len(known) < len(seeds) or not _reached(seeds, target):
-        return None
-    return _interpolated(seeds, known, files, lambda *found: np.interp(target, *_rising(*found)))
-
-
-def _reached(seeds: Sequence[Ladder], target: float) -> bool:
-    low, high = _range(seeds)
-    return low - 1e-6 <= target <= high + 1e-6  # compute is a sum of floats
-
-
-def _rising(compute: np.ndarray, loss: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    order = compute.argsort(kind="stable")
-    return compute[order], loss[order]
-
-
-def _interpolated(
-    seeds: Sequence[Ladder],
-    values: Sequence[Tensor],
-    files: Tensor | None,
-    statistic: Callable[..., float],
-    *more: Tensor,
-) -> Estimate:
-    """A statistic of a frontier's compute (P,), of values (P,), and of the means of more columns (W,)."""
-    steps = max(map(len, values))
-    columns = torch.stack(
-        [
-            torch.cat([_with_steps(one.spent, steps), _with_steps(own, steps), *(column[None] for column in more)])
-            for one, own in zip(seeds, values, strict=True)
-        ]
-    )
-
-    def of_means(means: np.ndarray) -> float:
-        return statistic(means[:steps], means[steps : 2 * steps], *means[2 * steps :])
-
-    return estimate(columns, files, statistic=of_means)
-
-
-def _with_steps(values: Tensor, count: int) -> Tensor:
-    """(P, W) -> (count, W): the last step stands again, which changes no frontier; seeds can have other steps."""
-    return values[torch.arange(count).clamp(max=len(values) - 1)]
+def _speed(frontier: Frontier, target: float) -> Estimate | None:
+    """Logarithm of the tokens per second at a compute; its interval is over seeds and batches."""
+    return frontier.at(target, "seconds", scale=lambda seconds: -math.log(seconds))
 
 
 def minus(own: Estimate, rival: Estimate) -> Row:
@@ -223,46 +88,119 @@ def minus(own: Estimate, rival: Estimate) -> Row:
     return {"difference": found.value, "interval": found.interval, "p": found.p}
 
 
-def _range(seeds: Sequence[Ladder]) -> list[float]:
-    """The range of compute that all seeds reach."""
-    return [max(ladder.compute.min().item() for ladder in seeds), min(ladder.compute.max().item() for ladder in seeds)]
-
-
-def summaries(ladders: Ladders, *, level: float, worst: Tensor, files: Tensor | None = None) -> list[Row]:
+def summaries(
+    ladders: Ladders,
+    *,
+    level: Tensor | float,
+    worst: Tensor,
+    files: Tensor | None = None,
+    chosen_files: Tensor | None = None,
+) -> list[Row]:
     """Rows for the whole frontier of each router.
 
     Args:
         ladders: by router.
-        level: a loss in nats, for example that of all-big.
+        level: (W,) nats, losses of the windows whose mean is a level, for example those of all-big; or that mean.
         worst: (W,) nats, losses of the windows whose mean is the corner of the hypervolume, at compute 1.
         files: (W,), which file a window is from.
+        chosen_files: (W',), which file a window of the router text is from.
 
     Returns:
         Rows with `router`, `seeds`, `hypervolume` (nats x compute), the mean of the seeds', with its
-        `hypervolume_interval`, `level_at`: the smallest compute at which the frontier of the seeds' means is at or
-        below the level, or None, and the `frontier`: per step `compute`, `loss` and its `interval`, means over seeds.
+        `hypervolume_interval`; `level_at`, the smallest compute at which the frontier is at or below the level, or
+        None, with its `level_at_interval`, see `Reach`; and the `frontier`: per step of the ladders `compute`, `loss`
+        and its `interval`, means over seeds.
     """
+    levels = torch.full_like(worst, level) if isinstance(level, float) else level
     rows = []
     for name, seeds in ladders.items():
-        area = _interpolated(seeds, [one.losses for one in seeds], files, _area, worst)
-        row = {"router": name, "seeds": len(seeds), "hypervolume": area.value, "hypervolume_interval": area.interval}
-        rows.append({**row, "level_at": reaches(*_mean(seeds), level), "frontier": _steps(seeds, files)})
+        frontier = Frontier(seeds, files, chosen_files)
+        reach = frontier.reaches(levels)
+        rows.append(
+            {
+                "router": name,
+                "seeds": len(seeds),
+                **named("hypervolume", frontier.area(worst)),
+                "level_at": reach.compute,
+                "level_at_interval": reach.interval,
+                "frontier": [
+                    {"compute": spent, "loss": loss.value, "interval": loss.interval}
+                    for spent, loss in frontier.steps()
+                ],
+            }
+        )
     return rows
 
 
-def _area(compute: np.ndarray, loss: np.ndarray, worst: float) -> float:
-    return hypervolume(compute, loss, worst_loss=worst)
+@dataclass(frozen=True)
+class MeasuredText:
+    """All routers of a run, measured on one text: whatever its tables say follows from this.
+
+    Attributes:
+        ladders: by router, one per training seed.
+        files, chosen_files: (W,) and (W',), files of the measured windows and of those that decide what is mixed.
+        small, big: (W,) nats, losses of all-small and all-big.
+        flops: (2,), FLOPs per token without any feed-forward network, and of all big ones.
+        length: tokens per window, T.
+    """
+
+    ladders: Ladders
+    files: Tensor
+    chosen_files: Tensor
+    small: Tensor
+    big: Tensor
+    flops: Tensor
+    length: int
+
+    def numbers(self, targets: Sequence[float]) -> Row:
+        """A text of `budgets.json`; rows also have `flops_per_token`, with the router's own, and `flops_share`.
+
+        The share is that of an all-big pass.
+        """
+        files = {"files": self.files, "chosen_files": self.chosen_files}
+        rows, (fixed, networks) = budget_rows(self.ladders, targets, **files), self.flops.tolist()
+        for row in rows:
+            known = row["compute"] is not None
+            spent = fixed + networks * row["compute"] + (row["router_flops"] or 0.0) if known else None
+            row |= {"flops_per_token": spent, "flops_share": spent and spent / (fixed + networks)}
+        return {
+            "tokens": len(self.files) * self.length,
+            "all_big": self.big.mean().item(),
+            "rows": rows,
+            "routers": summaries(self.ladders, level=self.big, worst=self.small, **files),
+        }
 
 
-def _mean(seeds: Sequence[Ladder]) -> tuple[Tensor, Tensor]:
-    """The frontier of the seeds' means, step by step: compute (P,), loss (P,)."""
-    compute = torch.stack([ladder.compute for ladder in seeds])
-    return compute.mean(0), torch.stack([ladder.loss for ladder in seeds]).mean(0)
+def save_texts(texts: Mapping[str, MeasuredText], path: Path) -> None:
+    """Write one compressed safetensors file; the numbers in its names keep texts and routers in order."""
+    tensors: dict[str, Tensor] = {}
+    for place, (text, found) in enumerate(texts.items()):
+        more = {each.name: getattr(found, each.name) for each in fields(found) if each.name != "ladders"}
+        tensors |= {f"{place:03} {text}|{name}": torch.as_tensor(values).clone() for name, values in more.items()}
+        for number, (router, seeds) in enumerate(found.ladders.items()):
+            for seed, ladder in enumerate(seeds):
+                own = f"{place:03} {text}|{number:03} {router}|{seed:03}"
+                tensors |= {f"{own}|{name}": values.clone() for name, values in ladder.tensors().items()}
+    with writing(path) as beside:
+        beside.write_bytes(gzip.compress(save(tensors), mtime=0))
 
 
-def _steps(seeds: Sequence[Ladder], files: Tensor | None) -> list[Row]:
-    losses = torch.stack([ladder.losses for ladder in seeds]).unbind(1)  # (S, W) each
-    found = [estimate(step, files) for step in losses]
-    compute = _mean(seeds)[0].tolist()
-    points = sorted(zip(compute, found, strict=True), key=lambda point: point[0])
-    return [{"compute": spent, "loss": loss.value, "interval": loss.interval} for spent, loss in points]
+def load_texts(path: Path) -> dict[str, MeasuredText]:
+    """What `save_texts` has written, by text."""
+    more: dict[str, dict[str, Any]] = {}
+    ladders: dict[str, dict[str, dict[str, dict[str, Tensor]]]] = {}
+    for key, values in sorted(load(gzip.decompress(path.read_bytes())).items()):
+        text, name, *rest = key.split("|")
+        text = text[4:]
+        if rest:
+            seeds = ladders.setdefault(text, {}).setdefault(name[4:], {})
+            seeds.setdefault(rest[0], {})[rest[1]] = values
+        else:
+            more.setdefault(text, {})[name] = values
+    return {
+        text: MeasuredText(
+            {router: [Ladder.of(ladder) for ladder in seeds.values()] for router, seeds in ladders[text].items()},
+            **{**found, "length": int(found["length"])},
+        )
+        for text, found in more.items()
+    }

@@ -187,7 +187,7 @@ class Comparer:
             "seeds": len(seeds),
             "tokens": measured.loss[0].numel(),
             "bound": self.bound.kind if self.bound else None,
-            **self._deployed(measured),
+            **self._deployed(measured, torch.tensor([router.flops() for router in seeds])),
             **self._against_fixed(measured),
             **self._reference(seeds),
         }
@@ -230,11 +230,12 @@ class Comparer:
         gain = self._reference_loss[context][: measured.loss.shape[-2]] - measured.loss
         return (gain - self.price * measured.compute).mean(-1)
 
-    def _deployed(self, measured: Measurement) -> dict[str, Any]:
+    def _deployed(self, measured: Measurement, own_flops: Tensor) -> dict[str, Any]:
+        """Losses, compute, FLOPs and time; the FLOPs are those of all parts, and of the routers themselves, (S,)."""
         loss, compute = measured.loss.mean(-1), measured.compute.mean(-1)
         returns = self._returns(measured, "routed")
         length = measured.loss.shape[-1]
-        flops = self.model.flops.token(compute, (length + 1) / 2)
+        flops = self.model.flops.token(compute, (length + 1) / 2) + own_flops[:, None]
         agreement = top1_agreement(measured.predicted, self._all_big[: loss.shape[-1]])
         shares = {name: (measured.routes == code).float().mean((-2, -1)) for code, name in enumerate(ACTIONS)}
         # Measured per batch, and positive: the interval is computed on the logarithm.

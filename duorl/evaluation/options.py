@@ -18,7 +18,7 @@ class EvaluationOptions:
             routes are searched.
         fixed_windows: windows of the router split on which fixed patterns are ranked.
         finalists: number of the best patterns that are measured again on `final_windows` windows of the router split.
-        final_windows: see `finalists`.
+        final_windows: see `finalists`; of each text, so many windows also decide which steps of a ladder are mixed.
         baseline: search of the best fixed pattern: `enumeration` of all, the dynamic `program`, or `greedy`. `auto`
             enumerates if this costs less than the training, and is greedy otherwise; the program costs as much as the
             greedy search and finds worse patterns.

@@ -1,4 +1,4 @@
-"""Estimates with intervals and tests, and frontiers: pure functions.
+"""Estimates with intervals and tests: pure functions.
 
 An estimate varies with the seeds of the learners and with the files of the text. Windows of one file are similar, so a
 whole file is left out at a time. The jackknife gives a variance for the seeds and one for the files. The interval adds
@@ -10,24 +10,38 @@ intervals contain the true value; docs/explanation/intervals.md has the table.
     difference = loss - estimate(rivals, files)  # paired
     difference.interval, difference.p
 
-Conventions: values have shape (W,), one number per window of text, or (S, W) with one row per training seed; a
-frontier is `compute` (P,) and `loss` (P,), in any order.
+Conventions: values have shape (W,), one number per window of text, or (S, W) with one row per training seed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from scipy.optimize import brentq
 from scipy.special import stdtrit
 from torch import Tensor
 
-Statistic = Callable[[np.ndarray], float]
-Frontier = np.ndarray | Tensor
+Statistic = Callable[..., float]
+Chosen = tuple[Tensor, Tensor | None]
+"""A text by which a statistic chooses: values (S, C', W') and the file of each window, (W',)."""
 _LEAST_P = 1e-15
+
+
+class Jackknife(NamedTuple):
+    """An estimate without each of the F files of a text.
+
+    Attributes:
+        without: (F,), the estimate without each one of the files; empty if there is only one file.
+        freedom: degrees of freedom of the files' variance.
+    """
+
+    without: np.ndarray
+    freedom: float
 
 
 @dataclass(frozen=True)
@@ -37,13 +51,11 @@ class Estimate:
     Attributes:
         seeds: values of the seeds, (S,), for each independent group of seeds; the estimate is the sum of the groups'
             means.
-        without: (F,), the estimate without each one of the files; empty if there is only one file.
-        freedom: degrees of freedom of the files' variance.
+        texts: for the text that was measured, and for that by which the statistic chooses, if it does.
     """
 
     seeds: tuple[np.ndarray, ...]
-    without: np.ndarray
-    freedom: float
+    texts: tuple[Jackknife, ...]
 
     @property
     def value(self) -> float:
@@ -75,27 +87,46 @@ class Estimate:
 
     def __sub__(self, rival: Estimate) -> Estimate:
         """The paired difference on the same windows. Files are left out of both; equal numbers of seeds are paired."""
-        without = self.without - rival.without
+        pairs = zip_longest(self.texts, rival.texts)  # one of them may choose nothing
+        texts = tuple(_difference(own, other, self.value, rival.value) for own, other in pairs)
         if len(self.seeds) == len(rival.seeds) == 1:
             own, other = self.seeds[0], rival.seeds[0]
             if len(own) == len(other) or 1 in (len(own), len(other)):
-                return Estimate((own - other,), without, self.freedom)
-        return Estimate((*self.seeds, *(-group for group in rival.seeds)), without, self.freedom)
+                return Estimate((own - other,), texts)
+        return Estimate((*self.seeds, *(-group for group in rival.seeds)), texts)
 
     @property
     def errors(self) -> list[tuple[float, float]]:
-        """Variance and degrees of freedom of each group of seeds and of the files."""
-        found = [(group.var(ddof=1) / len(group), len(group) - 1.0) for group in self.seeds if len(group) > 1]
-        if count := len(self.without):
-            found.append(((count - 1) / count * np.square(self.without - self.value).sum(), self.freedom))
-        return found
+        """Variance and degrees of freedom of each group of seeds and of each text's files."""
+        seeds = [(group.var(ddof=1) / len(group), len(group) - 1.0) for group in self.seeds if len(group) > 1]
+        return seeds + self.file_errors
+
+    @property
+    def file_errors(self) -> list[tuple[float, float]]:
+        """Those of the files alone."""
+        texts = [(each, len(each.without)) for each in self.texts if len(each.without)]
+        return [((n - 1) / n * np.square(each.without - self.value).sum(), each.freedom) for each, n in texts]
+
+
+def _difference(own: Jackknife | None, rival: Jackknife | None, value: float, rivals: float) -> Jackknife:
+    """Of two estimates, with their values; without one of them, that is its value, whichever file is left out."""
+    known = own or rival
+    assert known is not None
+    without = np.asarray(own.without if own else value) - (rival.without if rival else rivals)
+    return Jackknife(without, known.freedom)
 
 
 def _half_width(errors: Sequence[tuple[float, float]], level: float) -> float:
     return float(np.sqrt(sum(stdtrit(freedom, level / 2) ** 2 * variance for variance, freedom in errors)))
 
 
-def estimate(values: Tensor, files: Tensor | None = None, *, statistic: Statistic | None = None) -> Estimate:
+def estimate(
+    values: Tensor,
+    files: Tensor | None = None,
+    *,
+    statistic: Statistic | None = None,
+    chosen: Chosen | None = None,
+) -> Estimate:
     """A mean over windows and seeds, or a statistic of several means, with its variance.
 
     The files' variance is the jackknife's: MacKinnon, Nielsen and Webb (2023), Fast and reliable jackknife and
@@ -106,17 +137,56 @@ def estimate(values: Tensor, files: Tensor | None = None, *, statistic: Statisti
         values: (W,) or (S, W); with a statistic (S, C, W), C numbers per window.
         files: (W,), file of each window. Without it, or if all windows are from one file, each window is its own file.
         statistic: a function of the means over windows, (C,); it is averaged over seeds. By default, the only column.
+        chosen: another text, by which the statistic chooses. It is then a function of both texts' means, (C,) and
+            (C',), and the files of both are left out, one at a time.
     """
+    array = values if statistic else torch.atleast_2d(values)[:, None]
+    (found,) = estimates(array, files, statistic=statistic or _first, chosen=chosen)
+    return found
+
+
+def _first(means: np.ndarray) -> float:
+    return float(means[0])
+
+
+def estimates(
+    values: Tensor,
+    files: Tensor | None = None,
+    *,
+    statistic: Callable[..., float | np.ndarray],
+    chosen: Chosen | None = None,
+) -> list[Estimate]:
+    """Several numbers of one statistic, which returns a vector; see `estimate`."""
+    texts = [_left_out(values, files), *([] if chosen is None else [_left_out(*chosen)])]
+    wholes = [means[0] for means, _ in texts]  # (S, C) each
+
+    def apply(columns: Sequence[np.ndarray]) -> np.ndarray:
+        return np.array([np.atleast_1d(statistic(*means)) for means in zip(*columns, strict=True)])  # (S, K)
+
+    seeds = apply(wholes)
+    without = [
+        np.array([apply([*wholes[:place], left, *wholes[place + 1 :]]).mean(0) for left in means[1:]])
+        for place, (means, _) in enumerate(texts)
+    ]
+    freedoms = [freedom for _, freedom in texts]
+    return [
+        Estimate(
+            (seeds[:, k],),
+            tuple(Jackknife(x[:, k] if len(x) else x, f) for x, f in zip(without, freedoms, strict=True)),
+        )
+        for k in range(seeds.shape[1])
+    ]
+
+
+def _left_out(values: Tensor, files: Tensor | None) -> tuple[np.ndarray, float]:
+    """The means of values (S, C, W) over all windows, and without each file, (1 + F, S, C); degrees of freedom."""
     array = values.double().cpu().numpy()
-    array = array if statistic else np.atleast_2d(array)[:, None]
     sums, counts = _by_file(array, files)  # (S, C, F), (F,)
     means = array.mean(-1)[None]
     if len(counts) > 1:
         without = (sums.sum(-1, keepdims=True) - sums) / (counts.sum() - counts)
-        means = np.concatenate([means, np.moveaxis(without, -1, 0)])  # (1 + F, S, C)
-    found = np.apply_along_axis(statistic, -1, means) if statistic else means[..., 0]
-    freedom = counts.sum() ** 2 / np.square(counts).sum() - 1
-    return Estimate((found[0],), found[1:].mean(1), max(1.0, float(freedom)))
+        means = np.concatenate([means, np.moveaxis(without, -1, 0)])
+    return means, max(1.0, float(counts.sum() ** 2 / np.square(counts).sum() - 1))
 
 
 def named(name: str, found: Estimate | None, scale: Callable[[float], float] = float) -> dict[str, Any]:
@@ -138,7 +208,7 @@ def drift(new: Estimate, old: Estimate) -> dict[str, Any]:
     The files are others, so the variances over files add.
     """
     change = new.seeds[0] - old.seeds[0]
-    errors = Estimate((change,), np.empty(0), 1.0).errors + [one.errors[-1] for one in (new, old) if len(one.without)]
+    errors = Estimate((change,), ()).errors + new.file_errors + old.file_errors
     half = _half_width(errors, 0.05)
     value = float(change.mean())
     return {"drift": value, "drift_interval": (value - half, value + half) if errors else None}
@@ -166,33 +236,3 @@ def holm(p: Sequence[float], level: float = 0.05) -> list[bool]:
             break
         holds[index] = True
     return holds
-
-
-def hypervolume(compute: Frontier, loss: Frontier, *, worst_compute: float = 1.0, worst_loss: float) -> float:
-    """Area that a frontier dominates (Zitzler and Thiele 1999); smaller is better on both axes.
-
-    Args:
-        compute: (P,).
-        loss: (P,) nats.
-        worst_compute, worst_loss: the corner of the area; points beyond it add nothing.
-
-    Returns:
-        Nats times share of compute.
-    """
-    area, best = 0.0, worst_loss
-    for spent, lost in sorted(zip(compute.tolist(), loss.tolist(), strict=True)):
-        if spent < worst_compute and lost < best:
-            area += (worst_compute - spent) * (best - lost)
-            best = lost
-    return area
-
-
-def reaches(compute: Tensor, loss: Tensor, level: float) -> float | None:
-    """The smallest compute at which a frontier's loss, linear between its points, is at or below a level; or None."""
-    order = compute.argsort()
-    spent, lost = compute[order].tolist(), loss[order].tolist()
-    for index, (here, now) in enumerate(zip(spent, lost, strict=True)):
-        if now <= level:
-            before, then = (spent[index - 1], lost[index - 1]) if index else (here, now)
-            return here if then == now else before + (here - before) * (then - level) / (then - now)
-    return None

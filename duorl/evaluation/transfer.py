@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from duorl.corpus import Windows
-from duorl.evaluation.budgets import Ladder, Ladders
+from duorl.evaluation.frontier import Ladder, Ladders, shares_at
 from duorl.evaluation.measure import measure
 from duorl.evaluation.statistics import as_share, drift, estimate, named
 from duorl.models.modeling import DuoForCausalLM
@@ -45,50 +44,52 @@ def transfer_rows(new: Ladders, learned: Sequence[Ladders], targets: Sequence[fl
     """Rows for each target compute and router on a new text.
 
     Args:
-        new: ladders by router on held-out text of the new kind, with `calibration`, their compute on its router split.
+        new: ladders by router on held-out text of the new kind, with those on its router split (`chosen`).
         learned: the same for each text that the routers learned on.
         targets: values of the compute.
         files: (W,), file of each window of the new text.
 
     Returns:
         Rows with `router`, `target`, and `as_learned` and `calibrated`: `compute` and `loss` on the new text with
-        their `NAME_interval`, of the router that spends the target on router text of the old kind, or of the new.
-        None where it does not reach the target. (`compute` minus `target` is the drift.)
+        their `NAME_interval`, of the mixture that spends the target on router text of the old kind, or of the new, and
+        is best there. None where it does not reach the target. (`compute` minus `target` is the drift.)
     """
-    at_home = lambda name, seed: torch.stack([text[name][seed].calibrated for text in learned]).mean(0)  # noqa: E731
-    home = {name: [at_home(name, seed) for seed in range(len(seeds))] for name, seeds in new.items()}
+    home = {name: [_at_home(learned, name, seed) for seed in range(len(seeds))] for name, seeds in new.items()}
+    here = {name: [_router_text(ladder) for ladder in seeds] for name, seeds in new.items()}
     return [
         {
             "router": name,
             "target": target,
             "as_learned": _mixed(seeds, home[name], target, files),
-            "calibrated": _mixed(seeds, [one.calibrated for one in seeds], target, files),
+            "calibrated": _mixed(seeds, here[name], target, files),
         }
         for target in targets
         for name, seeds in new.items()
     ]
 
 
-def _mixed(seeds: Sequence[Ladder], calibration: Sequence[Tensor], target: float, files: Tensor) -> Row | None:
-    """Compute and loss of the mixture of two steps that spends the target on the text of the calibration."""
-    shares = [steps_for(spent, target) for spent in calibration]
+def _router_text(ladder: Ladder) -> Tensor:
+    """Mean compute and loss of each step on router text, (2, P)."""
+    if ladder.chosen is None:
+        raise ValueError("a ladder lacks the measurements on router text: measure it with `router_text`")
+    return torch.stack([ladder.chosen.compute, ladder.chosen.loss])
+
+
+def _at_home(learned: Sequence[Ladders], name: str, seed: int) -> Tensor:
+    """The same on the texts that the router learned on: the mean over texts."""
+    return torch.stack([_router_text(text[name][seed]) for text in learned]).mean(0)
+
+
+def _mixed(seeds: Sequence[Ladder], texts: Sequence[Tensor], target: float, files: Tensor) -> Row | None:
+    """Compute and loss of the mixtures that spend the target on the given router texts, (2, P) each."""
     spent, losses = [], []
-    for share, ladder in zip(shares, seeds, strict=True):
-        if share is None:
+    for known, ladder in zip(texts, seeds, strict=True):
+        compute, loss = known.double().numpy()
+        shares = shares_at(compute, loss, target)
+        if shares is None:
             return None
-        spent.append(share @ ladder.spent)
-        losses.append(share @ ladder.losses)
-    compute, loss = (estimate(torch.stack(values), files) for values in (spent, losses))
-    return {**named("compute", compute, as_share), **named("loss", loss)}
-
-
-def steps_for(compute: Tensor, target: float) -> Tensor | None:
-    """Shares (P,) of the steps of a ladder with a mean compute (P,) that spend a target; None if it is out of reach."""
-    order = compute.argsort(stable=True)
-    if not compute[order[0]] - 1e-6 <= target <= compute[order[-1]] + 1e-6:
-        return None
-    rising = compute[order].double().numpy()
-    shares = torch.zeros(len(compute))
-    for step in range(len(order)):  # the hat functions of linear interpolation
-        shares[order[step]] = float(np.interp(target, rising, np.eye(len(order))[step]))
-    return shares
+        weights = torch.from_numpy(shares).to(ladder.losses)
+        spent.append(weights @ ladder.spent)
+        losses.append(weights @ ladder.losses)
+    found = [estimate(torch.stack(values), files) for values in (spent, losses)]
+    return {**named("compute", found[0], as_share), **named("loss", found[1])}

@@ -106,7 +106,7 @@ def _p(verdict: Verdict, freedom: float) -> float:
 def _freedom(figures: Mapping[str, Numbers], text: str) -> float:
     found = figures["4b"]["texts"][text]
     windows = torch.zeros(len(found["reference"]["oracle"][0]["windows"]))
-    return estimate(windows, torch.tensor(found["files"]) if "files" in found else None).freedom
+    return estimate(windows, torch.tensor(found["files"]) if "files" in found else None).texts[0].freedom
 
 
 def claims_page(figures: Mapping[str, Numbers], *, model: str, command: str) -> str:

@@ -24,6 +24,7 @@ from duorl.corpus import Windows
 from duorl.costs import ACTIONS, BIG, action_ids
 from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.difficulty import token_names
+from duorl.evaluation.frontier import best_at
 from duorl.evaluation.measure import Measurement, measure
 from duorl.evaluation.options import EvaluationOptions
 from duorl.evaluation.statistics import Statistic, estimate
@@ -204,12 +205,12 @@ class Study:
         return {"context": "reference", "big": big, "layers": self.depth, "texts": texts}
 
     def _against_fixed(self, name: str, measured: Measurement) -> Numbers:
-        """Loss minus that of the fixed patterns at the same compute (interpolated between budgets)."""
+        """Loss minus that of the fixed patterns at the same compute: of the best mixture of two of them."""
         routes = torch.tensor([self.patterns[big] for big in sorted(self.patterns)])
         losses, compute = self.searches[name].of_patterns(routes), self._compute(routes).numpy()  # (W, L + 1), (L + 1,)
         columns = torch.cat([measured.loss.mean(1)[:, None], measured.compute.mean(1)[:, None], losses], 1)
         return self._with_interval(
-            name, columns, statistic=lambda means: means[0] - np.interp(means[1], compute, means[2:])
+            name, columns, statistic=lambda means: means[0] - best_at(compute, means[2:], means[1])
         )
 
     def curves(self) -> Numbers:

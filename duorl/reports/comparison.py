@@ -26,7 +26,7 @@ from duorl.reports.charts import (
     layer_step,
     route_maps,
 )
-from duorl.reports.figures import BOUNDS, HOLM, bound_of, called, transfer_cell, transfer_lines
+from duorl.reports.figures import BOUNDS, HOLM, MIXED, bound_of, called, level_cell, transfer_cell, transfer_lines
 from duorl.reports.tasks import tasks_table
 
 _COLORS = 10  # of plotly, before they come again
@@ -139,12 +139,14 @@ def _budgets(text: str, found: Numbers) -> list[str]:
         bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 0.5}
         figure.add_scatter(x=column(steps, "compute"), y=column(steps, "loss"), error_y=bars, name=router["router"])
     note = "Means over seeds; bars and intervals: 95 %, over seeds and files. Differences are paired by window. "
-    note += HOLM.replace("the table", "a column")
+    note += f"{HOLM.replace('the table', 'a column')} {MIXED}"
+    levels = "; ".join(f"{router['router']} {level_cell(router)}" for router in found["routers"])
     return [
         f"<h2>At equal compute: {escape(text)}</h2>",
         chart(axes(figure, "compute (FFN FLOPs / all-big)", "loss (nats per token)")),
         _budget_table(found["rows"]),
         f"<p class='note'>{note}</p>",
+        f"<p class='note'>All-big's loss is reached at: {escape(levels)} of the compute of the networks.</p>",
         _transfer(found.get("transfer")),
     ]
 

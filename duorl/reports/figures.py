@@ -87,6 +87,8 @@ _HOLDS = "^"
 HOLM = f"{_HOLDS} it is not 0, with 95 % confidence for all differences of the table together (Holm)."
 """What tables say of the differences that hold; not of older files, which do not know."""
 _PAIRED = "In brackets the 95 % interval of the paired difference to best fixed."
+MIXED = "Every router, the fixed patterns too, is the best mixture of two of its steps; router text decides which two."
+"""What tables at equal compute compare."""
 
 
 def _paired(value: float, interval: Sequence[float] | None, holds: bool, digits: int) -> str:
@@ -277,7 +279,8 @@ def budgets_markdown(numbers: dict) -> str:
     """The tables of `budgets.json`: per text, every router's loss at every target, and its difference to best fixed."""
     tables = [_budget_table(text, found) for text, found in numbers["texts"].items()]
     against = [row["minus"].get(_FIXED, {}) for found in numbers["texts"].values() for row in found["rows"]]
-    return "\n".join([*tables, *_note(_holm(against, "holds"))])
+    notes = [f"{numbers['note']}\n"] if "note" in numbers else _note(f"{_holm(against, 'holds')} {MIXED}")
+    return "\n".join([*tables, *notes])
 
 
 def _holm(rows: list[dict], key: str) -> str:
@@ -294,25 +297,35 @@ def _budget_table(text: str, found: dict) -> str:
     head = ["router", "seeds", *(f"at {100 * target:g} %" for target in targets), "all-big's loss at", "hypervolume"]
     lines = []
     for router in found["routers"]:
-        name, level = router["router"], router["level_at"]
+        name = router["router"]
         losses = [cells[name, target] for target in targets]
-        end = ["never" if level is None else f"{100 * level:.0f} %", f"{router['hypervolume']:.4f}"]
-        lines.append([name, str(router["seeds"]), *losses, *end])
+        lines.append([name, str(router["seeds"]), *losses, level_cell(router), f"{router['hypervolume']:.4f}"])
     title = f"**{text}**, {found['tokens']:,} tokens, all-big {found['all_big']:.3f}\n"
     more = [*_agreement_and_speed(found["rows"], targets), *_transfer(found.get("transfer"), targets)]
     return "\n".join([title, grid(head, lines), *more])
 
 
+def level_cell(router: dict) -> str:
+    """Where a frontier reaches all-big's loss, with the interval of the compute."""
+    level, interval = router["level_at"], router.get("level_at_interval")
+    known = "never" if level is None else f"{100 * level:.0f} %"
+    if not interval or interval[0] is None or interval[0] == interval[1]:
+        return known
+    end = "no end" if interval[1] is None else f"{100 * interval[1]:.0f}"
+    return f"{known} ({100 * interval[0]:.0f} to {end})"
+
+
 def _agreement_and_speed(rows: list[dict], targets: list[float]) -> list[str]:
-    """A table with top-1 agreement and speed at each target; none for files of older versions."""
-    if not any(row.get("top1_agreement") for row in rows):
+    """A table with top-1 agreement, all FLOPs and speed at each target; none if they are not measured."""
+    if not any(row["top1_agreement"] for row in rows):
         return []
-    cells = {(row["router"], row["target"]): _share(row, "top1_agreement") for row in rows}
+    cells = {}
     for row in rows:
-        if row["tokens_per_second"] is not None:
-            cells[row["router"], row["target"]] += f", {row['tokens_per_second']:,.0f} tokens/s"
-    flops = {row["target"]: row["flops_per_token"] for row in rows}
-    head = ["top-1 agreement with all-big", *(f"at {100 * t:g} %: {flops[t]:.3g} FLOPs per token" for t in targets)]
+        parts = [_share(row, "top1_agreement")]
+        if row["flops_share"] is not None:
+            parts.append(f"{100 * row['flops_share']:.0f} % of all FLOPs, {row['tokens_per_second']:,.0f} tokens/s")
+        cells[row["router"], row["target"]] = ", ".join(filter(None, parts))
+    head = ["top-1 agreement with all-big", *(f"at {100 * target:g} %" for target in targets)]
     return [grid(head, _by_router(cells, targets))]
 
 

@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from duorl import hub
+from duorl.costs import linear_flops
 from duorl.extensions import find, import_path
 from duorl.files import write_text, writing
 from duorl.inputs import View
@@ -92,7 +93,8 @@ class Router(nn.Module):
             compute: target of the mean compute, in (0, 1).
 
         Raises:
-            ValueError: the router has neither a range of prices nor logits, or cannot spend so little or so much.
+            ValueError: the router has neither a range of prices nor logits, or cannot spend so much, within 0.02. Two
+                budgets around the target can be mixed, see `duorl.routers.MixedRouter`.
         """
         from duorl.routers.calibration import calibrated
 
@@ -101,6 +103,10 @@ class Router(nn.Module):
     def sizes(self) -> tuple[int | None, int | None]:
         """Number of layers and hidden size of the models that it can decide for; None for any."""
         return None, None
+
+    def flops(self) -> float:
+        """FLOPs of its own decisions per token, which total FLOPs contain: here, each of its matrices is used once."""
+        return float(linear_flops(self))
 
     def require_fit(self, model: DuoForCausalLM) -> None:
         """Refuse a model that the router cannot decide for.

@@ -30,6 +30,7 @@ Spending = Callable[[Router], float]
 
 _TOLERANCE = 0.005  # of the compute, within which a price alone is good enough
 _MET = 5e-4  # of the compute: nearer to a target is not searched for, since a pass over the text is a step
+_MISSED = 0.02  # of the compute, beyond which a target is out of reach
 _MOST = 4.0**8  # nats; logits that differ by more are taken for certain
 
 
@@ -116,7 +117,8 @@ def _nearest_price(router: Router, target: float, spending: Spending) -> float:
         return low
     if at(high) >= target:
         return high
-    return _crossing(at, low, high, target, lambda a, b: math.sqrt(a * b))
+    price, _ = _crossing(at, low, high, target, lambda a, b: math.sqrt(a * b))
+    return price
 
 
 def _shifted(router: LogitRouter, target: float, spending: Spending, costs: Tensor) -> ShiftedRouter:
@@ -137,7 +139,13 @@ def _shifted(router: LogitRouter, target: float, spending: Spending, costs: Tens
             raise ValueError(f"compute {target:g} is out of reach: the router spends {least:.2f} to {most:.2f}")
         reach *= 4
         least, most = at(reach), at(-reach)
-    return charged(_crossing(at, -reach, reach, target, lambda a, b: (a + b) / 2))
+    charge, found = _crossing(at, -reach, reach, target, lambda a, b: (a + b) / 2)
+    if abs(found - target) > _MISSED:
+        raise ValueError(
+            f"compute {target:g} is out of reach: the nearest that the router spends is {found:.2f}, mix two of its "
+            "budgets with MixedRouter"
+        )
+    return charged(charge)
 
 
 def _crossing(
@@ -147,12 +155,15 @@ def _crossing(
     target: float,
     middle: Callable[[float, float], float],
     steps: int = 12,
-) -> float:
-    """Where a falling function meets a target, between two numbers, by bisection."""
+) -> tuple[float, float]:
+    """Where a falling function comes nearest to a target between two numbers, by bisection: the place and its value."""
+    tried = []
     for _ in range(steps):
         place = middle(low, high)
         found = falling(place)
+        tried.append((abs(found - target), place, found))
         if abs(found - target) < _MET:
-            return place
+            break
         low, high = (place, high) if found > target else (low, place)
-    return middle(low, high)
+    _, place, found = min(tried)
+    return place, found

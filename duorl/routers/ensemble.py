@@ -72,6 +72,10 @@ class EnsembleRouter(LogitRouter):
         """The K members."""
         return list(cast(Iterable[HeadRouter], self._members))
 
+    def flops(self) -> float:
+        """The sum of the members'; see `Router.flops`."""
+        return sum(member.flops() for member in self.members)
+
     def every_logits(self, view: View) -> Tensor:
         """Every member's logits: (K, ..., A)."""
         view = self.priced(view)

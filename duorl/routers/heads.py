@@ -171,6 +171,10 @@ class HeadRouter(LogitRouter):
         self.heads.biases[-1].data += _LEANING * one_hot(taken, len(known))
         return self
 
+    def flops(self) -> float:
+        """See `Router.flops`; biases are no matrices, though those of all layers stand in one."""
+        return 2.0 * sum(weight.numel() for weight in self.heads.weights)
+
     def logits(self, view: View) -> Tensor:
         """The outputs of the heads, (..., A); their softmax is the policy. See `LogitRouter.logits`."""
         view = self.priced(view)

@@ -80,6 +80,10 @@ class KNNRouter(LogitRouter):
         if self.choices.max() >= len(self.codes):
             raise ValueError(f"choices are 0 to {len(self.codes) - 1}, not {self.choices.max()}")
 
+    def flops(self) -> float:
+        """See `Router.flops`: the search compares a token with all stored states, as one matrix product per layer."""
+        return 2.0 * self.states.numel()
+
     def votes(self, hidden: Tensor, layer: int) -> Tensor:
         """Share of the votes for each action.
 

@@ -41,6 +41,10 @@ class WrappedRouter(LogitRouter):
         """The router's."""
         return self.router.sizes()
 
+    def flops(self) -> float:
+        """The router's."""
+        return self.router.flops()
+
     @property
     def takes_price(self) -> bool:
         """See `Router.takes_price`."""
