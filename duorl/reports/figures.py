@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -13,6 +14,7 @@ from torch import Tensor
 from duorl.costs import ACTIONS, BIG
 from duorl.evaluation import Comparison
 from duorl.evaluation.bound import ROWS
+from duorl.evaluation.frontier import lower_hull
 from duorl.markdown import grid
 from duorl.paper.measures import LOWER_BOUND
 from duorl.paper.pictures import around, layers_axis
@@ -227,7 +229,8 @@ def budget_table(rows: list[dict[str, float]], title: str) -> Table:
 def budget_frontiers(found: dict, text: str) -> Figure:
     """Frontiers of routers, and their paired differences to the best fixed pattern, with intervals.
 
-    The frontiers have no bands: files differ far more than routers do, so that all bands would cover each other.
+    Dots are the steps of the ladders, and lines what mixing them reaches. The frontiers have no bands: files differ far
+    more than routers do, so that all bands would cover each other.
 
     Args:
         found: one text of `budgets.json`.
@@ -238,19 +241,22 @@ def budget_frontiers(found: dict, text: str) -> Figure:
     for index, router in enumerate(found["routers"]):
         color = "0.55" if router["router"] == _FIXED else f"C{index - 1}"
         steps = router["frontier"]
-        xs, ys = [step["compute"] for step in steps], [step["loss"] for step in steps]
-        left.plot(xs, ys, ".-", color=color, label=router["router"], linewidth=1)
+        xs, ys = (np.array([step[key] for step in steps]) for key in ("compute", "loss"))
+        mixed = lower_hull(xs, ys)
+        left.plot(xs, ys, ".", color=color, markersize=3)
+        left.plot(xs[mixed], ys[mixed], "-", color=color, label=router["router"], linewidth=1)
         points = _below_fixed(found["rows"], router["router"])
         if points:
             targets, differences, bars = zip(*points, strict=True)
             shifted = [target + 0.006 * (index - len(found["routers"]) / 2) for target in targets]
             spread = list(zip(*bars, strict=True))
             right.errorbar(shifted, differences, yerr=spread, fmt="D", color=color, capsize=3, markersize=4)
+    known = any(against["interval"] for row in found["rows"] for against in row["minus"].values())
     left.axhline(found["all_big"], color="0.8", linestyle="--", label="all-big")
     right.axhline(0, color="0.55")
     for axes, title in (
         (left, f"{text}: held-out loss, mean over seeds"),
-        (right, "minus the best fixed pattern at equal compute, 95 % intervals"),
+        (right, "minus the best fixed pattern at equal compute" + (", 95 % intervals" if known else "")),
     ):
         axes.set_xlabel("compute (FFN FLOPs / all-big)")
         axes.set_title(title, fontsize=9)
@@ -317,7 +323,7 @@ def level_cell(router: dict) -> str:
 
 def _agreement_and_speed(rows: list[dict], targets: list[float]) -> list[str]:
     """A table with top-1 agreement, all FLOPs and speed at each target; none if they are not measured."""
-    if not any(row["top1_agreement"] for row in rows):
+    if not any(row.get("top1_agreement") for row in rows):  # not in older files
         return []
     cells = {}
     for row in rows:

@@ -1,0 +1,91 @@
+"""What README and docs say of the kept results follows from them: sentences are made from the files and stand there."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "docs" / "results"
+FIXED = "best fixed"
+
+
+def page(name: str) -> str:
+    return re.sub(r"[\s*]+", " ", (ROOT / name).read_text())
+
+
+def study(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())["texts"]
+
+
+def minus(texts: list[dict], router: str, rival: str = FIXED, targets: tuple[float, ...] = ()) -> list[float]:
+    """Differences of a router to a rival, at all targets of all texts."""
+    rows = [row for found in texts for row in found["rows"] if row["router"] == router]
+    return [row["minus"][rival]["difference"] for row in rows if not targets or row["target"] in targets]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """By how much a router is below, least and most."""
+    assert max(values) < 0
+    return f"{-max(values):.{digits}f} to {-min(values):.{digits}f} nats"
+
+
+def levels(texts: list[dict], router: str) -> list[float]:
+    return sorted(one["level_at"] for found in texts for one in found["routers"] if one["router"] == router)
+
+
+def share_of_flops(found: dict, compute: float) -> float:
+    """All FLOPs at a compute, as a share of all-big's: linear, from two rows of a router without its own FLOPs."""
+    low, *_, high = [row for row in found["rows"] if row["router"] == FIXED]
+    slope = (high["flops_share"] - low["flops_share"]) / (high["compute"] - low["compute"])
+    return low["flops_share"] + slope * (compute - low["compute"])
+
+
+def percent(values: list[float]) -> str:
+    shown = [f"{100 * value:.0f}" for value in values]
+    return f"{shown[0]} to {shown[-1]} %"
+
+
+def smollm2_sentences() -> list[str]:
+    texts = study("budgets-smollm2")
+    two, other = [texts["stdlib-code"], texts["stdlib-docs"]], texts["moby-dick.jsonl"]
+    targets = [row["target"] for row in other["rows"] if row["router"] == FIXED]
+    flops = [f"{100 * share_of_flops(other, target):.0f}" for target in targets]
+    level = minus(two, "REINFORCE")
+    met = levels(two, "ReinMax")
+    (elsewhere,) = levels([other], "ReinMax")
+    seeds = {row["seeds"] for found in texts.values() for row in found["rows"] if row["router"] != FIXED}
+    assert seeds == {3} and len(targets) == 4
+    return [
+        f"At {', '.join(f'{100 * t:.0f}' for t in targets[:-1])} and {100 * targets[-1]:.0f} % of this compute "
+        f"({', '.join(flops[:-1])} and {flops[-1]} % of all FLOPs), the loss of ReinMax is "
+        f"{spread(minus(two, 'ReinMax'))} below that of the best mixture of fixed patterns, on two texts. That of PPO "
+        f"is {spread(minus(two, 'PPO'))} below it.",
+        f"its difference is {min(level):+.2f} to {max(level):+.2f} nats.",
+        f"ReinMax meets the loss of the whole model at {percent(met)} of this compute "
+        f"({percent([share_of_flops(other, compute) for compute in met])} of all FLOPs); on a text of another kind at "
+        f"{100 * elsewhere:.0f} %.",
+        f"is ahead of ReinMax by {spread(minus(two, 'soft', 'ReinMax'))}.",
+    ]
+
+
+@pytest.mark.parametrize("sentence", smollm2_sentences())
+def test_the_readme_says_of_smollm2_what_was_kept(sentence):
+    assert sentence in page("README.md")
+
+
+def test_the_page_of_smollm2_says_what_was_kept():
+    texts, found = study("budgets-smollm2"), page("docs/explanation/smollm2.md")
+    code, docs, other = (texts[name] for name in ("stdlib-code", "stdlib-docs", "moby-dick.jsonl"))
+    assert f"by {spread(minus([code], 'ReinMax'))} on code, by {spread(minus([docs], 'ReinMax'))} on docs" in found
+    assert f"PPO is {spread(minus([code, docs], 'PPO'))} below it" in found
+    (on_code,), (on_docs,) = levels([code], "ReinMax"), levels([docs], "ReinMax")
+    assert f"ReinMax with {100 * on_code:.0f} % (code) and {100 * on_docs:.0f} % (docs)" in found
+    shares = [f"{100 * share_of_flops(code, compute):.0f}" for compute in (on_code, on_docs)]
+    assert f"which is {' and '.join(shares)} % of all FLOPs" in found
+    assert f"The supervised router is {spread(minus([code, docs], 'supervised'))} below it" in found
+    assert f"PPO is {spread([-x for x in minus([code, docs], 'PPO', 'soft')])} behind soft" in found
+    assert f"ReinMax is {spread(minus([other], 'ReinMax'))} below the best mixture of fixed patterns" in found
+    assert f"soft {spread(minus([other], 'soft')).removesuffix(' nats')}." in found
+    assert min(minus([other], "REINFORCE")) > 0.02 and max(map(abs, minus([other], "PPO"))) < 0.04
