@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -145,6 +146,18 @@ def make_duo(family: str, small_ratio: int = 4):
         for parameter in ffn.small.parameters():
             parameter.data += 0.1 * torch.randn_like(parameter)
     return duo.eval().requires_grad_(False)
+
+
+def pytest_configure(config):
+    """What is searched once is kept for the whole run of the tests, and not in the home of who runs them."""
+    if not hasattr(config, "workerinput"):  # workers inherit the folder
+        config.cache_folder = TemporaryDirectory()
+        os.environ["DUORL_CACHE"] = config.cache_folder.name
+
+
+def pytest_unconfigure(config):
+    if not hasattr(config, "workerinput"):
+        config.cache_folder.cleanup()
 
 
 @pytest.fixture(scope="session")

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import make_duo
 from rich.console import Console
 from test_routed_pass import reference_losses
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -22,12 +23,13 @@ from duorl.evaluation import (
     plan_route_search,
     search_windows,
     summarize,
-    training_flops,
 )
+from duorl.evaluation.cache import fingerprint
+from duorl.evaluation.frontier import best_at
 from duorl.oracle import descent, descent_flops, exhaustive, fixed_patterns, tree_flops
 from duorl.oracle.patterns import pattern_count, pattern_losses, search_patterns
 from duorl.reports.figures import frontier, markdown, table
-from duorl.routers import ConstantRouter, ReplayRouter
+from duorl.routers import ConstantRouter, MixedRouter, ReplayRouter
 
 BOTH, ALL = ("small", "big"), ("skip", "small", "big")
 FEW = EvaluationOptions(windows=12, reference_windows=4, fixed_windows=6, finalists=3, final_windows=12, batch=5)
@@ -84,13 +86,18 @@ def test_enumeration_finds_the_best_pattern_for_a_price_a_number_and_a_compute(d
     assert baseline.at_price(0.1) == naive_best(duo, windows[:12], actions, 0.1)
     for big, route in baseline.per_big().items():
         assert route == naive_best(duo, windows[:12], actions, 0.0, lambda r, big=big: r.count(2) == big)
-    compute = duo.action_compute
-    cheap = naive_best(
-        duo, windows[:12], actions, 0.0, lambda r: sum(compute[i, a].item() for i, a in enumerate(r)) < 0.6
+    routes = torch.tensor(list(baseline.per_big().values()))
+    spends, losses = duo.route_compute(routes).double().numpy(), pattern_losses(duo, windows[:12], routes).numpy()
+    target = (spends.min() + spends.max()) / 2
+    mixed = baseline.mixed(target)
+    parts = mixed.parts if isinstance(mixed, MixedRouter) else [mixed]
+    weights = mixed.config.get("shares", [1.0])
+    places = [routes.tolist().index(part.config["route"]) for part in parts]
+    assert sum(w * losses[p] for w, p in zip(weights, places, strict=True)) == pytest.approx(
+        best_at(spends, losses, target), abs=1e-6
     )
-    assert baseline.within(0.6) == cheap
-    with pytest.raises(ValueError, match=r"no fixed pattern spends -1 or less: the cheapest spends 0"):
-        baseline.within(-1)
+    with pytest.raises(ValueError, match=r"fixed patterns spend .* to .*, not -1"):
+        baseline.mixed(-1)
 
 
 @pytest.mark.parametrize("method", ["program", "greedy"])
@@ -178,27 +185,56 @@ def test_replayed_routes_are_saved_with_their_windows(duo, windows, tmp_path):
 
 def test_by_default_duo_tiny_is_enumerated_with_all_windows_and_three_actions_are_not(tiny):
     model, training, held_out = tiny
-    asked = EvaluationOptions()
-    choice = choose(model, training, held_out, actions=BOTH, options=asked)
-    assert choice.options == replace(asked, baseline="enumeration", bound="exhaustive")
-    assert sum(choice.costs.values()) <= choice.flops == training_flops(model, 8_000_000, 128)
-    assert choice.notes == () and "all 256 patterns" in choice.text() and "seconds" not in choice.text()
-    three = choose(model, training, held_out, actions=ALL, options=asked)
-    assert (three.baseline, three.bound) == ("greedy", "descent") and sum(three.costs.values()) <= three.flops
-    assert "up to 352 of 6,561 patterns, about" in three.text(1e11) and "To search everything would cost" in str(three)
+    choice = choose(model, training, held_out, actions=BOTH, options=EvaluationOptions())
+    sizes = choice.options
+    assert (choice.baseline, choice.bound, choice.notes) == ("enumeration", "exhaustive", ())
+    assert (sizes.windows, sizes.reference_windows) == (256, 16)
+    assert (sizes.fixed_windows, sizes.finalists, sizes.final_windows) == (32, 8, 128)
+    assert "enumeration, all 256 patterns on 32 windows, the best 8 again on 128" in choice.rival
+    assert "about" not in choice.text() and "about" in choice.text(1e11)
+    three = choose(model, training, held_out, actions=ALL, options=EvaluationOptions())
+    assert (three.baseline, three.bound) == ("greedy", "descent") and three.options.fixed_windows == 32
+    assert "up to 352 of 6,561 patterns" in three.text(1e11)
+    assert three.notes == ("6,561 routes are more than the 4,096 that are enumerated by default.",)
     assert "a lower bound of the oracle" in three.text()
 
 
-def test_a_short_training_is_followed_by_fewer_windows_and_it_says_so(tiny):
+def test_a_quick_evaluation_has_fewer_windows_and_says_so(tiny, deep):
     model, training, held_out = tiny
-    flops = training_flops(model, 800_000, 128)
-    choice = choose(model, training, held_out, actions=BOTH, options=EvaluationOptions(), flops=flops)
-    assert sum(choice.costs.values()) <= choice.flops == flops
-    assert choice.options.windows < 256
-    assert f"{choice.options.windows} in place of 256 windows for the routers" in str(choice)
-    named = EvaluationOptions(baseline="enumeration", bound="exhaustive")
-    asked = choose(model, training, held_out, actions=BOTH, options=named, flops=flops)
-    assert asked.options == named and sum(asked.costs.values()) > flops
+    choice = choose(model, training, held_out, actions=BOTH, options=EvaluationOptions(effort="quick"))
+    assert (choice.options.windows, choice.options.fixed_windows, choice.options.finalists) == (64, 8, 2)
+    assert "quick, enumeration, all 256 patterns on 8 windows, the best 2 again on 16" in choice.rival
+    given = EvaluationOptions(effort="quick", finalists=5, windows=3).sized(8)
+    assert (given.finalists, given.windows, given.reference_windows, given.final_windows) == (5, 3, 3, 16)
+    assert EvaluationOptions().sized(24).windows == 32 and given.sized(24) == given
+    with pytest.raises(ValueError, match="reference_windows 4 must be among the 3 windows"):
+        EvaluationOptions(windows=3, reference_windows=4)
+
+
+def test_a_search_is_kept_for_the_same_weights_text_and_options_alone(duo, windows, tmp_path, monkeypatch):
+    monkeypatch.setenv("DUORL_CACHE", str(tmp_path))
+    asked = {"method": "greedy", "actions": BOTH, "price": 0.1, "options": FEW}
+    first = Baseline.search(duo, windows, **asked)
+    patterns, state = first.per_big(), first.state()
+    (file,) = tmp_path.iterdir()
+    counts = []
+    again = Baseline.search(duo, windows, **asked, tried=counts.append)
+    assert again.state() == state and counts == [len(state["ranked"])]  # nothing is tried
+    monkeypatch.setattr("duorl.evaluation.baseline.pattern_losses", None)  # the finals are kept too
+    assert again.per_big() == patterns
+    monkeypatch.undo()
+    monkeypatch.setenv("DUORL_CACHE", str(tmp_path))
+    file.write_text("broken")
+    assert Baseline.search(duo, windows, **asked).per_big() == patterns
+    others = [(windows.flip(0), asked), (windows, {**asked, "price": 0.2}), (windows, {**asked, "actions": ALL})]
+    for text, options in others:
+        Baseline.search(duo, text, **options)
+    assert len(list(tmp_path.iterdir())) == 4
+    changed = make_duo("llama")
+    changed.stack.ffns[2].small.down_proj.weight.data[0, 0] += 1e-3
+    assert fingerprint(changed) != fingerprint(duo) == fingerprint(make_duo("llama"))
+    monkeypatch.setenv("DUORL_CACHE", "/proc/nowhere")  # nothing can be kept there
+    assert Baseline.search(duo, windows, **asked).per_big() == patterns
 
 
 def test_what_is_impossible_is_refused_only_where_it_was_asked_for_by_name(deep, windows):

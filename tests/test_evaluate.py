@@ -197,3 +197,23 @@ def test_pictures_and_tables_show_every_router(comparison, duo, windows):
 def test_evaluate_is_zero_for_the_reference_itself(duo, windows):
     found = evaluate(duo, ConstantRouter("small"), windows, price=0.4)
     assert found["gain"] == 0 and found["return"] == pytest.approx(-0.1)
+
+
+def test_the_row_of_the_bound_is_in_the_context_of_its_search(duo, windows, comparison):
+    """Its loss is the oracle's own, and not what its routes lose after others; the fixed pattern beside it likewise."""
+    held_out = windows[12:16]
+    searched = exhaustive(duo, held_out, context="reference")
+    best = searched.best(0.1)
+    row = rows(comparison)["oracle"]
+    assert row["context"] == "reference" and row["loss"] == pytest.approx(searched.loss(best).mean().item(), abs=1e-5)
+    assert row["compute"] == pytest.approx(searched.compute[best].mean().item(), abs=1e-6)
+    fixed = rows(comparison)["best fixed"]["reference"]["loss"]
+    assert row["loss_minus_fixed"] == pytest.approx(row["loss"] - fixed, abs=1e-5) and row["loss_minus_mix"] is None
+
+
+def test_a_router_is_compared_with_the_best_mixture_at_its_compute(comparison):
+    found = rows(comparison)
+    assert found["all-small"]["loss_minus_mix"] == pytest.approx(0, abs=1e-6)  # the cheapest pattern, so it is mixed
+    low, high = found["heads"]["loss_minus_mix_interval"]
+    assert low < found["heads"]["loss_minus_mix"] < high
+    assert found["oracle"]["loss_minus_mix"] is None  # another context

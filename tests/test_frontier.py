@@ -165,6 +165,18 @@ def test_a_level_is_reached_where_the_difference_to_it_may_be_zero():
     assert same.compute == pytest.approx(1.0) and same.interval == pytest.approx((1.0, 1.0))  # all-big is all-big
 
 
+def test_a_router_is_paired_with_the_mixture_that_spends_what_it_spends():
+    """Fixed patterns lose 3 - 2 c in every window; seeds of the router spend and lose something else in each."""
+    noisy = noise(1, 10)
+    fixed = Frontier([steps([0.0, 1.0], torch.tensor([[3.0], [1.0]]) + noisy)])
+    spent = 0.5 + noise(2, 10, seed=1) / 20
+    losses = 3 - 2 * spent + noisy - 0.1 + torch.tensor([[0.01], [-0.01]])
+    found = fixed.excess(losses, spent)
+    assert found.value == pytest.approx(-0.1) and found.seeds[0] == pytest.approx([-0.09, -0.11])
+    assert found.texts[0].without == pytest.approx([-0.1] * 10)  # windows differ, their differences do not
+    assert fixed.excess(losses, spent + 1) is None
+
+
 def test_the_hypervolumes_interval_is_that_of_the_seeds_mean():
     """Seeds far apart: an interval of one drawn seed would span them all."""
     seeds = [steps([0.2, 0.5], torch.tensor([[3.0], [2.0]]).expand(2, 9) + shift) for shift in (0.0, 0.1, 0.2, 0.3)]

@@ -23,6 +23,7 @@ from duorl.routers import (
     EnsembleRouter,
     HeadRouter,
     KNNRouter,
+    MixedRouter,
     OracleRouter,
     PatternRouter,
     RandomRouter,
@@ -297,3 +298,54 @@ def test_a_stored_choice_that_is_no_action_is_refused(tmp_path):
     spoil_weights(lambda state: state["choices"][0, 1, :1].fill_(2))(folder)
     with pytest.raises(ValueError, match="choices are 0 to 1, not 2"):
         routers.load(folder)
+
+
+def test_a_mixture_draws_for_each_text_and_spends_its_shares(duo, tmp_path):
+    texts = torch.randint(61, (400, 6), generator=torch.Generator().manual_seed(7))
+    mixture = MixedRouter([PatternRouter([1, 1, 1]), PatternRouter([2, 1, 2])], [0.25, 0.75], seed=3)
+    routes = measure(duo, mixture, texts).routes
+    assert all(len(set(map(tuple, window))) == 1 for window in routes.tolist())  # one pattern for all of a text
+    big = (routes[:, 0, 0] == 2).float()
+    assert big.mean().item() == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 400) ** 0.5)
+    assert torch.equal(measure(duo, mixture, texts.flip(0), batch=7).routes, routes.flip(0))  # in any batch
+    other = texts.clone()
+    other[:, -1] = (other[:, -1] + 1) % 61  # the last token is a target, and no die
+    assert torch.equal(measure(duo, mixture, other).routes, routes)
+    mixture.save_pretrained(tmp_path)
+    assert torch.equal(measure(duo, routers.load(tmp_path), texts).routes, routes)
+    assert not torch.equal(measure(duo, MixedRouter(mixture.parts, [0.25, 0.75], seed=4), texts).routes, routes)
+
+
+def test_a_mixture_generates_with_one_router_per_prompt(duo):
+    prompts = torch.randint(61, (24, 6), generator=torch.Generator().manual_seed(7))
+    mixture = MixedRouter([PatternRouter([1, 1, 1]), PatternRouter([2, 1, 2])], [0.5, 0.5])
+    more = {"max_new_tokens": 3, "do_sample": False, "return_dict_in_generate": True}
+    found = duo.generate(prompts, router=mixture, **more).routes
+    assert all(len(set(map(tuple, text))) == 1 for text in found.tolist())
+    assert 0 < (found[:, 0, 0] == 2).sum() < 24
+    with pytest.raises(ValueError, match=r"call router\.begin"):
+        MixedRouter([PatternRouter([1, 1, 1])], [1.0])(torch.zeros(2, 3, 32), 0, torch.zeros(2, 3))
+
+
+def test_a_mixture_of_learned_routers_keeps_their_weights_prices_and_flops(duo, tmp_path):
+    parts = [HeadRouter(3, 32, seed=1, prices=(0.1, 1.0)), HeadRouter(3, 32, width=4, seed=2)]
+    mixture = MixedRouter(parts, [0.5, 0.5]).at(price=0.3)
+    assert not mixture.takes_price and mixture.parts[0].config["price"] == 0.3
+    mixture.save_pretrained(tmp_path)
+    again, texts = routers.load(tmp_path), torch.randint(61, (8, 6))
+    assert torch.equal(measure(duo, again, texts).routes, measure(duo, mixture, texts).routes)
+    heads = [2 * 3 * (32 + 1 + 2) * 2, 2 * 3 * ((32 + 1) * 4 + 4 * 2)]
+    assert [part.flops() for part in parts] == heads and mixture.flops() == sum(heads) / 2
+    for shares in ([1.0], [0.5, 0.6], [1.5, -0.5]):
+        with pytest.raises(ValueError, match="2 routers need as many shares"):
+            MixedRouter(parts, shares)
+    with pytest.raises(ValueError, match="models of different sizes"):
+        MixedRouter([PatternRouter([1, 1]), PatternRouter([1])], [0.5, 0.5])
+
+
+def test_a_routers_own_flops_are_those_of_its_matrices(duo):
+    assert ConstantRouter("big").flops() == PatternRouter([1, 1, 1]).flops() == 0
+    neighbours = KNNRouter(3, 32, size=100)
+    assert neighbours.flops() == 2 * 3 * 100 * 32
+    assert EnsembleRouter(3, 32, members=4).flops() == 4 * HeadRouter(3, 32).flops()
+    assert BudgetRouter(HeadRouter(3, 32), 1).flops() == HeadRouter(3, 32).flops()

@@ -34,19 +34,19 @@ COMMANDS = {
         "Train a router, and compare it on held-out text with the oracle and other routers.",
         "duorl.cli.options:RunOptions",
         "duorl.cli.train",
-        (*_ROUTES, "ranks"),
+        (*_ROUTES, "ranks", "quick"),
     ),
     "compare": Command(
         "Train several learners with several seeds, and compare their routers.",
         "duorl.cli.options:RunOptions",
         "duorl.cli.compare",
-        _ROUTES,
+        (*_ROUTES, "quick"),
     ),
     "evaluate": Command(
         "Measure one saved router on held-out text, beside the best fixed pattern and the oracle.",
         "duorl.cli.options:EvaluateOptions",
         "duorl.cli.evaluate",
-        ("overwrite", "map"),
+        ("overwrite", "map", "quick"),
     ),
     "generate": Command(
         "Generate a text with a router, and show the compute of each token.",

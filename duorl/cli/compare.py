@@ -93,7 +93,7 @@ class Compare:
             return self.workers.placed(here, partial(do_apart, work=work), folder)
 
         ladders, options, fixed = [], self.options, folder / FIXED
-        jobs = [job("best fixed", fixed, "rank", self._size)]  # on a deep model it takes as long as a training
+        jobs = [job("best fixed", fixed, "rank", {})]  # on a deep model it takes as long as a training
         if options.targets:
             ladders.append(
                 job("best fixed: ladder", fixed / "ladder", "climb fixed", {"place": str(fixed)}, "best fixed")
@@ -113,12 +113,6 @@ class Compare:
                 ladders.append(job(f"{place.job}: ladder", ladder, "climb", {"router": str(place.router)}, place.job))
         return [*jobs, *ladders]
 
-    @property
-    def _size(self) -> dict[str, int]:
-        """Layer decisions of all trainings together, and the number of routers to compare."""
-        places = len(self.places(Path()))
-        return {"decisions": self.options.total_decisions * places, "routers": places + 6}
-
     def _compare(self, folder: Path) -> None:
         """Compare all routers at the run's price."""
         bench, options, places = self.bench, self.options, self.places(folder)
@@ -132,7 +126,6 @@ class Compare:
             bench.price,
             files=bench.evaluation.files,
             ranked=ranked,
-            **self._size,
         )
         if options.knowable:
             knowable = Place(KNOWABLE, options.seed, folder).load(bench)

@@ -12,19 +12,20 @@ from torch import Tensor
 from duorl.cli.console import console, say
 from duorl.costs import ACTIONS
 from duorl.evaluation.baseline import Baseline
-from duorl.evaluation.choice import choose, flops_per_second, training_flops
+from duorl.evaluation.choice import choose, flops_per_second
 from duorl.evaluation.compare import Comparer, Comparison
-from duorl.evaluation.options import EvaluationOptions
 from duorl.files import write_json, write_text, writing
 from duorl.models import DuoForCausalLM
 from duorl.models.footprint import require_room
 from duorl.reports import page
 from duorl.reports.figures import frontier, markdown, table
-from duorl.routers import ConstantRouter, RandomRouter, Router, describe
+from duorl.routers import ConstantRouter, RandomRouter, Router, describe, spent
 
+MIX = "fixed mix"
+"""Name of the row of a mixture of fixed patterns."""
 _FACTS = {"text": "corpus", "layer decisions": "total_decisions", "price": "price", "command": "command"}
 _MEASURED = ("router", "seeds", "tokens", "loss", "compute", "return")
-_BESIDE = ("best fixed", "all-small", "all-big")
+_BESIDE = ("best fixed", MIX, "all-small", "all-big")
 
 
 def make_comparer(
@@ -35,8 +36,6 @@ def make_comparer(
     price: float,
     *,
     files: Tensor,
-    decisions: int | None = None,
-    routers: int = 8,
     ranked: dict[str, Any] | None = None,
 ) -> Comparer:
     """Make the comparer for a run's options; it prints first what it will search, if nothing is ranked.
@@ -48,11 +47,9 @@ def make_comparer(
         held_out: (W, T+1) of the evaluation split.
         price: nats per all-big pass.
         files: (W,), which file each of these is from.
-        decisions: layer decisions of all learners together; None without a training.
-        routers: number of routers to measure.
         ranked: state of the baseline, if its patterns are ranked already.
     """
-    given = searched(options, model, held_out, decisions=decisions, routers=routers)
+    given: dict[str, Any] = {"actions": options.actions, "options": options.evaluation}
     choice = choose(model, training, held_out, **given)
     if not ranked:
         say(choice.text(flops_per_second(model, training)))
@@ -62,12 +59,15 @@ def make_comparer(
         return Comparer(model, training, held_out, **given)
 
 
-def searched(
-    options: Namespace, model: DuoForCausalLM, held_out: Tensor, *, decisions: int | None, routers: int
-) -> dict[str, Any]:
-    """Arguments of `choose` for a comparison; see `make_comparer`."""
-    flops = None if decisions is None else training_flops(model, decisions, held_out.shape[1] - 1)
-    return {"actions": options.actions, "options": options.evaluation, "flops": flops, "routers": routers}
+def fixed_mix(comparer: Comparer, router: Router, text: Tensor) -> dict[str, list[Router]]:
+    """The row of the best mixture of fixed patterns that spends what a router spends on router text (W, T+1).
+
+    A draw between two patterns is the simplest rival at the same cost. Empty where no two patterns spend so much.
+    """
+    try:
+        return {MIX: [comparer.baseline.mixed(spent(comparer.model, router, text))]}
+    except ValueError:
+        return {}
 
 
 def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor, held_out: Tensor) -> None:
@@ -77,10 +77,9 @@ def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor
         ValueError: a search that was asked for by name is impossible, or the windows of a pass do not fit into memory;
             the message says which and why.
     """
-    given: EvaluationOptions = options.evaluation
-    tokens = min(given.batch, max(given.windows, given.final_windows)) * (held_out.shape[1] - 1)
-    require_room(model, tokens, "nothing", f"lower evaluation.batch ({given.batch})")
-    choose(model, training, held_out, actions=options.actions, options=options.evaluation)
+    sizes = choose(model, training, held_out, actions=options.actions, options=options.evaluation).options
+    tokens = min(sizes.batch, max(sizes.windows, sizes.final_windows)) * (held_out.shape[1] - 1)
+    require_room(model, tokens, "nothing", f"lower evaluation.batch ({sizes.batch})")
 
 
 def compare(comparer: Comparer, routers: Mapping[str, list[Router]], settings: dict[str, Any]) -> Comparison:

@@ -11,7 +11,7 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from duorl.checks import require_positive
-from duorl.cli.comparing import check_evaluation, compare, make_comparer, write
+from duorl.cli.comparing import MIX, check_evaluation, compare, fixed_mix, make_comparer, write
 from duorl.cli.console import console, say, typed_command
 from duorl.cli.material import Material
 from duorl.cli.parser import read_config
@@ -25,7 +25,7 @@ from duorl.models import DuoForCausalLM
 from duorl.prices import check_price
 from duorl.reports.figures import transfer_lines
 from duorl.reports.tasks import tasks_markdown
-from duorl.routers import ConstantRouter, LogitRouter, PatternRouter, Router, spent
+from duorl.routers import ConstantRouter, LogitRouter, Router, spent
 from duorl.routers import load as load_router
 
 
@@ -56,16 +56,17 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     tasks = load_tasks(names) if names else {}
 
     def work(folder: Path) -> None:
-        comparer = make_comparer(options, model, training, held_out.tokens, price, files=held_out.files, routers=3)
+        comparer = make_comparer(options, model, training, held_out.tokens, price, files=held_out.files)
         name = _row_name(options.router)
         routers: dict[str, list[Router]] = {name: [router], "best fixed": [comparer.fixed]}
+        routers |= fixed_mix(comparer, router, training[: comparer.options.fixed_windows])
         settings = {"command": typed_command(), **read_config(config)}
         if calibration is not None:
             routers |= calibration.rows(name, comparer)
             settings["calibration"] = calibration.found
         comparison = compare(comparer, routers, settings)
         if learned is not None:
-            count = options.evaluation.windows
+            count = comparer.options.windows
             found = learned_on(model, router, held_out.first(count), learned.first(count))
             comparison.rows[0]["learned_on"] = {"text": options.learned_on, **found}
         if tasks:
@@ -101,7 +102,7 @@ class _Calibration:
         """Calibrate to the option `target_compute`, if it is given; errors as for `Router.calibrated`."""
         if (target := options.target_compute) is None:
             return None
-        windows = training[: options.evaluation.fixed_windows]
+        windows = training[: options.evaluation.sized(model.num_layers).fixed_windows]
         with console.status(f"calibrate {options.router}"):
             router = router.calibrated(model, windows, compute=target)
             compute = spent(model, router, windows)
@@ -110,9 +111,9 @@ class _Calibration:
         return cls(target, router, {**found, "compute": compute, **setting})
 
     def rows(self, name: str, comparer: Comparer) -> dict[str, list[Router]]:
-        """The calibrated router, and the best fixed pattern with at most this compute."""
-        pattern = PatternRouter(comparer.baseline.within(self.target))
-        return {f"{name} at {self.target:g}": [self.router], f"best fixed up to {self.target:g}": [pattern]}
+        """The calibrated router, and the best mixture of fixed patterns at the same compute."""
+        mixture = comparer.baseline.mixed(self.target)
+        return {f"{name} at {self.target:g}": [self.router], f"{MIX} at {self.target:g}": [mixture]}
 
 
 def _check_actions(router: Router, options: Namespace) -> None:

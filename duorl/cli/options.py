@@ -18,6 +18,8 @@ from duorl.routed_pass import Context
 # The default price of the command line. At this price, routers on duo-tiny can be better than a fixed pattern
 # (docs/explanation/experiments.md, "How the defaults were chosen").
 DEFAULT_PRICE = 0.3
+QUICK = {"evaluation.effort": "quick"}
+"""Defaults of trainings and evaluations with `--quick`."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,11 @@ class RunOptions:
     knowable: int = 0
     out: str | None = None
 
+    @staticmethod
+    def quick() -> dict[str, Any]:
+        """The defaults with `--quick`, by name."""
+        return QUICK
+
 
 @dataclass(frozen=True)
 class EvaluateOptions:
@@ -171,6 +178,11 @@ class EvaluateOptions:
     window: int = 128
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     out: str | None = None
+
+    @staticmethod
+    def quick() -> dict[str, Any]:
+        """The defaults with `--quick`, by name."""
+        return QUICK
 
 
 @dataclass(frozen=True)

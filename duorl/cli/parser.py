@@ -37,8 +37,8 @@ _TRAIN_ONLY = ("target_compute",)
 _FLAGS = {
     "overwrite": "replace the run in the output folder",
     "resume": "continue the run in the output folder",
-    "quick": "other defaults: few windows, short trainings, Fig. 8 on small models if there is no dense.json; takes "
-    "minutes, results are noisy",
+    "quick": "other defaults, for a look: few windows, and with `paper` short trainings, and Fig. 8 on small models if "
+    "there is no dense.json; results are noisy",
     "whole": "also write the weights of the model itself, so that the folder needs nothing else",
 }
 _WHERE = {"device": DeviceOptions, "map": MapOptions, "trainer": TrainerDeviceOptions}

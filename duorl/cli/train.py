@@ -9,7 +9,7 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from duorl import ranks
-from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write, write_cards
+from duorl.cli.comparing import MIX, check_evaluation, compare, fixed_mix, make_comparer, unlearned, write, write_cards
 from duorl.cli.console import say, say_logdir, typed_command
 from duorl.cli.trainings import Place, finish_all
 from duorl.cli.workbench import Workbench
@@ -68,13 +68,16 @@ def _run(bench: Workbench, folder: Path) -> None:
         bench.held_out,
         price,
         files=bench.evaluation.files,
-        decisions=options.total_decisions,
-        routers=len(routers) + 6,
     )
+    deployed = {name: [bench.deployed(router, price)] for name, router in routers.items()}
+    mix = fixed_mix(comparer, deployed[jobs[0].name][0], bench.validation)
+    for router in mix.get(MIX, []):
+        router.save_pretrained(folder / "routers" / MIX)
     everything: dict[str, list[Router]] = {
         **unlearned(options.actions, options.seed),
         "best fixed": [comparer.fixed],
-        **{name: [bench.deployed(router, price)] for name, router in routers.items()},
+        **mix,
+        **deployed,
     }
     comparison = compare(comparer, everything, {"command": typed_command(), "price": price, **bench.config})
     write(comparison, comparer.traces(bench.tokenizer), folder)

@@ -13,7 +13,6 @@ import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.comparing import searched
 from duorl.cli.console import job_bars, quieten
 from duorl.cli.parser import parse, read_config
 from duorl.cli.workbench import Workbench
@@ -150,20 +149,18 @@ def do_apart(run: str, work: str, tell: Tell, **arguments: Any) -> dict[str, Any
     return WORK[work](_bench(run), tell=tell, **arguments)
 
 
-def rank(bench: Workbench, decisions: int, routers: int, tell: Tell) -> dict[str, Any]:
+def rank(bench: Workbench, tell: Tell) -> dict[str, Any]:
     """Rank the fixed patterns: the function of a job.
 
     Args:
         bench: workbench of the run.
-        decisions: layer decisions of all learners together.
-        routers: number of routers that will be compared.
         tell: called with what will be searched, then with the number of patterns so far.
 
     Returns:
         `baseline`, its state, and with targets `patterns`, the best of every number of big layers.
     """
     options = bench.options
-    given = searched(options, bench.model, bench.held_out, decisions=decisions, routers=routers)
+    given = {"actions": options.actions, "options": options.evaluation}
     choice = choose(bench.model, bench.training, bench.held_out, **given)
     tell(line=choice.text(flops_per_second(bench.model, bench.training)))
 
@@ -248,13 +245,13 @@ def held_out_texts(bench: Workbench) -> dict[str, Windows]:
     """The first windows of the evaluation split of each text, by its name: texts that were learned on, then others."""
     options = bench.options
     names = [*source_names(options.corpus), *options.transfer]
-    return {name: bench.read([name], split="evaluation").first(options.evaluation.windows) for name in names}
+    return {name: bench.read([name], split="evaluation").first(bench.sizes.windows) for name in names}
 
 
 @lru_cache
 def router_text(bench: Workbench, text: str) -> Windows:
     """The first windows of a text's router split: they decide which steps of a ladder are mixed, and calibrate."""
-    return bench.read([text], split="router").first(bench.options.evaluation.final_windows)
+    return bench.read([text], split="router").first(bench.sizes.final_windows)
 
 
 def ladder_path(router: Path, text: str) -> Path:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from duorl import ranks
 from duorl.checks import require_positive
+from duorl.cli.comparing import MIX
 from duorl.cli.learners import LearnerFactory, named
 from duorl.cli.material import Material
 from duorl.cli.options import EnvironmentOptions
@@ -53,6 +54,7 @@ class Workbench:
         price: nats per all-big pass; with a target, the price at the start.
         agents: names of the agents.
         rivals: names of the learners to compare with.
+        sizes: the options of the evaluation for this model.
 
     Raises:
         ValueError, OSError: bad input; the message names it and the fix.
@@ -76,6 +78,7 @@ class Workbench:
                 raise ValueError("env.big_layers already fixes the compute: give it or target_compute, not both")
         material = Material.of(options, options.env.window)
         self.model, self.tokenizer, self.read = material.model, material.tokenizer, material.read
+        self.sizes = options.evaluation.sized(self.model.num_layers)
         self.training, self.validation = _hold_back(self.read(options.corpus, split="router").tokens)
         self._try_reward()
         for name in self._factories:
@@ -97,7 +100,7 @@ class Workbench:
         if options.get("knowable"):
             # A large network on the same inputs, to estimate the avoidable part of the regret.
             self._factories[KNOWABLE] = partial(Supervised, width=options.knowable)
-        taken = {"random", "all-skip", "all-small", "all-big", "best fixed", *ROWS.values(), KNOWABLE}
+        taken = {"random", "all-skip", "all-small", "all-big", "best fixed", MIX, *ROWS.values(), KNOWABLE}
         if options.get("labels") and not any(map(_learns_from_labels, self._factories.values())):
             raise ValueError("labels: no learner takes them: name Supervised, KNN or Ensemble, without `base`")
         for name in (*agents, *rivals):

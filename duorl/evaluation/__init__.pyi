@@ -1,7 +1,7 @@
 from .baseline import Baseline
 from .bound import Bound, find_bound
 from .budgets import budget_rows, summaries
-from .choice import Choice, check_searches, choose, flops_per_second, training_flops
+from .choice import Choice, check_searches, choose, flops_per_second
 from .compare import Comparer, Comparison
 from .flat import flatten
 from .frontier import Frontier, Ladder
@@ -45,6 +45,5 @@ __all__ = [
     "search_windows",
     "summaries",
     "summarize",
-    "training_flops",
     "transfer_rows",
 ]

@@ -6,22 +6,28 @@ on more windows. The method says which patterns are ranked: all A^L, or those th
 
     searched = {"method": "greedy", "actions": ("small", "big"), "price": 0.3}
     baseline = Baseline.search(model, training, **searched, options=options)
-    baseline.at_price(0.3), baseline.per_big(), baseline.within(0.5)
+    baseline.at_price(0.3), baseline.per_big(), baseline.mixed(0.5)
+
+What was searched once for a model and a text is kept (`duorl.evaluation.cache`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from duorl.costs import BIG
+from duorl.evaluation.cache import cached, keep, kept
+from duorl.evaluation.frontier import shares_at
 from duorl.evaluation.options import EvaluationOptions
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle import exhaustive
 from duorl.oracle.patterns import PatternMethod, Route, pattern_losses, search_patterns, spread
+from duorl.routers import MixedRouter, PatternRouter, Router
 
 
 class Baseline:
@@ -33,6 +39,7 @@ class Baseline:
         ranked: losses in nats by pattern, on the first `fixed_windows` windows.
         options: it uses `fixed_windows`, `finalists`, `final_windows` and `batch`.
         finals: losses in nats by pattern, on the first `final_windows` windows, as far as they are measured.
+        file: keeps all of this; None: nothing is kept.
 
     Attributes:
         routes: (N, L), the patterns that were ranked.
@@ -47,12 +54,13 @@ class Baseline:
         ranked: Mapping[Route, float],
         options: EvaluationOptions,
         finals: Mapping[Route, float] | None = None,
+        file: Path | None = None,
     ):
-        self.model, self.options = model, options
+        self.model, self.options, self._file = model, options.sized(model.num_layers), file
         self.routes = torch.tensor(list(ranked), device=model.device)
         self.losses = torch.tensor(list(ranked.values()), device=model.device)
         self.compute = model.route_compute(self.routes)
-        self._final = training[: options.final_windows]
+        self._final = training[: self.options.final_windows]
         self._final_losses: dict[Route, float] = dict(finals or {})
 
     @classmethod
@@ -67,7 +75,7 @@ class Baseline:
         options: EvaluationOptions,
         tried: Callable[[int], None] = lambda count: None,
     ) -> Baseline:
-        """Rank the patterns that a method tries.
+        """Rank the patterns that a method tries, or take what is kept of such a search.
 
         Args:
             model: a duo model.
@@ -81,13 +89,28 @@ class Baseline:
         Raises:
             ValueError: too many routes to enumerate, or too much memory for them.
         """
-        windows = training[: options.fixed_windows]
+        sizes = options.sized(model.num_layers)
+        counts = {"fixed_windows": sizes.fixed_windows, "final_windows": sizes.final_windows}
+        more = {} if method == "enumeration" else {"price": price}
+        read = training[: max(counts.values())]
+        file = cached("baseline", model, read, method=method, actions=sorted(actions), **counts, **more)
+        state = kept(file)
+        if isinstance(state, dict) and {"ranked", "finals"} <= state.keys():
+            tried(len(state["ranked"]))
+            return cls.from_state(state, model, training, sizes, file)
+        windows = training[: sizes.fixed_windows]
         if method == "enumeration":
             table = exhaustive(model, windows, context="uniform", actions=actions)
             ranked = dict(zip(map(tuple, table.routes.tolist()), table.losses.mean((0, 1)).tolist(), strict=True))
         else:
             ranked = search_patterns(model, windows, actions=actions, method=method, price=price, tried=tried)
-        return cls(model, training, ranked, options)
+        found = cls(model, training, ranked, sizes, file=file)
+        found._keep()
+        return found
+
+    def _keep(self) -> None:
+        if self._file is not None:
+            keep(self._file, self.state())
 
     def state(self) -> dict[str, Any]:
         """The patterns and their losses as JSON values, for `from_state`."""
@@ -96,11 +119,16 @@ class Baseline:
 
     @classmethod
     def from_state(
-        cls, state: dict[str, Any], model: DuoForCausalLM, training: Tensor, options: EvaluationOptions
+        cls,
+        state: dict[str, Any],
+        model: DuoForCausalLM,
+        training: Tensor,
+        options: EvaluationOptions,
+        file: Path | None = None,
     ) -> Baseline:
         """A baseline from `state()`; the other arguments must be those of the first one."""
-        kept = {name: {tuple(route): loss for route, loss in pairs} for name, pairs in state.items()}
-        return cls(model, training, kept["ranked"], options, kept["finals"])
+        losses = {name: {tuple(route): loss for route, loss in pairs} for name, pairs in state.items()}
+        return cls(model, training, losses["ranked"], options, losses["finals"], file)
 
     def _ranked(self) -> dict[Route, float]:
         return dict(zip(map(tuple, self.routes.tolist()), self.losses.tolist(), strict=True))
@@ -117,19 +145,30 @@ class Baseline:
         """The pattern with the smallest loss for each number of big layers that was tried, in rising order."""
         big = (self.routes == BIG).sum(1)
         finalists = {count: self._finalists(0.0, big == count) for count in sorted(set(big.tolist()))}
-        self._play_finals([route for group in finalists.values() if len(group) > 1 for route in group])
+        self._play_finals([route for group in finalists.values() for route in group])
         return {count: self._best(group, 0.0) for count, group in finalists.items()}
 
-    def within(self, compute: float) -> list[int]:
-        """The pattern with the smallest loss and at most the given compute, in [0, 1].
+    def final_losses(self, routes: Tensor) -> Tensor:
+        """Losses (R,) in nats of patterns (R, L) on the windows of the second round."""
+        keys = [tuple(route) for route in routes.tolist()]
+        self._play_finals(keys)
+        return torch.tensor([self._final_losses[key] for key in keys], dtype=torch.float64)
+
+    def mixed(self, compute: float) -> Router:
+        """The best mixture of two of the patterns of `per_big` that spends a compute, on router text.
 
         Raises:
-            ValueError: no pattern that was tried has so little compute.
+            ValueError: no pattern spends so little, or so much.
         """
-        allowed = self.compute <= compute + 1e-6  # compute is a sum of floats
-        if not allowed.any():
-            raise ValueError(f"no fixed pattern spends {compute:g} or less: the cheapest spends {self.compute.min():g}")
-        return self._best(self._finalists(0.0, allowed), 0.0)
+        routes = list(self.per_big().values())
+        spent = self.model.route_compute(torch.tensor(routes, device=self.model.device)).double().cpu().numpy()
+        losses = self.final_losses(torch.tensor(routes))
+        shares = shares_at(spent, losses.numpy(), compute)
+        if shares is None:
+            raise ValueError(f"fixed patterns spend {spent.min():.3g} to {spent.max():.3g}, not {compute:g}")
+        parts = {place: float(share) for place, share in enumerate(shares) if share > 1e-9}
+        patterns = [PatternRouter(routes[place]) for place in parts]
+        return patterns[0] if len(patterns) == 1 else MixedRouter(patterns, list(parts.values()))
 
     def _finalists(self, price: float, allowed: Tensor | None = None) -> list[Route]:
         cost = self.losses + price * self.compute
@@ -153,3 +192,4 @@ class Baseline:
         if new := [route for route in dict.fromkeys(routes) if route not in self._final_losses]:
             losses = pattern_losses(self.model, self._final, torch.tensor(new), batch=self.options.batch)
             self._final_losses |= zip(new, losses.tolist(), strict=True)
+            self._keep()

@@ -1,8 +1,8 @@
 """The comparison of routers, with intervals, over measurements, a baseline and a bound.
 
 Losses, compute, returns and top-1 agreement are those of the *routed* context, which is deployment. Regret and
-agreement with the bound are measured in the *reference* context, where the oracle is exact, on fewer tokens. Every row
-says which is which.
+agreement with the bound are measured in the *reference* context, where the oracle is exact, on fewer tokens. So is the
+whole row of the bound. Every row says which is which.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +26,20 @@ from duorl.evaluation.bound import find_bound
 from duorl.evaluation.choice import choose
 from duorl.evaluation.difficulty import named_rows, token_names
 from duorl.evaluation.flat import flatten
+from duorl.evaluation.frontier import Frontier, Ladder
 from duorl.evaluation.measure import Measurement, measure, stacked, top1_agreement
 from duorl.evaluation.options import EvaluationOptions
-from duorl.evaluation.statistics import as_share, estimate, holm, named
+from duorl.evaluation.statistics import Estimate, as_share, estimate, holm, named
 from duorl.files import write_json, writing
+from duorl.models.attention import Memory
 from duorl.models.modeling import DuoForCausalLM
-from duorl.oracle.patterns import pattern_losses
+from duorl.oracle.patterns import window_losses
 from duorl.routed_pass import Context, remember
 from duorl.routers import ConstantRouter, OracleRouter, PatternRouter, ReplayRouter, Router
 
 _SHOWN_WINDOWS = 2
 _AGAINST_FIXED = ("return_minus_fixed", "loss_minus_fixed")
+_AGAINST_MIX = "loss_minus_mix"
 
 
 @dataclass
@@ -81,8 +85,6 @@ class Comparer:
         actions: names of the allowed actions.
         reference: the action of the reference route, in every layer.
         options: see `EvaluationOptions`.
-        flops: FLOPs of the training, the limit of the evaluation; see `choose`.
-        routers: approximate number of routers to measure.
         baseline: the fixed patterns, if they are ranked already, as `choice` says.
 
     Attributes:
@@ -105,18 +107,16 @@ class Comparer:
         reference: str,
         options: EvaluationOptions,
         files: Tensor | None = None,
-        flops: float | None = None,
-        routers: int = 8,
         baseline: Baseline | None = None,
     ):
         self.model, self.price, self.actions = model, price, tuple(actions)
-        self.choice = choose(model, training, held_out, actions=actions, options=options, flops=flops, routers=routers)
-        self.options = options = self.choice.options
-        self.windows = held_out[: options.windows]
-        self.searched = held_out[: options.reference_windows]
+        self.choice = choose(model, training, held_out, actions=actions, options=options)
+        self.options = sizes = self.choice.options
+        self.windows = held_out[: sizes.windows]
+        self.searched = held_out[: sizes.reference_windows]
         self.files = torch.arange(len(held_out)) if files is None else files
         self.baseline = baseline or Baseline.search(
-            model, training, method=self.choice.baseline, actions=actions, price=price, options=options
+            model, training, method=self.choice.baseline, actions=actions, price=price, options=sizes
         )
         self.fixed = PatternRouter(self.baseline.at_price(price))
         searched = self.searched.to(model.device)
@@ -129,17 +129,44 @@ class Comparer:
             starts=self.baseline.starts(price),
             shown=_SHOWN_WINDOWS,
         )
-        self._memory = remember(model, searched) if self.bound else None
-        # Losses of the reference route, by context, for the gains.
-        route = ConstantRouter(reference)
-        self._reference_loss = {"routed": measure(model, route, self.windows, batch=options.batch).loss}
-        if self.bound:
-            self._reference_loss["reference"] = self._measure_reference(route).loss
+        self._route = ConstantRouter(reference)
         self.knowable: Router | None = None
         self._knowable_returns: Tensor | None = None
         self._traced: dict[str, dict[str, Any]] = {}
-        self._fixed = measure(model, self.fixed, self.windows, batch=options.batch)
-        self._all_big = measure(model, ConstantRouter("big"), self.windows, batch=options.batch).predicted
+        self._all_big = measure(model, ConstantRouter("big"), self.windows, batch=sizes.batch).predicted
+
+    @cached_property
+    def _memory(self) -> Memory:
+        """For the reference context on the searched windows."""
+        return remember(self.model, self.searched.to(self.model.device))
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, Context], Measurement]:
+        return {}
+
+    def _baseline_in(self, name: str, context: Context) -> Measurement:
+        """The reference route (`gain`), or the best fixed pattern (`fixed`), measured once in each context."""
+        if (name, context) not in self._known:
+            router = {"gain": self._route, "fixed": self.fixed}[name]
+            self._known[name, context] = self._measure(router, context)
+        return self._known[name, context]
+
+    def _measure(self, router: Router, context: Context) -> Measurement:
+        """Measure a router: on all windows, or in the reference context on the searched ones."""
+        if context == "routed":
+            return measure(self.model, router, self.windows, batch=self.options.batch)
+        size = len(self.searched)
+        return measure(self.model, router, self.searched, context=context, batch=size, memories=[self._memory])
+
+    @cached_property
+    def fixed_patterns(self) -> Frontier:
+        """What mixtures of the fixed patterns reach on the windows; their losses on router text decide which two."""
+        routes = torch.tensor(list(self.baseline.per_big().values()), device=self.model.device)
+        losses = window_losses(self.model, self.windows, routes, batch=self.options.batch)
+        known = self.baseline.final_losses(routes)[:, None]
+        spent = self.model.route_compute(routes).double().cpu()[:, None]
+        chosen = Ladder(spent, known)
+        return Frontier([Ladder(spent.expand_as(losses), losses, chosen=chosen)], self.files[: len(self.windows)])
 
     @property
     def bounds(self) -> dict[str, list[Router]]:
@@ -164,31 +191,37 @@ class Comparer:
             progress(f"measure {name}, {number} of {len(routers)}")
             rows.append(self.row(name, seeds))
         rivals = [row for row, seeds in zip(rows, routers.values(), strict=True) if seeds[0] is not self.fixed]
-        for key in _AGAINST_FIXED:
-            for row, holds in zip(rivals, holm([row[f"{key}_p"] for row in rivals]), strict=True):
+        for key in (*_AGAINST_FIXED, _AGAINST_MIX):
+            known = [row for row in rivals if row[key] is not None]
+            for row, holds in zip(known, holm([row[f"{key}_p"] for row in known]), strict=True):
                 row[f"{key}_holds"] = holds
         progress("measure the frontiers")
-        return Comparison(settings, rows, {"fixed": self.fixed_frontier(), "oracle": self.oracle_frontier()})
+        return Comparison(
+            {**settings, "rival": self.choice.rival},
+            rows,
+            {"fixed": self.fixed_frontier(), "oracle": self.oracle_frontier()},
+        )
 
     def row(self, name: str, seeds: Sequence[Router]) -> dict[str, Any]:
         """Measure a router, trained with one seed or several.
 
-        The bound is measured on its searched windows only. See docs/reference/metrics.md for the keys.
+        The bound is measured on its searched windows and in the reference context, in which it was searched, and so is
+        the fixed pattern beside it. See docs/reference/metrics.md for the keys.
         """
         sees_label = isinstance(seeds[0], (OracleRouter, ReplayRouter))
-        windows = self.searched if sees_label else self.windows
-        batch = len(windows) if sees_label else self.options.batch
-        measured = stacked([measure(self.model, router, windows, batch=batch) for router in seeds])
+        context: Context = "reference" if sees_label else "routed"
+        measured = stacked([self._measure(router, context) for router in seeds])
         self._traced[name] = self._trace(measured.routes[0])
         return {
             "router": name,
-            "context": "routed",
+            "context": context,
             "sees_label": sees_label,
             "seeds": len(seeds),
             "tokens": measured.loss[0].numel(),
             "bound": self.bound.kind if self.bound else None,
-            **self._deployed(measured, torch.tensor([router.flops() for router in seeds])),
-            **self._against_fixed(measured),
+            **self._measured(measured, context, torch.tensor([router.flops() for router in seeds])),
+            **self._against_fixed(measured, context),
+            **self._against_mix(None if sees_label else measured),
             **self._reference(seeds),
         }
 
@@ -216,24 +249,19 @@ class Comparer:
         big = (routes == BIG).float().mean(0).T.tolist()
         return {"share_of_big": big, "per_layer": per_layer, "routes": routes[0].T.tolist()}
 
-    def _measure_reference(self, router: Router) -> Measurement:
-        assert self._memory is not None
-        size = len(self.searched)
-        return measure(self.model, router, self.searched, context="reference", batch=size, memories=[self._memory])
-
     def _estimated(self, values: Tensor, name: str, scale: Callable[[float], float] = float) -> dict[str, Any]:
         """A mean over windows, (W,) or (S, W), with its interval."""
         return named(name, estimate(values, self.files[: values.shape[-1]]), scale)
 
     def _returns(self, measured: Measurement, context: Context) -> Tensor:
         """Mean return of each window, (W,), or (S, W) for several seeds."""
-        gain = self._reference_loss[context][: measured.loss.shape[-2]] - measured.loss
+        gain = self._baseline_in("gain", context).loss - measured.loss
         return (gain - self.price * measured.compute).mean(-1)
 
-    def _deployed(self, measured: Measurement, own_flops: Tensor) -> dict[str, Any]:
+    def _measured(self, measured: Measurement, context: Context, own_flops: Tensor) -> dict[str, Any]:
         """Losses, compute, FLOPs and time; the FLOPs are those of all parts, and of the routers themselves, (S,)."""
         loss, compute = measured.loss.mean(-1), measured.compute.mean(-1)
-        returns = self._returns(measured, "routed")
+        returns = self._returns(measured, context)
         length = measured.loss.shape[-1]
         flops = self.model.flops.token(compute, (length + 1) / 2) + own_flops[:, None]
         agreement = top1_agreement(measured.predicted, self._all_big[: loss.shape[-1]])
@@ -254,25 +282,31 @@ class Comparer:
             **named("tokens_per_second", seconds, math.exp),
         }
 
-    def _against_fixed(self, measured: Measurement) -> dict[str, Any]:
-        count = measured.loss.shape[-2]
+    def _against_fixed(self, measured: Measurement, context: Context) -> dict[str, Any]:
+        fixed = self._baseline_in("fixed", context)
         differences = {
-            "return": self._returns(measured, "routed") - self._returns(self._fixed, "routed")[:count],
-            "loss": measured.loss.mean(-1) - self._fixed.loss[:count].mean(-1),
+            "return": self._returns(measured, context) - self._returns(fixed, context),
+            "loss": (measured.loss - fixed.loss).mean(-1),
         }
         row: dict[str, Any] = {}
         for key, values in zip(_AGAINST_FIXED, differences.values(), strict=True):
-            found = estimate(values, self.files[:count])
-            row |= {**named(key, found), f"{key}_p": found.p, f"{key}_holds": False}
+            row |= _tested(key, estimate(values, self.files[: values.shape[-1]]))
         return row
+
+    def _against_mix(self, measured: Measurement | None) -> dict[str, Any]:
+        """The loss minus that of the best mixture of fixed patterns at the same compute: the rival that is a coin."""
+        if measured is None:
+            return _tested(_AGAINST_MIX, None)
+        loss, spent = measured.loss.mean(-1).double(), measured.compute.mean(-1).double()
+        return _tested(_AGAINST_MIX, self.fixed_patterns.excess(loss, spent))
 
     def _reference(self, seeds: Sequence[Router]) -> dict[str, Any]:
         """Comparison with the bound, in the reference context; null without a bound."""
         if self.bound is None:
             names = ("regret", "regret_interval", "agreement", "agreement_interval", "reference")
             return dict.fromkeys(names)
-        measured = stacked([self._measure_reference(router) for router in seeds])
-        gain = self._reference_loss["reference"] - self.bound.losses
+        measured = stacked([self._measure(router, "reference") for router in seeds])
+        gain = self._baseline_in("gain", "reference").loss - self.bound.losses
         returns = self._returns(measured, "reference")
         regret = (gain - self.price * self.bound.compute).mean(-1) - returns
         agreement = (measured.routes == self.bound.routes).float().mean((-2, -1))
@@ -293,7 +327,7 @@ class Comparer:
         if self.knowable is None:
             return {}
         if self._knowable_returns is None:
-            self._knowable_returns = self._returns(self._measure_reference(self.knowable), "reference")
+            self._knowable_returns = self._returns(self._measure(self.knowable, "reference"), "reference")
         return self._estimated(self._knowable_returns - returns, "regret_avoidable")
 
     def oracle_frontier(self) -> list[dict[str, Any]]:
@@ -303,10 +337,14 @@ class Comparer:
     def fixed_frontier(self) -> list[dict[str, Any]]:
         """The best fixed pattern's loss in the routed context per number of big layers, chosen on router text."""
         found = self.baseline.per_big()
-        routes = torch.tensor(list(found.values()), device=self.model.device)
-        losses = pattern_losses(self.model, self.windows, routes, batch=self.options.batch).tolist()
-        columns = zip(found.items(), losses, self.model.route_compute(routes).tolist(), strict=True)
+        (ladder,) = self.fixed_patterns.seeds
+        columns = zip(found.items(), ladder.loss.tolist(), ladder.compute.tolist(), strict=True)
         return [
             {"big": big, "context": "routed", "route": route, "loss": loss, "compute": compute}
             for (big, route), loss, compute in columns
         ]
+
+
+def _tested(key: str, found: Estimate | None) -> dict[str, Any]:
+    """A difference with its interval and p; whether it holds is known when all rows are measured."""
+    return {**named(key, found), f"{key}_p": None if found is None else found.p, f"{key}_holds": False}

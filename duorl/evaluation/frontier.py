@@ -262,6 +262,21 @@ class Frontier:
         ends = np.array([each.interval for each in found])
         return Reach(compute, (_first_at(grid, ends[:, 0]), _first_at(grid, ends[:, 1])))
 
+    def excess(self, losses: Tensor, spent: Tensor) -> Estimate | None:
+        """What another router loses more than this frontier at the compute of that router; for the goal `losses`.
+
+        Args:
+            losses: (S, W) nats, of its seeds.
+            spent: (S, W), their compute.
+
+        Returns:
+            The paired difference; None if the frontier does not reach the compute.
+        """
+        if not all(map(self.spends, spent.mean(1).tolist())):
+            return None
+        (found,) = self._estimates(lambda own, goal, loss, at: loss - np.interp(at, own, goal), losses, spent)
+        return found
+
     def steps(self) -> list[tuple[float, Estimate]]:
         """Mean compute and goal of each step, cheapest first, whether it is mixed or not."""
         compute, goals = (self._stacked(name) for name in ("spent", self.goal))  # (S, P, W)
@@ -272,7 +287,13 @@ class Frontier:
     def _estimates(
         self, statistic: Callable[..., float | np.ndarray], *more: Tensor, of: str | None = None
     ) -> list[Estimate]:
-        """A statistic of the hull's compute and values (V,), from the left, and of the means of more columns (W,)."""
+        """A statistic of the hull's compute and values (V,), from the left, and of the means of more columns.
+
+        Args:
+            statistic: see above.
+            more: (W,) or (S, W) each.
+            of: the column of the values; by default the goal.
+        """
         spent, goal, values = (self._stacked(name) for name in ("spent", self.goal, of or self.goal))
         chosen = self._chosen()
         files = self.files
@@ -280,8 +301,10 @@ class Frontier:
             known = (columns.mean(-1, keepdim=True) for columns in (spent, goal))
             spent, goal = (means.expand_as(values) for means in known)
             chosen, files = chosen and (chosen[0].mean(-1, keepdim=True), None), None
-        others = (column.to(spent).expand(len(spent), 1, -1) for column in more)
-        columns, n, sign = torch.cat([spent, goal, values, *others], 1), spent.shape[1], _SIGN[self.goal]
+        parts = [spent, goal, values, *(torch.atleast_2d(column.to(spent))[:, None] for column in more)]
+        seeds, n, sign = max(map(len, parts)), spent.shape[1], _SIGN[self.goal]
+        columns = torch.cat([part.expand(seeds, -1, -1) for part in parts], 1)
+        chosen = chosen and (chosen[0].expand(seeds, -1, -1), chosen[1])
 
         def of_means(means: np.ndarray, by: np.ndarray | None = None) -> float | np.ndarray:
             by = means if by is None else by

@@ -47,11 +47,18 @@ class FixedPattern:
     compute: float
 
 
-@torch.no_grad()
 def pattern_losses(
     model: DuoForCausalLM, windows: Tensor, routes: Tensor, *, batch: int = 16, closeness: Closeness | None = None
 ) -> Tensor:
-    """Mean loss in nats of each pattern in the `uniform` context, (R,). Shared prefixes are computed once.
+    """Mean loss in nats of each pattern in the `uniform` context, (R,); see `window_losses`."""
+    return window_losses(model, windows, routes, batch=batch, closeness=closeness).mean(1)
+
+
+@torch.no_grad()
+def window_losses(
+    model: DuoForCausalLM, windows: Tensor, routes: Tensor, *, batch: int = 16, closeness: Closeness | None = None
+) -> Tensor:
+    """Mean loss in nats of each window on each pattern, (R, W). Shared prefixes are computed once.
 
     Args:
         model: a duo model.
@@ -60,14 +67,16 @@ def pattern_losses(
         batch: windows per pass.
         closeness: of `duorl.closeness`; minus the closeness to all-big then takes the place of the loss.
     """
-    total = torch.zeros(len(routes), dtype=torch.float64)
+    found = []
     for tokens in windows.to(model.device).split(batch):
+        losses = torch.zeros(len(routes), len(tokens), dtype=torch.float64)
         start = RoutedPass(model, tokens)
         teacher = closeness and start.fork().take_all(BIG)
         for index, done in along(start, routes):
             lowered = -done.compare(teacher, closeness) if closeness and teacher else done.losses()
-            total[index.cpu()] += lowered.sum().item()
-    return total / windows[:, 1:].numel()
+            losses[index.cpu()] = lowered.mean(1).double().cpu()
+        found.append(losses)
+    return torch.cat(found, 1)
 
 
 def fixed_patterns(

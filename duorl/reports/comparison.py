@@ -89,6 +89,7 @@ _COLUMNS = {
     "return": "return",
     "return_minus_fixed": "return minus best fixed",
     "loss_minus_fixed": "loss minus best fixed",
+    "loss_minus_mix": "loss minus fixed mix at equal compute",
     "regret": "regret",
     "agreement": "agreement with the bound",
     "tokens_per_second": "tokens / s",
@@ -105,7 +106,8 @@ def _comparison_table(comparison: Comparison) -> str:
         rows.append(f"<tr><td>{escape(called(row['router']))}{'*' if row['sees_label'] else ''}</td>{cells}</tr>")
     head = "".join(f"<th>{title}</th>" for title in ("router", *_COLUMNS.values()))
     note = (
-        "Routed context; regret and agreement with the bound in the reference context. Top-1 agreement: share of "
+        "Routed context; regret and agreement with the bound in the reference context. Fixed mix: the best mixture of "
+        "two fixed patterns at the compute of the row. Top-1 agreement: share of "
         "the tokens whose most likely next token is all-big's. Below each number its 95 % interval. "
         f"{HOLM} * sees the label: a bound, not a rival. {BOUNDS[bound_of(comparison)]}"
     )

@@ -99,7 +99,7 @@ def _paired(value: float, interval: Sequence[float] | None, holds: bool, digits:
 
 
 _COLUMNS = ["router", "loss", "compute", "actions %", "return", "minus best fixed", "regret", "agree"]
-_SEES = " * sees the label: a bound, not a rival, on the searched tokens only."
+_SEES = " * sees the label: a bound, not a rival, on the searched tokens only, in the reference context."
 _TERMINAL, _LEAST_NAME = 80, 12  # columns: of the terminal, and of a router's name
 
 
@@ -144,8 +144,14 @@ def _caption(comparison: Comparison) -> str:
     sees = _SEES if any(row["sees_label"] for row in comparison.rows) else ""
     return (
         f"Actions: skip/small/big. Routed context, {routed:,} held-out tokens{against}"
-        f"{_PAIRED}{_holm(comparison.rows, 'return_minus_fixed_holds')}{sees}"
+        f"{_PAIRED}{_holm(comparison.rows, 'return_minus_fixed_holds')}{sees}{_rival(comparison)}"
     )
+
+
+def _rival(comparison: Comparison) -> str:
+    """How the best fixed pattern was chosen; not of older files."""
+    rival = comparison.settings.get("rival", "")
+    return f" {rival[0].upper()}{rival[1:]}." if rival else ""
 
 
 def _titles(comparison: Comparison) -> list[str]:
@@ -164,7 +170,7 @@ def markdown(comparison: Comparison) -> str:
         shares = ["top-1 agreement with all-big", *(_share(row, "top1_agreement") for row in comparison.rows)]
         lines = [[*cells[:-2], share, *cells[-2:]] for cells, share in zip(lines, shares, strict=True)]
     table = grid(lines[0], lines[1:], numbers=range(1, len(lines[0])))
-    notes = _note(_holm(comparison.rows, "return_minus_fixed_holds"))
+    notes = _note(f"{_holm(comparison.rows, 'return_minus_fixed_holds')}{_rival(comparison)}")
     return "\n".join([table, *notes, *(f"{line}.\n" for line in transfer_lines(comparison))])
 
 

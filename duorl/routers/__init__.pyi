@@ -5,6 +5,7 @@ from .card import describe
 from .ensemble import EnsembleRouter
 from .heads import HeadRouter
 from .knn import KNNRouter
+from .mixed import MixedRouter
 from .simple import ConstantRouter, OracleRouter, PatternRouter, RandomRouter, ReplayRouter
 from .stored import load
 
@@ -15,6 +16,7 @@ __all__ = [
     "HeadRouter",
     "KNNRouter",
     "LogitRouter",
+    "MixedRouter",
     "OracleRouter",
     "PatternRouter",
     "RandomRouter",
