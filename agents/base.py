@@ -20,14 +20,3 @@ class Agent(HeadLearner):
 
     def __init__(self, env: Lockstep, **options: Any):
         super().__init__(env, **options)
-
-
-def refuse_budget(env: Lockstep, name: str) -> None:
-    """Refuse a hard budget, for learners that cannot mask actions.
-
-    Raises:
-        ValueError: the environment has one.
-    """
-    if env.big_layers is not None:
-        others = "MaskablePPO, REINFORCE, ReinMax or GFlowNet"
-        raise ValueError(f"{name} cannot keep big_layers {env.big_layers}: use {others}")

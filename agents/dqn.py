@@ -17,7 +17,6 @@ from torch import Tensor
 from torch.nn.functional import mse_loss
 
 from duorl.agents.advantages import explained_variance, rewards_to_go
-from duorl.agents.base import refuse_budget
 from duorl.agents.stable_baselines import StableBaselinesAgent
 from duorl.checks import require_positive
 from duorl.envs.lockstep import Lockstep
@@ -193,7 +192,6 @@ class DQN(StableBaselinesAgent):
         init: str | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
-        refuse_budget(env, type(self).__name__)
         counts = {"buffer_size": buffer_size, "gradient_steps": gradient_steps, "target_interval": target_interval}
         require_positive(**counts, batch_size=batch_size)
         self.generator = np.random.default_rng(env.first_seed)

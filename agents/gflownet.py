@@ -61,6 +61,7 @@ class GFlowNet(Agent):
     """
 
     stateful = ("values", "optimizer", "generator")
+    honours = frozenset({"reward", "prices", "big_layers"})
 
     def __init__(
         self,

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from duorl import ranks
 from duorl.agents.advantages import entropy, explained_variance
-from duorl.agents.base import refuse_budget
 from duorl.agents.buffers import GroupRolloutBuffer, MaskableGroupRolloutBuffer
 from duorl.agents.stable_baselines import StableBaselinesAgent
 from duorl.checks import require_positive
@@ -155,7 +154,6 @@ class PPO(_OnPolicy):
     algorithm_class: type[OnPolicyAlgorithm] = stable_baselines3.PPO
     policy_class: type[_HeadPolicy] = RoutingPolicy
     buffer_class: type[GroupRolloutBuffer] = GroupRolloutBuffer
-    takes_budgets = False
 
     def __init__(
         self,
@@ -173,8 +171,6 @@ class PPO(_OnPolicy):
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         require_positive(epochs=epochs)
-        if not self.takes_budgets:
-            refuse_budget(env, "PPO")
         make: Callable[..., OnPolicyAlgorithm] = self.algorithm_class
         algorithm = make(
             self.policy_class,
@@ -196,7 +192,7 @@ class MaskablePPO(PPO):
     algorithm_class = sb3_contrib.MaskablePPO
     policy_class = MaskableRoutingPolicy
     buffer_class = MaskableGroupRolloutBuffer
-    takes_budgets = True
+    honours = frozenset({"reward", "prices", "big_layers"})
 
 
 class A2C(_OnPolicy):
@@ -227,7 +223,6 @@ class A2C(_OnPolicy):
         init: str | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
-        refuse_budget(env, "A2C")
         shared = self._shared(entropy_bonus, value_weight, gae_lambda)
         self.start(stable_baselines3.A2C(RoutingPolicy, rollout_buffer_class=GroupRolloutBuffer, **shared))
 

@@ -34,6 +34,7 @@ class REINFORCE(Agent):
     """
 
     stateful = ("critic", "optimizer", "generator")
+    honours = frozenset({"reward", "prices", "big_layers"})
 
     def __init__(
         self,

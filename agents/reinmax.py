@@ -51,6 +51,7 @@ class ReinMax(Agent):
     """
 
     stateful = ("optimizer", "generator")
+    honours = frozenset({"reward", "prices", "big_layers"})
 
     def __init__(
         self,
@@ -70,7 +71,7 @@ class ReinMax(Agent):
             raise ValueError(f"correction must be in [0, 1], not {correction}")
         if correction and env.group_size < 2:
             raise ValueError("a correction compares copies of a token: set group_size to at least 2")
-        if correction and env.later_effects:
+        if correction and env.credit.later_effects:
             raise ValueError("a correction counts later tokens by derivatives: set later_effects to false")
         self.sharpness = Sharpness(first_sharpness, last_sharpness)
         self.correction, self.least_share = correction, least_share
@@ -129,9 +130,8 @@ class ReinMax(Agent):
     def _slopes(self, mixtures: list[Tensor]) -> Tensor:
         """What each choice changes, its own token's rewards and later ones', to first order: (L, N, A)."""
         env = self.env
-        if env.token_discount and env.context == "routed":
-            length = env.windows.shape[1] - 1
-            return discounted_slopes(env.rewards, mixtures, env.token_discount, length, env.model.dtype)
+        if (discount := env.credit.token_discount) and env.context == "routed":
+            return discounted_slopes(env.rewards, mixtures, discount, env.length, env.model.dtype)
         return torch.stack(torch.autograd.grad(env.rewards.sum(), mixtures))
 
 

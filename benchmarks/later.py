@@ -21,7 +21,7 @@ import torch
 import duorl
 from benchmarks.record import record
 from duorl.costs import BIG, SMALL
-from duorl.envs import Lockstep
+from duorl.envs import Lockstep, RoutingDynamics
 from duorl.envs.later import Effect, effects
 from duorl.evaluation import measure
 from duorl.learners import Soft
@@ -89,7 +89,7 @@ def main() -> None:
     for name, routes in bases.items():
         routes = routes.view(*windows[:, 1:].shape, -1)
         for change, codes in (("small to big", (SMALL, BIG)), ("big to small", (BIG, SMALL))):
-            layers = effects(model, windows, routes, chosen=codes[0], instead=codes[1])
+            layers = effects(RoutingDynamics(model), windows, routes, chosen=codes[0], instead=codes[1])
             found[f"{name}, {change}"] = [kept(layer) for layer in layers]
     record(options.out, price=price, rows=found)
     print(markdown(found))

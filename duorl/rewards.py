@@ -126,7 +126,8 @@ class Reward:
     def contextual(self, step: Step) -> Tensor:
         """(N,): the part of the reward that depends on the routes of earlier tokens; by default 0.
 
-        With a `token_discount`, a learner credits earlier tokens with it.
+        With a `token_discount` or `later_effects`, a learner credits earlier tokens with it. A reward that does not
+        define it is then refused.
         """
         return torch.zeros_like(step.compute)
 
@@ -342,6 +343,17 @@ def _checked(name: str, function: Callable[[Step], Tensor], step: Step) -> Tenso
         problem = "not finite" if not earned.isfinite().all() else f"beyond {_MOST:g}, which learners cannot square"
         raise ValueError(f"{name} returned a reward that is {problem}, in layer {step.layer}")
     return earned
+
+
+def is_loss_improvement(reward: Reward) -> bool:
+    """Whether the returns of a reward are those of `LossImprovement`: shaping by potentials does not change them."""
+    kinds = [type(part) for part in _flat(reward)]
+    return kinds.count(LossImprovement) == 1 and set(kinds) <= {LossImprovement, LogitLensShaping}
+
+
+def is_contextual(reward: Reward) -> bool:
+    """Whether a reward, or a part of a sum, declares what depends on the routes of earlier tokens."""
+    return any(type(part).contextual is not Reward.contextual for part in _flat(reward))
 
 
 def named_parts(reward: Reward) -> dict[str, Reward]:

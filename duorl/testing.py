@@ -77,16 +77,16 @@ def check_reward(reward: Reward | Callable[[Step], Tensor]) -> None:
 
 
 def _episode(reward: Reward, actions: tuple[str, ...]) -> Tensor:
-    dynamics = envs.RoutingDynamics(small_model(), reward=reward, actions=actions, token_discount=0.5)
+    dynamics = envs.RoutingDynamics(small_model(), reward=reward, actions=actions)
     dynamics.reset(small_windows(2))
-    generator = torch.Generator().manual_seed(0)
+    generator, found = torch.Generator().manual_seed(0), list[Tensor]()
     while not dynamics.done:
         choice = torch.randint(len(actions), dynamics.compute.shape, generator=generator)
         try:
-            dynamics.step(choice)
+            found += [dynamics.step(choice), dynamics.contextual()]
         except (ValueError, RuntimeError, TypeError, AttributeError, AssertionError, NotImplementedError) as error:
             raise CheckFailed(f"{reward.name} fails in layer {dynamics.layer - 1}: {error}") from error
-    return dynamics.outcome.credits
+    return torch.stack(found)
 
 
 def check_router(router: Router) -> None:

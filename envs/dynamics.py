@@ -5,6 +5,7 @@ All episodes have L steps. So any number of tokens can go through the model in l
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from duorl.closeness import Closeness
 from duorl.costs import ACTIONS, BIG, SMALL, action_ids
-from duorl.envs.outcome import Outcome, later_sum
+from duorl.envs.outcome import Outcome
 from duorl.inputs import Inputs, View
 from duorl.models.frozen import require_frozen
 from duorl.rewards import (
@@ -44,17 +45,14 @@ class RoutingDynamics:
         context: `routed` or `reference`, see `duorl.routed_pass`.
         group_size: number of copies of every window, K; the token axis is (K, B, P), flattened.
         reference: the action of the reference route, in every layer; its loss is the reference loss of the gain.
-        token_discount: in the routed context, a token's route also changes what later tokens read. The learner
-            also credits a token with the `reward.contextual` of the later tokens, times this factor per token of
-            distance. 0: no such credit.
         prices: lowest and highest price. Every window of an episode then has its own price, given to `reset`; it
             replaces the price of the reward and is an input of the router. None: the price of the reward.
         inputs: names of the router's further inputs, see `duorl.inputs`.
         big_layers: hard budget: exactly this number of layers of every route must be big; see `action_masks`.
 
     Raises:
-        ValueError: the discount is not in [0, 1), a parameter of the model is trainable, an action or an input is
-            unknown, the reward has no price to vary, or the budget cannot be met.
+        ValueError: a parameter of the model is trainable, an action or an input is unknown, the reward has no price to
+            vary, or the budget cannot be met.
     """
 
     def __init__(
@@ -66,15 +64,11 @@ class RoutingDynamics:
         context: Context = "routed",
         group_size: int = 1,
         reference: str = "small",
-        token_discount: float = 0.0,
         prices: Sequence[float] | None = None,
         inputs: Sequence[str] = (),
         big_layers: int | None = None,
     ):
         require_frozen(model)
-        if not 0 <= token_discount < 1:
-            raise ValueError(f"token_discount must be in [0, 1), not {token_discount}")
-        self.token_discount = token_discount
         self.model = model
         self.reward = as_reward(reward or LossImprovement())
         self._inputs = Inputs(inputs, prices)
@@ -128,7 +122,6 @@ class RoutingDynamics:
         self._last_step: Step | None = None
         self._actions: list[Tensor] = []
         self._rewards: list[Tensor] = []
-        self._credits: list[Tensor] = []
         self._parts: dict[str, list[Tensor]] = {name: [] for name in named_parts(self.reward)}
         self.layer = 0
 
@@ -215,7 +208,7 @@ class RoutingDynamics:
                 networks run. None: only the chosen networks run, without gradients.
 
         Returns:
-            (N,) rewards, with the credit for later tokens.
+            (N,) rewards.
         """
         with torch.set_grad_enabled(weights is not None):
             return self._step(choice, weights)
@@ -248,8 +241,7 @@ class RoutingDynamics:
         self._last_step = step
         self._actions.append(actions)
         self._rewards.append(self._earned(step))
-        self._credits.append(self._rewards[-1] + self._credit_for_later_tokens(step))
-        return self._credits[-1]
+        return self._rewards[-1]
 
     def _earned(self, step: Step) -> Tensor:
         """(N,) rewards; if the reward is a sum, the rewards of its parts are stored."""
@@ -281,29 +273,50 @@ class RoutingDynamics:
         reference = self._reference_pass().compare(teacher, closeness).repeat(self.group_size, 1)
         return (self._walk.compare(teacher, closeness) - reference).flatten()
 
-    def _credit_for_later_tokens(self, step: Step) -> Tensor:
-        """(N,): discounted contextual rewards of later tokens; 0 in the reference context."""
-        if self.context == "reference" or not self.token_discount:
-            return torch.zeros_like(step.compute)
-        earned = checked_contextual(self.reward, step).view_as(self._walk.compute)
-        return later_sum(earned, self.token_discount).flatten()
+    @property
+    def last_step(self) -> Step:
+        """The last decision.
+
+        Raises:
+            RuntimeError: nothing is decided yet.
+        """
+        if self._last_step is None:
+            raise RuntimeError("nothing is decided yet: call step")
+        return self._last_step
+
+    @property
+    def length(self) -> int:
+        """Number of routed tokens per window, P."""
+        return self._walk.compute.shape[1]
+
+    def contextual(self) -> Tensor:
+        """(N,), the part of the last decision's rewards that depends on the routes of earlier tokens."""
+        return checked_contextual(self.reward, self.last_step)
+
+    def fork(self) -> RoutingDynamics:
+        """A copy of the episode that goes on by itself; both share what is decided already."""
+        other = copy.copy(self)
+        other._walk, other._big = self._walk.fork(), self._big.clone()
+        other._actions, other._rewards = list(self._actions), list(self._rewards)
+        other._parts = {name: list(earned) for name, earned in self._parts.items()}
+        return other
 
     @property
     def rewards(self) -> Tensor:
-        """(l, N), what the l decisions so far have earned, without later tokens' credit."""
+        """(l, N), what the l decisions so far have earned."""
         return torch.stack(self._rewards)
 
     @property
     def outcome(self) -> Outcome:
         """The outcome of the finished episode."""
-        last = self._last_step
-        assert last is not None and last.loss is not None
+        last, rewards = self.last_step, self.rewards.detach()
+        assert last.loss is not None
         return Outcome(
             loss=last.loss.detach(),
             gain=last.gain.detach(),
             compute=self.compute.detach(),
-            rewards=self.rewards.detach(),
-            credits=torch.stack(self._credits).detach(),
+            rewards=rewards,
+            credits=rewards,
             routes=torch.stack(self._actions, dim=1),
             parts={name: torch.stack(earned).detach() for name, earned in self._parts.items()},
         )

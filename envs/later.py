@@ -1,8 +1,9 @@
 """What a choice gains its own token, and the tokens after it, which read its keys and values.
 
 Tokens follow base routes. In one layer, some of them change their action. A token does not change what earlier ones
-read, so the losses of the tokens that did not change differ by the effect on later tokens alone: no noise of other
-choices is in it. Policy gradients from returns cannot see this effect of one token among those of all others.
+read, so what the tokens that did not change earn differs by the effect on later tokens alone: no noise of other
+choices is in it. Policy gradients from returns cannot see this effect of one token among those of all others. What is
+earned are the contextual parts of the environment's reward, in its unit.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from duorl.routed_pass import RoutedPass
+from duorl.costs import ACTIONS
 
 if TYPE_CHECKING:
-    from duorl.models import DuoForCausalLM
+    from duorl.envs.dynamics import RoutingDynamics
 
 _CHANGED = 0.25  # of the tokens that can change
 _LEAST = 30  # changed tokens, for an estimate
@@ -24,7 +25,7 @@ _LEAST = 30  # changed tokens, for an estimate
 
 @dataclass(frozen=True)
 class Effect:
-    """What another action in one layer gains, in nats per changed token.
+    """What another action in one layer gains, in the unit of the reward, per changed token.
 
     Attributes:
         share: share of the tokens that can change.
@@ -39,28 +40,27 @@ class Effect:
     error: float
 
 
-def mean_effects(model: DuoForCausalLM, windows: Tensor, codes: Tensor, *, seed: int = 0) -> Tensor:
-    """What an action gains later tokens, in the mean of its layer, against the first action: (L, 3) nats, by code.
+def mean_effects(env: RoutingDynamics, windows: Tensor, *, seed: int = 0) -> Tensor:
+    """What an action gains later tokens, in the mean of its layer, against the first action: (L, 3), by code.
 
     Args:
-        model: a duo model.
+        env: plays the routes, and pays for them; without copies.
         windows: (W, T+1).
-        codes: (A,), the allowed actions. The base routes are random ones of these.
-        seed: draws the routes and the tokens that change.
+        seed: draws base routes, random ones of the allowed actions, and the tokens that change.
     """
     generator = torch.Generator().manual_seed(seed)
-    drawn = torch.randint(len(codes), (*windows[:, 1:].shape, model.num_layers), generator=generator)
-    routes, first = codes[drawn.to(codes.device)], int(codes[0])
-    table = torch.zeros(model.num_layers, 3)
-    for code in codes[1:].tolist():
-        found = effects(model, windows, routes, chosen=first, instead=code, seed=seed)
+    drawn = torch.randint(len(env.codes), (*windows[:, 1:].shape, env.layers), generator=generator)
+    routes, first = env.codes[drawn.to(env.codes.device)], int(env.codes[0])
+    table = torch.zeros(env.layers, len(ACTIONS))
+    for code in env.codes[1:].tolist():
+        found = effects(env, windows, routes, chosen=first, instead=code, seed=seed)
         table[:, code] = torch.tensor([effect.later for effect in found]).nan_to_num()
-    return table.to(codes.device)
+    return table
 
 
 @torch.no_grad()
 def effects(
-    model: DuoForCausalLM,
+    env: RoutingDynamics,
     windows: Tensor,
     routes: Tensor,
     *,
@@ -73,9 +73,9 @@ def effects(
     """Per layer, the gain of an action in place of the one that base routes have chosen. One pass per layer.
 
     Args:
-        model: a duo model.
+        env: plays the routes, and pays for them; without copies.
         windows: (W, T+1).
-        routes: (W, T, L), base routes, action codes.
+        routes: (W, T, L), base routes, codes of allowed actions.
         chosen: the action of the tokens that can change.
         instead: their other action.
         share: share of these tokens that changes.
@@ -85,20 +85,30 @@ def effects(
     can = routes == chosen
     changed = can & (torch.rand(routes.shape, generator=torch.Generator().manual_seed(seed)) < share).to(can.device)
     parts = zip(windows.split(batch), routes.split(batch), changed.split(batch), strict=True)
-    gains = torch.cat([_gains(model, *part, instead) for part in parts], dim=1)
+    gains = torch.cat([_gains(env, *part, instead) for part in parts], dim=1)
     return [_effect(*layer) for layer in zip(gains, can.unbind(-1), changed.unbind(-1), strict=True)]
 
 
-def _gains(model: DuoForCausalLM, tokens: Tensor, routes: Tensor, changed: Tensor, instead: int) -> Tensor:
-    """By how much each layer's changes lower the losses, (L, B, T) nats. The layers before are shared."""
-    walk, branches = RoutedPass(model, tokens), []
-    while not walk.done:
-        actions = routes[..., walk.layer]
-        branch = walk.fork()
-        branch.step(torch.where(changed[..., walk.layer], instead, actions))
-        branches.append(branch.follow(routes).losses())
-        walk.step(actions)
-    return (walk.losses() - torch.stack(branches)).float()
+def _gains(env: RoutingDynamics, tokens: Tensor, routes: Tensor, changed: Tensor, instead: int) -> Tensor:
+    """By how much each layer's changes raise what tokens earn, (L, B, T). The layers before are shared."""
+    price = None if env.prices is None else torch.full((len(tokens),), (env.prices[0] * env.prices[1]) ** 0.5)
+    env.reset(tokens, price=price)
+    earned, branches = torch.zeros_like(env.compute), []
+    while not env.done:
+        actions = routes[..., env.layer]
+        other, branch = torch.where(changed[..., env.layer], instead, actions), env.fork()
+        gained = _decided(branch, other)
+        while not branch.done:
+            gained = gained + _decided(branch, routes[..., branch.layer])
+        branches.append(earned + gained)
+        earned = earned + _decided(env, actions)
+    return (torch.stack(branches) - earned).float().view(-1, *changed.shape[:2])
+
+
+def _decided(env: RoutingDynamics, actions: Tensor) -> Tensor:
+    """Decide a layer by action codes (B, T); what it earns that depends on earlier tokens, (N,)."""
+    env.step(torch.searchsorted(env.codes, actions.flatten().contiguous().to(env.codes.device)))
+    return env.contextual()
 
 
 def _effect(gains: Tensor, can: Tensor, changed: Tensor) -> Effect:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,19 +13,17 @@ from torch import Tensor
 
 from duorl import ranks
 from duorl.costs import ACTIONS
+from duorl.envs.credit import Credit
 from duorl.envs.dynamics import RoutingDynamics
-from duorl.envs.later import mean_effects
 from duorl.envs.order import WindowOrder
+from duorl.envs.outcome import Outcome
 from duorl.models.footprint import Keeps, require_room
 from duorl.models.loading import check_windows
 from duorl.prices import draw_prices
-from duorl.rewards import Step
 from duorl.routed_pass import RoutedPass
 
 if TYPE_CHECKING:
     from duorl.models import DuoForCausalLM
-
-_PROBED = 24  # windows, for the effects on later tokens
 
 
 class Lockstep(RoutingDynamics):
@@ -34,11 +34,13 @@ class Lockstep(RoutingDynamics):
         windows: (W, T+1), text for the training of routers.
         windows_per_batch: number of windows per episode, B; with several ranks (`duorl.ranks`), of each.
         seed: seed of the order of the windows and of their prices; agents use it too.
-        later_effects: an action is also credited with what it gains later tokens, in the mean of its layer. This is
-            measured before the first episode, by changing some tokens of random routes, see `duorl.envs.later`. It has
-            far less noise than `token_discount`. `ReinMax` does not need it.
+        token_discount, later_effects: what agents are also credited with for later tokens, see `duorl.envs.credit`.
+            `ReinMax` does not need the second one.
         options: as for `RoutingDynamics`. If prices vary, the price of each window is drawn anew in every episode,
             uniformly on a log scale; its copies have the same price.
+
+    Attributes:
+        credit: adds to the rewards what later tokens gain.
     """
 
     def __init__(
@@ -48,14 +50,14 @@ class Lockstep(RoutingDynamics):
         *,
         windows_per_batch: int = 4,
         seed: int = 0,
+        token_discount: float = 0.0,
         later_effects: bool = False,
         **options: Any,
     ):
         super().__init__(model, **options)
         if later_effects and self.context == "reference":
             raise ValueError("later_effects: in the reference context a token does not change what later ones read")
-        self.later_effects = later_effects
-        self._later = torch.full((self.layers, len(ACTIONS)), torch.nan, device=model.device)
+        self.credit = Credit(self.reward, token_discount=token_discount, later_effects=later_effects)
         check_windows(model, windows)
         self.windows = windows.to(model.device)
         self.windows_per_batch = windows_per_batch
@@ -90,18 +92,44 @@ class Lockstep(RoutingDynamics):
 
     def draw(self) -> None:
         """Begin an episode with the next windows."""
-        if self.later_effects and self._later.isnan().any():
-            picked = torch.randperm(len(self.windows), generator=torch.Generator().manual_seed(self.first_seed))
-            self._later = mean_effects(self.model, self.windows[picked[:_PROBED]], self.codes, seed=self.first_seed)
+        if self.credit.unmeasured:
+            self.credit.prepare(self._plain(), self.windows, self.first_seed)
         self._before_draw = self._place()
         drawn = torch.from_numpy(next(self._order))
         price = self.prices and ranks.own(draw_prices(self.prices, len(drawn), self._draws))
         index = ranks.own(drawn)
         self.reset(self.windows[index], price=price, reference_loss=self.reference_losses(index))
 
-    def _credit_for_later_tokens(self, step: Step) -> Tensor:
-        credit = super()._credit_for_later_tokens(step)
-        return credit + self._later[step.layer, step.action] if self.later_effects else credit
+    def _plain(self) -> RoutingDynamics:
+        """The same task for windows one by one, without credit and without the place in the text."""
+        return RoutingDynamics(
+            self.model,
+            reward=copy.deepcopy(self.reward),
+            actions=self.actions,
+            context=self.context,
+            reference=ACTIONS[self.reference],
+            prices=self.prices,
+        )
+
+    def reset(self, *args: Any, **kwargs: Any) -> None:
+        """Begin an episode; see `RoutingDynamics.reset`."""
+        super().reset(*args, **kwargs)
+        self._credits: list[Tensor] = []
+
+    def step(self, choice: Tensor, weights: Tensor | None = None) -> Tensor:
+        """Decide one layer; (N,) rewards with the credit for later tokens. See `RoutingDynamics.step`."""
+        credits = super().step(choice, weights)
+        if self.credit.given:
+            with torch.set_grad_enabled(weights is not None):
+                credits = credits + self.credit(self)
+            self._credits.append(credits)
+        return credits
+
+    @property
+    def outcome(self) -> Outcome:
+        """The outcome of the finished episode, with the credits."""
+        found = super().outcome
+        return replace(found, credits=torch.stack(self._credits).detach()) if self._credits else found
 
     @torch.no_grad()
     def reference_losses(self, index: Tensor) -> Tensor:
@@ -119,7 +147,8 @@ class Lockstep(RoutingDynamics):
         """The place in the text and the price. An episode that is drawn but not begun is drawn again later."""
         drawn = not self.done and self.layer == 0
         place = self._before_draw if drawn else self._place()
-        return {**place, "charged": self._charged, "reference_losses": self._known_losses, "later": self._later}
+        later = self.credit.state(self.layers)
+        return {**place, "charged": self._charged, "reference_losses": self._known_losses, "later": later}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Load a state: the next episode is the one that followed it."""
@@ -128,5 +157,5 @@ class Lockstep(RoutingDynamics):
         if state["charged"] != self._charged:
             self.charge(state["charged"])
         self._known_losses = state["reference_losses"].clone()
-        self._later = state["later"].to(self._later)  # beside the actions, wherever the checkpoint was read
+        self.credit.restore(state["later"])
         self.layer = self.layers

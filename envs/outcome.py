@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from duorl.costs import ACTIONS
@@ -20,7 +19,7 @@ class Outcome:
         gain: (N,) nats, reference loss - loss.
         compute: (N,), in [0, 1].
         rewards: (L, N).
-        credits: (L, N), the rewards that a learner uses: with the credit for later tokens.
+        credits: (L, N), the rewards that a learner uses: with a `Credit` for later tokens, if there is one.
         routes: (N, L) int64, action codes.
         parts: the rewards of each part of a sum, (L, N), by the part's name.
     """
@@ -46,11 +45,3 @@ class Outcome:
             shares = (self.routes == code).float().mean(0).tolist()
             means |= {f"actions_{name}/layer_{layer}": share for layer, share in enumerate(shares)}
         return means
-
-
-def later_sum(values: Tensor, discount: float) -> Tensor:
-    """sum over s > t of discount^(s - t) * values_s: (W, T) to (W, T)."""
-    distance = torch.arange(values.shape[1], device=values.device)
-    distance = distance[:, None] - distance  # (T, T), s - t for s down and t across
-    weights = torch.where(distance > 0, discount ** distance.clamp(min=0), 0.0)
-    return values @ weights

@@ -12,6 +12,7 @@ from duorl.agents.advantages import entropy, explained_variance, leave_one_out, 
 from duorl.agents.reinmax import action_effects, discounted_slopes
 from duorl.agents.rollouts import sample
 from duorl.envs import Lockstep, RoutingDynamics, RoutingVecEnv
+from duorl.envs.credit import Credit
 from duorl.evaluation.compare import measure
 from duorl.inputs import View
 from duorl.learners.target import TargetCompute
@@ -200,13 +201,13 @@ def _all_joint_routes(tokens, discount):
     duo, joint = make_duo("llama"), torch.tensor(list(product(range(2), repeat=9))).view(-1, 3, 3)
     for network in (network for ffn in duo.stack.ffns for network in (ffn.small, ffn.big)):
         network.down_proj.weight.data *= 0.25  # small changes, which derivatives tell
-    dynamics = RoutingDynamics(duo, reward=LossImprovement(0.1), group_size=512, token_discount=discount)
+    dynamics = RoutingDynamics(duo, reward=LossImprovement(0.1), group_size=512)
     dynamics.reset(tokens[:1, :4])
-    choices, credits = [], []
+    choices, credits, credit = [], [], Credit(dynamics.reward, token_discount=discount)
     for layer in range(3):
         taken = joint[..., layer].flatten()
         choices.append(one_hot(taken, 2).float().requires_grad_())
-        credits.append(dynamics.step(taken, choices[-1]))
+        credits.append(dynamics.step(taken, choices[-1]) + credit(dynamics))
     return joint, choices, dynamics.rewards, torch.stack(credits)
 
 

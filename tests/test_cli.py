@@ -133,7 +133,7 @@ def test_train_writes_the_whole_run_folder(tiny, capsys):
     assert "--logdir here/tensorboard" in printed and "best fixed" in printed
     saved = json.loads(Path("here/comparison.json").read_text())
     names = [row["router"] for row in saved["rows"]]
-    fixed = ["random", "all-skip", "all-small", "all-big", "best fixed", "supervised", "soft"]
+    fixed = ["random", "all-skip", "all-small", "all-big", "best fixed", "fixed mix", "supervised", "soft"]
     assert names == [*fixed, "PPO", "oracle"]
     assert Path("here/figures/frontier.png").stat().st_size > 10_000
     assert yaml.safe_load(Path("here/config.yaml").read_text())["seed"] == 3

@@ -19,7 +19,7 @@ from duorl.costs import BIG, SMALL
 from duorl.envs import DuoRoutingEnv, DuoRoutingVectorEnv, Lockstep, RoutingDynamics, RoutingVecEnv, later
 from duorl.envs.order import WindowOrder
 from duorl.oracle import exhaustive
-from duorl.rewards import LossImprovement
+from duorl.rewards import LogitLensShaping, LossImprovement, Reward, TeacherKL
 from duorl.routed_pass import RoutedPass
 
 
@@ -173,12 +173,12 @@ def test_gymnasium_finds_the_environment_by_the_modules_name():
 
 
 def test_a_token_is_credited_with_later_gains_of_its_own_window_only(duo, windows):
-    dynamics = envs.RoutingDynamics(duo, group_size=2, token_discount=0.5)
-    dynamics.reset(windows[:2])
+    env = Lockstep(duo, windows, windows_per_batch=2, group_size=2, token_discount=0.5)
+    env.draw()
     generator = torch.Generator().manual_seed(0)
-    while not dynamics.done:
-        dynamics.step(torch.randint(2, (28,), generator=generator))
-    outcome = dynamics.outcome
+    while not env.done:
+        env.step(torch.randint(2, (28,), generator=generator))
+    outcome = env.outcome
     gain = outcome.gain.view(4, 7)
     for t in range(7):
         later = sum(0.5 ** (s - t) * gain[:, s] for s in range(t + 1, 7))
@@ -186,22 +186,53 @@ def test_a_token_is_credited_with_later_gains_of_its_own_window_only(duo, window
         assert torch.allclose(credit, later + torch.zeros(4), atol=1e-6)
 
 
+def test_the_environment_itself_pays_without_credit(duo, windows):
+    dynamics = envs.RoutingDynamics(duo)
+    dynamics.reset(windows[:2])
+    with pytest.raises(RuntimeError, match="nothing is decided yet"):
+        dynamics.contextual()
+    while not dynamics.done:
+        dynamics.step(torch.ones(14, dtype=torch.int64))
+    assert torch.equal(dynamics.outcome.credits, dynamics.outcome.rewards)
+    assert torch.equal(dynamics.contextual(), dynamics.outcome.gain)
+
+
+def test_a_forked_episode_goes_on_by_itself(duo, windows):
+    """As if it had been played alone, and the other one as if there were no fork."""
+
+    def played(routes, fork_at=None):
+        env = envs.RoutingDynamics(duo, big_layers=1, reward=LossImprovement(0.3) + LogitLensShaping())
+        env.reset(windows[:2])
+        for layer, choice in enumerate(routes):
+            if layer == fork_at:
+                other = env.fork()
+                other.step(torch.ones(14, dtype=torch.int64))
+            env.step(torch.full((14,), choice))
+        return env.outcome if fork_at is None else (env.outcome, other)
+
+    whole, (also, other) = played([0, 1, 0]), played([0, 1, 0], fork_at=1)
+    assert torch.equal(whole.rewards, also.rewards) and torch.equal(whole.routes, also.routes)
+    other.step(torch.zeros(14, dtype=torch.int64))
+    assert torch.equal(other.outcome.rewards, whole.rewards)
+
+
 def test_effects_are_differences_of_passes(duo, windows, monkeypatch):
     """If all tokens change, no effect on unchanged tokens is left; the last layer has none in any case."""
     monkeypatch.setattr(later, "_LEAST", 1)
     few, shape = {"batch": 3}, (*windows[:, 1:].shape, duo.num_layers)
+    env = envs.RoutingDynamics(duo, reward=LossImprovement(0.3))
     small, big = torch.full(shape, SMALL), torch.full(shape, BIG)
     for base, chosen, instead in ((small, SMALL, BIG), (big, BIG, SMALL)):
         before = RoutedPass(duo, windows).follow(base).losses().mean().item()
-        found = later.effects(duo, windows, base, chosen=chosen, instead=instead, share=1.1, **few)
+        found = later.effects(env, windows, base, chosen=chosen, instead=instead, share=1.1, **few)
         for layer, effect in enumerate(found):
             routes = base.clone()
             routes[..., layer] = instead
             after = RoutedPass(duo, windows).follow(routes).losses().mean().item()
             assert effect.own == pytest.approx(before - after, abs=1e-5)
             assert effect.later == 0 and effect.share == 1
-    assert math.isnan(later.effects(duo, windows, small, chosen=BIG, instead=SMALL)[0].own)
-    some = later.effects(duo, windows, small, chosen=SMALL, instead=BIG)
+    assert math.isnan(later.effects(env, windows, small, chosen=BIG, instead=SMALL)[0].own)
+    some = later.effects(env, windows, small, chosen=SMALL, instead=BIG)
     assert some[-1].later == 0 and some[0].later != 0
 
 
@@ -213,16 +244,44 @@ def test_the_effect_on_later_tokens_is_that_of_one_changed_token(duo, windows, m
     routes = only.clone()
     routes[:, 2, 0] = SMALL
     losses = [RoutedPass(duo, windows).follow(taken).losses() for taken in (only, routes)]
-    found = later.effects(duo, windows, only, chosen=BIG, instead=SMALL, share=1.1)[0]
+    env = envs.RoutingDynamics(duo)
+    found = later.effects(env, windows, only, chosen=BIG, instead=SMALL, share=1.1)[0]
     gains = losses[0] - losses[1]
     assert found.own == pytest.approx(gains[:, 2].mean().item(), abs=1e-5)
     assert found.later == pytest.approx(gains[:, 3:].sum(1).mean().item(), abs=1e-5)
     assert gains[:, :2].abs().max() < 1e-5
 
 
-def test_an_action_is_credited_with_its_layers_effect_on_later_tokens(duo, windows, monkeypatch):
+class Worth(Reward):
+    """A multiple of the gain."""
+
+    def __init__(self, factor):
+        self.factor = factor
+
+    def __call__(self, step):
+        return self.contextual(step)
+
+    def contextual(self, step):
+        return self.factor * step.gain
+
+
+def test_effects_on_later_tokens_are_in_the_unit_of_the_reward(duo, windows, monkeypatch):
     monkeypatch.setattr(later, "_LEAST", 1)
-    env = Lockstep(duo, windows, windows_per_batch=2, later_effects=True, actions=("skip", "small", "big"))
+    base = later.mean_effects(envs.RoutingDynamics(duo), windows)
+    assert base[0, 2] != 0
+    for factor in (-100.0, 0.5):
+        assert torch.allclose(
+            later.mean_effects(envs.RoutingDynamics(duo, reward=Worth(factor)), windows), factor * base
+        )
+    other = later.mean_effects(envs.RoutingDynamics(duo, reward=TeacherKL(0.3)), windows)
+    assert not torch.allclose(other, base, atol=1e-4)
+
+
+@pytest.mark.parametrize("prices", [None, (0.1, 1.0)])
+def test_an_action_is_credited_with_its_layers_effect_on_later_tokens(duo, windows, monkeypatch, prices):
+    monkeypatch.setattr(later, "_LEAST", 1)
+    options = {"windows_per_batch": 2, "later_effects": True, "actions": ("skip", "small", "big"), "prices": prices}
+    env = Lockstep(duo, windows, **options)
     generator = torch.Generator().manual_seed(0)
     for _ in range(2):
         env.draw()
@@ -231,9 +290,18 @@ def test_an_action_is_credited_with_its_layers_effect_on_later_tokens(duo, windo
     outcome, table = env.outcome, env.state()["later"]
     assert table.shape == (3, 3) and (table[:, 0] == 0).all() and (table[:-1, 1:] != 0).all()
     assert torch.allclose(outcome.credits - outcome.rewards, table[torch.arange(3)[:, None], outcome.routes.T])
-    again = Lockstep(duo, windows, windows_per_batch=2, later_effects=True, actions=("skip", "small", "big"))
+    again = Lockstep(duo, windows, **options)
     again.restore(env.state())
     assert torch.equal(again.state()["later"], table)
+
+
+@pytest.mark.parametrize("option", [{"token_discount": 0.5}, {"later_effects": True}])
+def test_a_reward_without_a_contextual_part_cannot_be_credited(duo, windows, option):
+    (name,) = option
+    for reward in (lambda step: step.gain, LogitLensShaping()):
+        with pytest.raises(ValueError, match=f"{name} credits .* has none: give a Reward that defines contextual"):
+            Lockstep(duo, windows, windows_per_batch=2, reward=reward, **option)
+    Lockstep(duo, windows, windows_per_batch=2, reward=LogitLensShaping() + LossImprovement(0.1), **option)
 
 
 def test_bad_arguments_are_refused(duo, windows):

@@ -5,6 +5,7 @@ import torch
 from conftest import random_routes
 
 from duorl.envs import RoutingDynamics
+from duorl.envs.credit import Credit
 from duorl.rewards import (
     Acceptance,
     FunctionReward,
@@ -15,6 +16,7 @@ from duorl.rewards import (
     Step,
     Sum,
     TeacherKL,
+    is_contextual,
     price_of,
     with_price,
 )
@@ -93,13 +95,14 @@ def test_only_what_a_reward_declares_is_credited_to_earlier_tokens(duo, tokens):
         def __call__(self, step):
             return torch.zeros_like(step.compute)
 
-    for reward, credited in ((Nothing(), False), (LossImprovement(), True), (LossImprovement() + Nothing(), True)):
-        dynamics = RoutingDynamics(duo, reward=reward, token_discount=0.5)
+    for reward in (LossImprovement(), LossImprovement() + Nothing()):
+        dynamics = RoutingDynamics(duo, reward=reward)
         dynamics.reset(tokens)
         while not dynamics.done:
             dynamics.step(torch.ones(14, dtype=torch.long))
-        outcome = dynamics.outcome
-        assert bool((outcome.credits != outcome.rewards).any()) is credited
+            expected = dynamics.outcome.gain if dynamics.done else torch.zeros(14)
+            assert torch.equal(dynamics.contextual(), expected)
+    assert is_contextual(LossImprovement() + Nothing()) and not is_contextual(Nothing())
 
 
 def test_a_reward_of_the_wrong_shape_is_refused_by_name(duo, tokens):
@@ -210,9 +213,9 @@ def test_the_teachers_share_leads_from_the_label_to_the_teacher(duo, tokens):
 
 
 def test_the_teachers_gain_is_credited_to_earlier_tokens(duo, tokens):
-    outcome = play(duo, tokens, TeacherKL(0.0), token_discount=0.5).outcome
-    gains = outcome.rewards[-1].view(2, 7)
-    owed = (outcome.credits - outcome.rewards)[-1].view(2, 7)
+    dynamics = play(duo, tokens, TeacherKL(0.0))
+    gains = dynamics.outcome.rewards[-1].view(2, 7)
+    owed = Credit(dynamics.reward, token_discount=0.5)(dynamics).view(2, 7)
     assert torch.allclose(owed[:, -2], 0.5 * gains[:, -1], atol=1e-6)
     assert torch.allclose(owed[:, 0], sum(0.5**s * gains[:, s] for s in range(1, 7)), atol=1e-6)
 

@@ -7,16 +7,17 @@ import pytest
 import torch
 
 from duorl import devices, routers
+from duorl.cli.learners import named
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
 from duorl.inputs import View
-from duorl.learners import KNN, Ensemble, Supervised
+from duorl.learners import KNN, Ensemble, Soft, Supervised
 from duorl.learners.ensemble import bootstrap
 from duorl.learners.labels import Decisions, action_values, deviations, draw_routes, label, soft_maximum
 from duorl.learners.supervised import Labels, target_loss, taught_loss
 from duorl.oracle import exhaustive
 from duorl.prices import ladder
-from duorl.rewards import LossImprovement
+from duorl.rewards import LogitLensShaping, LossImprovement, Reward, TeacherKL
 from duorl.routed_pass import RoutedPass, remember
 from duorl.routers import EnsembleRouter, HeadRouter, KNNRouter, OracleRouter
 from duorl.routers.knn import unit
@@ -365,3 +366,40 @@ def test_labels_follow_the_price(duo, windows, monkeypatch):
     assert after.price.unique().tolist() == [5.0] and labels.decisions() is after
     assert (after.values.argmax(-1) > before.values.argmax(-1)).sum() == 0
     assert (after.values.argmax(-1) < before.values.argmax(-1)).any()
+
+
+@pytest.mark.parametrize("name", ["PPO", "A2C", "DQN", "MEX", "Soft", "Supervised", "KNN", "Ensemble"])
+def test_a_hard_budget_that_a_learner_does_not_follow_is_refused(duo, windows, name):
+    with pytest.raises(ValueError, match=f"{name} cannot keep big_layers 1: use MaskablePPO"):
+        named(name)(Lockstep(duo, windows, windows_per_batch=2, big_layers=1))
+
+
+class Thrift(Reward):
+    def __call__(self, step):
+        return -step.compute
+
+
+@pytest.mark.parametrize("name", ["Soft", "Supervised", "KNN", "Ensemble"])
+def test_a_reward_that_a_learner_does_not_follow_is_refused(duo, windows, name):
+    few = {} if name == "Soft" else {"windows": 4}
+    for reward in (Thrift(), LossImprovement(0.1) + Thrift(), TeacherKL(0.1)):
+        with pytest.raises(ValueError, match=f"{name} learns from gain - price .* cannot follow the reward"):
+            named(name)(Lockstep(duo, windows, windows_per_batch=2, reward=reward), **few)
+    shaped = LossImprovement(0.1) + LogitLensShaping()  # the same returns
+    near = {"neighbours": 3} if name == "KNN" else {}
+    named(name)(Lockstep(duo, windows, windows_per_batch=2, reward=shaped), **few, **near)
+
+
+def test_the_soft_router_follows_the_distance_if_that_is_its_target(duo, windows):
+    env = Lockstep(duo, windows, windows_per_batch=2, reward=TeacherKL(0.1))
+    Soft(env, target="teacher")
+    with pytest.raises(ValueError, match="Soft learns from gain"):
+        Soft(Lockstep(duo, windows, windows_per_batch=2, reward=TeacherKL(0.1, share=0.5)), target="teacher")
+
+
+def test_a_learner_for_one_price_refuses_a_range_of_them(duo, windows):
+    class OnePrice(Soft):
+        honours = frozenset()
+
+    with pytest.raises(ValueError, match="OnePrice cannot learn for a range of prices: give one price"):
+        OnePrice(Lockstep(duo, windows, windows_per_batch=2, prices=(0.1, 1.0)))

@@ -154,12 +154,6 @@ def test_dqns_buffer_holds_whole_episodes(duo, windows):
         assert agents.DQN(env, buffer_size=size).algorithm.replay_buffer.buffer_size == steps
 
 
-@pytest.mark.parametrize("name", ["DQN", "MEX"])
-def test_value_learners_refuse_a_hard_budget(duo, windows, name):
-    with pytest.raises(ValueError, match=f"{name} cannot keep big_layers 1"):
-        getattr(agents, name)(Lockstep(duo, windows, windows_per_batch=2, big_layers=1))
-
-
 @pytest.mark.parametrize("name", LEARNERS)
 def test_it_solves_a_known_optimum(duo, windows, name):
     env = Lockstep(duo, windows, windows_per_batch=8, group_size=2, reward=PrefersBigInLayerOne())

@@ -73,6 +73,8 @@ class Compare:
 
     def __call__(self, folder: Path) -> None:
         """Train what is not in the folder yet, compare, and print where the results are."""
+        for note in self.bench.notes:
+            say(note)
         self.workers.finish(self.jobs(folder), folder)
         self._compare(folder)
         if self.options.targets:

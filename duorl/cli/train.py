@@ -56,6 +56,8 @@ def _folders(place: Path, events: Path) -> dict[str, str]:
 def _run(bench: Workbench, folder: Path) -> None:
     """Train what is not in the folder yet, compare, and print where the results are."""
     jobs, options = plan(bench, folder), bench.options
+    for note in bench.notes:
+        say(note)
     finish_all(jobs, InProcess(), folder)
     if not ranks.first():
         return

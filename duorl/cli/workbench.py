@@ -7,7 +7,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jsonargparse import Namespace
@@ -27,11 +27,11 @@ from duorl.evaluation.bound import ROWS
 from duorl.evaluation.compare import flatten
 from duorl.evaluation.measure import evaluate, measure
 from duorl.learners import Supervised
-from duorl.learners.base import Learner
+from duorl.learners.base import Learner, Rule
 from duorl.learners.target import TargetCompute, check_target
 from duorl.models import DuoForCausalLM
 from duorl.reports.figures import heat_map
-from duorl.rewards import LossImprovement, Reward, as_reward, price_of, with_price
+from duorl.rewards import LossImprovement, Reward, as_reward, is_loss_improvement, price_of, with_price
 from duorl.routers import BudgetRouter, Router, price_for, spent
 from duorl.routers.base import LogitRouter
 from duorl.runs.jobs import RESULT, Tell
@@ -144,9 +144,8 @@ class Workbench:
         """Play one episode of one window, so that a bad reward is refused before anything is written."""
         options = self.options
         more = {"actions": options.actions, "reference": options.reference}
-        trial = make_lockstep(
-            replace(options.env, windows_per_batch=1), self.model, self.training, self.reward, seed=options.seed, **more
-        )
+        env = replace(options.env, windows_per_batch=1, later_effects=False)  # which are measured before an episode
+        trial = make_lockstep(env, self.model, self.training, self.reward, seed=options.seed, **more)
         trial.draw()
         while not trial.done:
             trial.step(torch.zeros_like(trial.compute, dtype=torch.int64))
@@ -162,8 +161,9 @@ class Workbench:
         options = self.options
         own = replace(EnvironmentOptions(**vars(options.env)), **self._own_env.get(name, {}))
         more = {"actions": options.actions, "reference": options.reference}
-        lockstep = make_lockstep(own, self.model, self.training, self.reward, seed=seed, **more)
         factory: Callable[..., Learner] = self._factories[name]
+        own, reward = self._as_rival(name, own)
+        lockstep = make_lockstep(own, self.model, self.training, reward, seed=seed, **more)
         if options.get("labels") and _learns_from_labels(factory):
             factory = partial(factory, base=options.labels)
         if name not in self._starts:
@@ -172,6 +172,28 @@ class Workbench:
             return factory(lockstep, init=start)
         except TypeError as error:
             raise ValueError(f"starts: {name} cannot start from a router, it has no option `init`") from error
+
+    def _as_rival(self, name: str, env: EnvironmentOptions) -> tuple[EnvironmentOptions, Reward]:
+        """The rules of a learner: those of the run; a rival that cannot follow one of them learns without it."""
+        honours = _honours(self._factories[name])
+        if name in self.agents:
+            return env, self.reward
+        if "big_layers" not in honours:
+            env = replace(env, big_layers=None)
+        follows = "reward" in honours or is_loss_improvement(self.reward)
+        return env, self.reward if follows else LossImprovement(self.price)
+
+    @property
+    def notes(self) -> list[str]:
+        """What rivals learn without, for the terminal."""
+        others = [name for name in self.rivals if "reward" not in _honours(self._factories[name])]
+        free = [name for name in self.rivals if "big_layers" not in _honours(self._factories[name])]
+        said = []
+        if others and not is_loss_improvement(self.reward):
+            said.append(f"{', '.join(others)}: trained on gain - price * compute, not on {self.reward.name}")
+        if free and self.options.env.big_layers is not None:
+            said.append(f"{', '.join(free)}: big_layers is kept in deployment only, not in the training")
+        return said
 
     def train(
         self,
@@ -284,6 +306,13 @@ def _learns_from_labels(factory: Callable[..., Learner]) -> bool:
         return factory.keywords["base"] is None
     kind = factory.func if isinstance(factory, partial) else factory
     return "base" in signature(kind).parameters
+
+
+def _honours(factory: Callable[..., Learner]) -> frozenset[Rule]:
+    """The rules that a learner follows; see `Learner.honours`."""
+    said = (factory.func, *factory.args) if isinstance(factory, partial) else (factory,)  # the parser hides the class
+    kind = next((each for each in said if isinstance(each, type)), None)
+    return getattr(kind, "honours", frozenset(get_args(Rule)))
 
 
 def make_lockstep(

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from duorl import ranks
 from duorl.models.frozen import require_frozen
+from duorl.rewards import Reward, is_loss_improvement
 from duorl.routers import HeadRouter, PatternRouter, Router, load
 from duorl.routers.fit import identity
 from duorl.routers.heads import LayerHeads
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 Monitor = Callable[[int, dict[str, float], Router], None]
 """Called after every update with the layer decisions so far, metrics by TensorBoard tag, and the router."""
 
+Rule = Literal["reward", "big_layers", "prices"]
 State = dict[str, Any]
 """Content of a checkpoint: nested dictionaries and lists of tensors, numbers and strings."""
 
@@ -48,6 +50,7 @@ class Task(Protocol):
     Attributes:
         model: a frozen duo model of L layers.
         windows: (W, T+1), text of the router split.
+        reward: pays for decisions.
         actions: names of the allowed actions, cheapest first.
         prices: lowest and highest price, if one router is trained for a range of prices; else None.
         charged: the price in nats per all-big pass, if there is only one.
@@ -61,6 +64,7 @@ class Task(Protocol):
 
     model: DuoForCausalLM
     windows: Tensor
+    reward: Reward
     actions: tuple[str, ...]
     prices: tuple[float, float] | None
     big_layers: int | None
@@ -102,19 +106,40 @@ class Learner(ABC):
             rate, follow `progress` = decisions / planned.
         stateful: names of the attributes that training changes, beside the router: modules, optimizers, generators,
             tensors, numbers, lists of these. They are saved and restored with the router.
+        honours: the rules of a task that the training follows: any `reward` (without it, `gain - price * compute`
+            alone), a hard budget (`big_layers`), a range of `prices`. A task with another rule is refused.
 
     Raises:
-        ValueError: the model has a trainable parameter.
+        ValueError: the model has a trainable parameter, or the task has a rule that the learner does not follow.
     """
 
     router: Router
     stateful: tuple[str, ...] = ()
+    honours: frozenset[Rule] = frozenset({"reward", "prices"})
 
     def __init__(self, env: Task):
         require_frozen(env.model)
+        self._require_honoured(env)
         self.env = env
         self.decisions = 0
         self.planned = 0
+
+    def follows(self, reward: Reward) -> bool:
+        """Whether the training follows a reward."""
+        return "reward" in self.honours or is_loss_improvement(reward)
+
+    def _require_honoured(self, env: Task) -> None:
+        name = type(self).__name__
+        if not self.follows(env.reward):
+            raise ValueError(
+                f"{name} learns from gain - price * compute alone and cannot follow the reward {env.reward.name}: use "
+                "PPO or another learner by reinforcement"
+            )
+        if env.big_layers is not None and "big_layers" not in self.honours:
+            others = "MaskablePPO, REINFORCE, ReinMax or GFlowNet"
+            raise ValueError(f"{name} cannot keep big_layers {env.big_layers}: use {others}")
+        if env.prices is not None and "prices" not in self.honours:
+            raise ValueError(f"{name} cannot learn for a range of prices: give one price")
 
     @property
     def decisions_per_update(self) -> int:

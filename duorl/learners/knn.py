@@ -42,6 +42,8 @@ class KNN(Learner):
 
     router: KNNRouter
 
+    honours = frozenset({"prices"})
+
     def __init__(
         self,
         env: Task,

@@ -23,6 +23,7 @@ from duorl.learners.base import HeadLearner, Task
 from duorl.learners.sharpness import Schedule, Sharpness
 from duorl.models.footprint import require_room
 from duorl.prices import draw_prices
+from duorl.rewards import Reward, TeacherKL
 from duorl.routed_pass import RoutedPass
 
 if TYPE_CHECKING:
@@ -51,10 +52,12 @@ class Soft(HeadLearner):
 
     Raises:
         ValueError: a count is below 1, a sharpness is not above 0, the schedule is unknown, or there are both a budget
-            and a range of prices, or the tokens of an update do not fit into memory.
+            and a range of prices, or the tokens of an update do not fit into memory; or the task has a reward other
+            than that of the target, or a hard budget.
     """
 
     stateful = ("optimizer", "generator")
+    honours = frozenset({"prices"})
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Soft(HeadLearner):
         width: int = 0,
         init: str | None = None,
     ):
+        self.target = target
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         if updates is not None:
             require_positive(updates=updates)
@@ -81,8 +85,13 @@ class Soft(HeadLearner):
         tokens = env.windows_per_batch * (env.windows.shape[1] - 1)
         require_room(env.model, tokens, "everything", f"lower windows_per_batch ({env.windows_per_batch})")
         self.budget, self.alpha, self.updates = budget, alpha, updates
-        self.straight_through, self.target = straight_through, target
+        self.straight_through = straight_through
         self.generator = torch.Generator().manual_seed(env.first_seed)
+
+    def follows(self, reward: Reward) -> bool:
+        """The loss, or with the target `teacher` also the distance to all-big alone; see `Learner.follows`."""
+        by_distance = self.target == "teacher" and isinstance(reward, TeacherKL) and reward.share == 1
+        return by_distance or super().follows(reward)
 
     @property
     def decisions_per_update(self) -> int:

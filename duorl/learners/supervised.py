@@ -91,6 +91,7 @@ class Taught(Learner):
         labels: the labelled decisions.
     """
 
+    honours = frozenset({"prices"})
     labels: Labels
     epochs: int
 
