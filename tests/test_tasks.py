@@ -4,15 +4,16 @@ import json
 import random
 import re
 
+import numpy as np
 import pytest
 import torch
 
 import duorl
 from duorl.cli import main
 from duorl.corpus import documents
-from duorl.evaluation.tasks import ALL_BIG, load_tasks, task_rows
+from duorl.evaluation.tasks import ALL_BIG, _harness, load_tasks, task_rows
 from duorl.reports.tasks import tasks_markdown
-from duorl.routers import ConstantRouter, HeadRouter, PatternRouter
+from duorl.routers import ConstantRouter, HeadRouter, MixedRouter, PatternRouter
 
 pytest.importorskip("lm_eval", reason='needs pip install -e ".[lm-eval]"')
 
@@ -83,6 +84,32 @@ def test_the_batch_changes_nothing(task):
     assert compute[ALL_BIG] == pytest.approx(1.0) and compute["pattern"] == pytest.approx(0.53125)
     assert 0.1 < compute["heads"] < 0.9
     assert one[0]["metrics"]["acc"]["minus_all_big"] == 0.0
+
+
+def test_accuracy_is_compared_with_a_draw_between_fixed_routers(task):
+    """Half of the questions to all-small and half to all-big: the mean of their accuracies, at the mean compute."""
+    half = MixedRouter([ConstantRouter("small"), ConstantRouter("big")], [0.5, 0.5])
+    routers = {ALL_BIG: ConstantRouter("big"), "all-small": ConstantRouter("small"), "drawn": half}
+    rows = task_rows(duorl.load(), duorl.load_tokenizer(), routers, load_tasks([task]), limit=16)
+    found = {row["router"]: row for row in rows}
+    ends = [(found[name]["compute"], found[name]["metrics"]["acc"]["value"]) for name in ("all-small", ALL_BIG)]
+    drawn = found["drawn"]
+    compute, accuracy = zip(*ends, strict=True)
+    expected = drawn["metrics"]["acc"]["value"] - np.interp(drawn["compute"], compute, accuracy)
+    if accuracy[0] <= accuracy[1]:  # else all-small is as good for less, and nobody mixes
+        assert drawn["metrics"]["acc"]["minus_mix"] == pytest.approx(expected)
+    low, high = drawn["metrics"]["acc"]["minus_mix_interval"]
+    assert low <= drawn["metrics"]["acc"]["minus_mix"] <= high
+    assert found["all-small"]["metrics"]["acc"]["minus_mix"] is None
+    assert "minus fixed mix" in tasks_markdown(rows)
+
+
+def test_a_token_with_the_number_0_is_no_padding(task):
+    """A text that ends in token 0 is read to its end: its compute counts."""
+    harness = _harness()(duorl.load(), duorl.load_tokenizer(), PatternRouter([1, 2] * 4), 4)
+    requests = [(("", ""), [5, 6, 7], [0, 0, 9]), (("", ""), [5], [8])]
+    harness._loglikelihood_tokens(requests, disable_tqdm=True)
+    assert harness.tokens == (3 + 3 - 1) + (1 + 1 - 1)
 
 
 def test_a_router_is_measured_on_tasks_from_the_command_line(task, small_corpus, tmp_path, capsys, monkeypatch):

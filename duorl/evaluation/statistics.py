@@ -93,7 +93,12 @@ class Estimate:
             own, other = self.seeds[0], rival.seeds[0]
             if len(own) == len(other) or 1 in (len(own), len(other)):
                 return Estimate((own - other,), texts)
-        return Estimate((*self.seeds, *(-group for group in rival.seeds)), texts)
+        return Estimate((*self.seeds, *(-rival).seeds), texts)
+
+    def __neg__(self) -> Estimate:
+        """The same with the other sign."""
+        texts = tuple(Jackknife(-text.without, text.freedom) for text in self.texts)
+        return Estimate(tuple(-group for group in self.seeds), texts)
 
     @property
     def errors(self) -> list[tuple[float, float]]:

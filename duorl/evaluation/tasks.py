@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from duorl.evaluation.statistics import estimate
+from duorl.evaluation.frontier import Frontier, Ladder
+from duorl.evaluation.statistics import Estimate, estimate, named
 from duorl.models import DuoForCausalLM, Transcript
 from duorl.models.bases import said
-from duorl.routers import Router
+from duorl.routers import ConstantRouter, PatternRouter, Router
 
 ALL_BIG = "all-big"
 """Name of the router with which the others are compared."""
@@ -70,46 +71,70 @@ def task_rows(
 
     Returns:
         Rows with `router`, `task`, `questions`, `compute` (mean over the tokens that were read, without padding), and
-        `metrics`: by name `value`, its 95 % `interval` over questions, and the paired `minus_all_big` with its
-        `minus_interval`. An interval is None if there is one question.
+        `metrics`: by name `value`, its 95 % `interval` over questions, and two paired differences with their intervals:
+        `minus_all_big`, and `minus_mix` to the best mixture of the fixed routers among the given ones at the same
+        compute (None for these themselves, and where they do not spend so much). An interval is None if there is one
+        question.
     """
     from lm_eval import evaluator
 
     rows = []
     for loaded in tasks.values():
-        answers, compute = {}, {}
+        answers, compute, rises = {}, {}, {}
         for name, router in routers.items():
             harness = _harness()(model, tokenizer, router.to(model.device), batch)
             found = evaluator.evaluate(harness, loaded, limit=limit, bootstrap_iters=0, verbosity="ERROR")
-            answers[name], compute[name] = found["samples"], harness.compute
-        rows += [
-            {
-                "router": name,
-                "task": task,
-                "questions": len(own),
-                "compute": compute[name],
-                "metrics": {
-                    metric: _measured(own, answers[ALL_BIG][task], metric) for metric in sorted(own[0]["metrics"])
-                },
+            answers[name], compute[name], rises = found["samples"], harness.compute, found["higher_is_better"]
+        fixed = [name for name, router in routers.items() if isinstance(router, (ConstantRouter, PatternRouter))]
+        for task in answers[ALL_BIG]:
+            values = {
+                metric: {name: _values(answers[name][task], metric) for name in routers}
+                for metric in sorted(answers[ALL_BIG][task][0]["metrics"])
             }
-            for name, samples in answers.items()
-            for task, own in samples.items()
-        ]
+            for name in routers:
+                metrics = {
+                    metric: _measured(name, known, compute, fixed, rises.get(task, {}).get(metric))
+                    for metric, known in values.items()
+                }
+                count = len(answers[name][task])
+                row = {"router": name, "task": task, "questions": count, "compute": compute[name]}
+                rows.append({**row, "metrics": metrics})
     return rows
 
 
-Answers = Sequence[Mapping[str, Any]]
+def _values(answers: Sequence[Mapping[str, Any]], metric: str) -> Tensor:
+    return torch.tensor([float(one[metric]) for one in answers], dtype=torch.float64)
 
 
-def _measured(own: Answers, reference: Answers, metric: str) -> dict[str, Any]:
-    value, all_big = (estimate(torch.tensor([float(one[metric]) for one in answers])) for answers in (own, reference))
-    difference = value - all_big
+def _measured(
+    name: str, known: Mapping[str, Tensor], compute: Mapping[str, float], fixed: Sequence[str], rises: bool | None
+) -> dict[str, Any]:
+    """A metric of one router, from the values of all, (Q,) each; `rises`: whether more of it is better, or None."""
+    value = estimate(known[name])
+    difference = value - estimate(known[ALL_BIG])
     return {
         "value": value.value,
         "interval": value.interval,
         "minus_all_big": difference.value,
         "minus_interval": difference.interval,
+        **named("minus_mix", None if name in fixed else _minus_mix(name, known, compute, fixed, rises)),
     }
+
+
+def _minus_mix(
+    name: str, known: Mapping[str, Tensor], compute: Mapping[str, float], fixed: Sequence[str], rises: bool | None
+) -> Estimate | None:
+    """The difference to the best mixture of fixed routers. It is chosen on the same questions, which favours it."""
+    if rises is None:
+        return None
+    sign = -1.0 if rises else 1.0
+
+    def spent(name: str) -> Tensor:
+        return torch.full_like(known[name], compute[name])
+
+    ladder = Ladder(torch.stack([spent(one) for one in fixed]), sign * torch.stack([known[one] for one in fixed]))
+    found = Frontier([ladder]).excess(sign * known[name][None], spent(name)[None])
+    return found if found is None or not rises else -found
 
 
 @cache
@@ -124,6 +149,7 @@ def _harness() -> Any:
             view, length = model.with_router(router), model.most_positions
             super().__init__(view, tokenizer=tokenizer, batch_size=batch, max_length=length)
             self.router, self.tokens, self.total = router, 0, 0.0
+            self._called: list[Tensor] = []
 
         @property
         def compute(self) -> float:
@@ -131,13 +157,19 @@ def _harness() -> Any:
             return self.total / max(1, self.tokens)
 
         def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+            self.router.begin(self.model, inps)
             transcript = Transcript(self.router, self.model)
             logits = self.model(input_ids=inps, router=transcript).logits
-            padded = inps.flip(1).cumsum(1).flip(1) == 0  # the harness fills up with zeros on the right
-            self._count(transcript.routes(inps.shape[1], inps.shape[1])[~padded])
+            self._called = list(transcript.routes(inps.shape[1], inps.shape[1]))
             return logits
 
+        def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
+            """Of the next row of the last call, whose length is known here alone: it is filled up on the right."""
+            self._count(self._called.pop(0)[:inplen])
+            return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
+
         def _model_generate(self, context: Tensor, max_length: int, stop: Any, **options: Any) -> Tensor:
+            self.router.begin(self.model, context)
             transcript = Transcript(self.router, self.model)
             written = super()._model_generate(context, max_length, stop, router=transcript, **options)
             routes = transcript.routes(context.shape[1], written.shape[1] - 1)

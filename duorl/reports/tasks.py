@@ -9,13 +9,16 @@ from typing import Any
 from duorl.markdown import grid
 
 Rows = Sequence[dict[str, Any]]
-HEAD = ("task", "questions", "router", "compute", "metric", "value", "minus all-big")
-NOTE = "In brackets the 95 % interval over the questions; differences are paired by question."
+HEAD = ("task", "questions", "router", "compute", "metric", "value", "minus all-big", "minus fixed mix")
+NOTE = (
+    "In brackets the 95 % interval over the questions; differences are paired by question. Fixed mix: the best mixture "
+    "of two fixed routers of this table at the same compute; these questions decide which two."
+)
 
 
 def tasks_markdown(rows: Rows) -> str:
     """A line per task, router and metric."""
-    return grid(HEAD, (_cells(row, name) for row, name in _lines(rows)), numbers=(1, 3, 5, 6))
+    return grid(HEAD, (_cells(row, name) for row, name in _lines(rows)), numbers=(1, 3, 5, 6, 7))
 
 
 def tasks_table(rows: Rows) -> str:
@@ -35,7 +38,18 @@ def _cells(row: dict[str, Any], name: str) -> list[str]:
     metric = row["metrics"][name]
     value = _number(metric["value"], metric["interval"])
     difference = _number(metric["minus_all_big"], metric["minus_interval"], sign="+")
-    return [row["task"], f"{row['questions']}", row["router"], f"{row['compute']:.2f}", name, value, difference]
+    mix = metric.get("minus_mix")  # not in older files
+    against = "" if mix is None else _number(mix, metric["minus_mix_interval"], sign="+")
+    return [
+        row["task"],
+        f"{row['questions']}",
+        row["router"],
+        f"{row['compute']:.2f}",
+        name,
+        value,
+        difference,
+        against,
+    ]
 
 
 def _number(value: float, interval: Sequence[float] | None, sign: str = "") -> str:
