@@ -164,7 +164,8 @@ def test_the_release_is_the_same_everywhere():
 
 def test_the_errors_page_quotes_messages_of_the_code():
     page = (DOCS / "reference" / "errors.md").read_text().split("## No error")[0]
-    code = "\n".join(path.read_text() for path in ROOT.glob("duorl/**/*.py"))
+    files = [path for folder in ("duorl", "envs", "agents") for path in ROOT.glob(f"{folder}/**/*.py")]
+    code = "\n".join(path.read_text() for path in files)
     quoted = [
         cell
         for line in page.splitlines()

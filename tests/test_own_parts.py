@@ -143,7 +143,7 @@ def test_inputs_are_checked():
 
 # From the command line to deployment
 
-FEW = ["--evaluation.windows=4", "--evaluation.reference_windows=1", "--evaluation.fixed_windows=1"]
+FEW = ["--quick", "--evaluation.windows=4", "--evaluation.reference_windows=1", "--evaluation.fixed_windows=1"]
 FEW += ["--evaluation.finalists=2", "--evaluation.final_windows=2"]
 OWN_ENV = ["--env.windows_per_batch=1", "--env.window=32", "--rivals=[]", "--total_decisions=1500", "--validations=1"]
 

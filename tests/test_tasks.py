@@ -115,7 +115,7 @@ def test_a_token_with_the_number_0_is_no_padding(task):
 def test_a_router_is_measured_on_tasks_from_the_command_line(task, small_corpus, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     PatternRouter([1, 2] * 4).save_pretrained("pattern")
-    size = ["--evaluation.windows=2", "--evaluation.fixed_windows=2", "--evaluation.reference_windows=1", "--window=16"]
+    size = ["--quick", "--evaluation.windows=2", "--evaluation.fixed_windows=2", "--window=16"]
     main(["evaluate", "--router=pattern", f"--corpus={small_corpus}", *size, "--tasks", json.dumps([task]),
           "--task_questions=8", "--out=run"])  # fmt: skip
     rows = json.loads((tmp_path / "run" / "tasks.json").read_text())

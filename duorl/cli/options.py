@@ -96,7 +96,7 @@ class RunOptions:
         reach_targets: every router is also measured calibrated to each of the targets, so that it reaches those that no
             price of `env.prices` meets: costs are then subtracted from its logits. See docs/how-to/budgets.md.
         transfer: further texts, as for `corpus`, on which no router learns. All routers are compared on them at
-            `targets`, also after a calibration without labels on the first `evaluation.fixed_windows` windows of their
+            `targets`, also after a calibration without labels on the first `evaluation.final_windows` windows of their
             router split. See docs/how-to/budgets.md.
         knowable: hidden units per head of a large network that estimates the avoidable part of the regret
             (`regret_avoidable`, docs/reference/metrics.md); 0: no estimate.

@@ -108,8 +108,8 @@ def summaries(
     Returns:
         Rows with `router`, `seeds`, `hypervolume` (nats x compute), the mean of the seeds', with its
         `hypervolume_interval`; `level_at`, the smallest compute at which the frontier is at or below the level, or
-        None, with its `level_at_interval`, see `Reach`; and the `frontier`: per step of the ladders `compute`, `loss`
-        and its `interval`, means over seeds.
+        None, with its `level_at_interval`, see `Reach`; the `frontier`: per step of the ladders `compute`, `loss` and
+        its `interval`, means over seeds; and `mixed`, pairs of compute and loss along what mixtures reach.
     """
     levels = torch.full_like(worst, level) if isinstance(level, float) else level
     rows = []
@@ -127,6 +127,7 @@ def summaries(
                     {"compute": spent, "loss": loss.value, "interval": loss.interval}
                     for spent, loss in frontier.steps()
                 ],
+                "mixed": frontier.line(),
             }
         )
     return rows

@@ -244,6 +244,13 @@ class Frontier:
         (found,) = self._estimates(lambda spent, values: scale(np.interp(compute, spent, values)), of=of)
         return found
 
+    def line(self, points: int = 21) -> list[tuple[float, float]]:
+        """Compute and goal along the frontier, means over seeds, for pictures."""
+        low, high = self.range
+        grid = np.linspace(low, max(low, high), points)
+        found = self._estimates(lambda spent, values: np.interp(grid, spent, values))
+        return [(float(compute), each.value) for compute, each in zip(grid, found, strict=True)]
+
     def area(self, worst: Tensor) -> Estimate:
         """The hypervolume: the area between the frontier, compute 1 and the mean of the worst values (W,)."""
         sign = _SIGN[self.goal]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from matplotlib.figure import Figure
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -14,7 +13,6 @@ from torch import Tensor
 from duorl.costs import ACTIONS, BIG
 from duorl.evaluation import Comparison
 from duorl.evaluation.bound import ROWS
-from duorl.evaluation.frontier import lower_hull
 from duorl.markdown import grid
 from duorl.paper.measures import LOWER_BOUND
 from duorl.paper.pictures import around, layers_axis
@@ -247,10 +245,9 @@ def budget_frontiers(found: dict, text: str) -> Figure:
     for index, router in enumerate(found["routers"]):
         color = "0.55" if router["router"] == _FIXED else f"C{index - 1}"
         steps = router["frontier"]
-        xs, ys = (np.array([step[key] for step in steps]) for key in ("compute", "loss"))
-        mixed = lower_hull(xs, ys)
+        xs, ys = [step["compute"] for step in steps], [step["loss"] for step in steps]
         left.plot(xs, ys, ".", color=color, markersize=3)
-        left.plot(xs[mixed], ys[mixed], "-", color=color, label=router["router"], linewidth=1)
+        left.plot(*zip(*router["mixed"], strict=True), "-", color=color, label=router["router"], linewidth=1)
         points = _below_fixed(found["rows"], router["router"])
         if points:
             targets, differences, bars = zip(*points, strict=True)
