@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
+from plotly.colors import qualitative
 from plotly.graph_objects import Figure
 
 from duorl.costs import ACTIONS
@@ -133,14 +134,21 @@ def _short(value: float, digits: int = 3) -> str:
 def _budgets(text: str, found: Numbers) -> list[str]:
     """Routers at equal compute: frontiers, losses at the targets, and differences to each rival."""
     figure = Figure()
-    for router in found["routers"]:
+    for place, router in enumerate(found["routers"]):
         steps = router["frontier"]
         ends = [step["interval"] or [step["loss"]] * 2 for step in steps]
         below = [step["loss"] - low for step, (low, _) in zip(steps, ends, strict=True)]
         above = [high - step["loss"] for step, (_, high) in zip(steps, ends, strict=True)]
         bars = {"type": "data", "symmetric": False, "array": above, "arrayminus": below, "thickness": 0.5}
-        figure.add_scatter(x=column(steps, "compute"), y=column(steps, "loss"), error_y=bars, name=router["router"])
-    note = "Means over seeds; bars and intervals: 95 %, over seeds and files. Differences are paired by window. "
+        shared = {"legendgroup": router["router"], "marker": {"color": qualitative.Plotly[place % _COLORS]}}
+        xs, ys = column(steps, "compute"), column(steps, "loss")
+        figure.add_scatter(x=xs, y=ys, error_y=bars, name=router["router"], mode="markers", **shared)
+        mixed = dict(zip("xy", zip(*router["mixed"], strict=True), strict=True))
+        figure.add_scatter(**mixed, mode="lines", showlegend=False, hoverinfo="skip", **shared)
+    note = (
+        "Points: measured steps, means over seeds; lines: what mixtures of them reach. Bars and intervals: 95 %, over "
+    )
+    note += "seeds and files. Differences are paired by window. "
     note += f"{HOLM.replace('the table', 'a column')} {MIXED}"
     levels = "; ".join(f"{router['router']} {level_cell(router)}" for router in found["routers"])
     return [
