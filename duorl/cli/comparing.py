@@ -77,9 +77,10 @@ def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor
         ValueError: a search that was asked for by name is impossible, or the windows of a pass do not fit into memory;
             the message says which and why.
     """
-    sizes = choose(model, training, held_out, actions=options.actions, options=options.evaluation).options
+    sizes = options.evaluation.sized(model.num_layers)
     tokens = min(sizes.batch, max(sizes.windows, sizes.final_windows)) * (held_out.shape[1] - 1)
     require_room(model, tokens, "nothing", f"lower evaluation.batch ({sizes.batch})")
+    choose(model, training, held_out, actions=options.actions, options=options.evaluation)
 
 
 def compare(comparer: Comparer, routers: Mapping[str, list[Router]], settings: dict[str, Any]) -> Comparison:
