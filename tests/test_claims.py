@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import acceptance
+from duorl.evaluation.budgets import load_texts
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "docs" / "results"
 FIXED = "best fixed"
@@ -89,3 +92,31 @@ def test_the_page_of_smollm2_says_what_was_kept():
     assert f"ReinMax is {spread(minus([other], 'ReinMax'))} below the best mixture of fixed patterns" in found
     assert f"soft {spread(minus([other], 'soft')).removesuffix(' nats')}." in found
     assert min(minus([other], "REINFORCE")) > 0.02 and max(map(abs, minus([other], "PPO"))) < 0.04
+
+
+KEPT = [("budgets", "ladders"), ("budgets-neighbours", "ladders-neighbours")]
+
+
+@pytest.mark.parametrize(("result", "ladders"), KEPT, ids=[result for result, _ in KEPT])
+def test_tables_at_equal_compute_follow_from_the_kept_ladders(result, ladders):
+    """Every loss, difference, interval and test of the tables again, from measurements per window, without training."""
+    texts, kept = study(result), load_texts(RESULTS / f"{ladders}.safetensors.gz")
+    assert list(kept) == list(texts)
+    for text, found in kept.items():
+        targets = list(dict.fromkeys(row["target"] for row in texts[text]["rows"]))
+        assert json.loads(json.dumps(found.numbers(targets))) == approximately(texts[text])
+
+
+def approximately(value):
+    """Numbers but for rounding, in nested dictionaries and lists."""
+    if isinstance(value, dict):
+        return {key: approximately(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [approximately(one) for one in value]
+    return pytest.approx(value, rel=1e-4, abs=1e-7) if isinstance(value, float) else value
+
+
+def test_acceptance_follows_from_the_kept_ladders():
+    path = RESULTS / "acceptance.json"
+    kept = json.loads(path.read_text())["rows"]
+    assert json.loads(json.dumps(acceptance.again(path))) == approximately(kept)

@@ -185,28 +185,6 @@ def test_the_oracles_table_is_the_kept_one():
     assert rows[1]["loss"] < rows[8]["loss"]
 
 
-def test_the_kept_comparison_shows_what_the_readme_says():
-    texts = json.loads((DOCS / "results" / "budgets.json").read_text())["texts"]
-    assert set(texts) == {"stdlib-code", "stdlib-docs"}
-    better = {"ReinMax": 0, "PPO": 0}
-    for found in texts.values():
-        minus = {(row["router"], row["target"]): row["minus"] for row in found["rows"]}
-        assert {row["seeds"] for row in found["rows"] if row["router"] != "best fixed"} == {5}
-        for agent in better:
-            against = minus[agent, 0.25]["best fixed"]
-            better[agent] += against["holds"] and against["difference"] < 0
-            low, high = minus[agent, 0.5]["best fixed"]["interval"]
-            assert low < 0 < high
-            assert not minus[agent, 0.75]  # no agent spends that much
-        for target in (0.25, 0.5):
-            against = minus["ReinMax", target]["supervised"]
-            assert against["holds"] and against["difference"] < 0
-            low, high = minus["ReinMax", target]["soft"]["interval"]
-            assert low < 0 < high and abs(minus["ReinMax", target]["soft"]["difference"]) < 0.002
-        assert all(router["level_at"] is None for router in found["routers"] if router["router"] != "best fixed")
-    assert better == {"ReinMax": 2, "PPO": 1}
-
-
 @pytest.mark.slow
 def test_the_worked_examples_of_parts_apply_and_work(tmp_path):
     """All diffs of CONTRIBUTING.md on a copy of the package as it is installed."""
