@@ -23,9 +23,10 @@ def study(name: str) -> dict:
 
 
 def minus(texts: list[dict], router: str, rival: str = FIXED, targets: tuple[float, ...] = ()) -> list[float]:
-    """Differences of a router to a rival, at all targets of all texts."""
+    """Differences of a router to a rival, at all targets that both reach, of all texts."""
     rows = [row for found in texts for row in found["rows"] if row["router"] == router]
-    return [row["minus"][rival]["difference"] for row in rows if not targets or row["target"] in targets]
+    asked = [row["minus"] for row in rows if not targets or row["target"] in targets]
+    return [differences[rival]["difference"] for differences in asked if rival in differences]
 
 
 def spread(values: list[float], digits: int = 2) -> str:
@@ -92,6 +93,53 @@ def test_the_page_of_smollm2_says_what_was_kept():
     assert f"ReinMax is {spread(minus([other], 'ReinMax'))} below the best mixture of fixed patterns" in found
     assert f"soft {spread(minus([other], 'soft')).removesuffix(' nats')}." in found
     assert min(minus([other], "REINFORCE")) > 0.02 and max(map(abs, minus([other], "PPO"))) < 0.04
+
+
+def test_the_readme_says_of_duo_tiny_what_was_kept():
+    texts = list(study("budgets").values())
+    rows = [row for found in texts for row in found["rows"] if row["router"] in ("PPO", "ReinMax")]
+    assert {row["seeds"] for row in rows} == {5}
+    better = {"PPO": 0, "ReinMax": 0}
+    for row in rows:
+        if row["target"] == 0.25:
+            better[row["router"]] += row["minus"][FIXED]["holds"] and row["minus"][FIXED]["difference"] < 0
+    where = {2: "on both texts", 1: "on one of them"}
+    readme = page("README.md")
+    assert (
+        f"ReinMax has a lower loss than the best mixture of fixed patterns {where[better['ReinMax']]}, "
+        f"PPO {where[better['PPO']]}"
+    ) in readme
+    assert "At 50 %, no reinforcement-learning router is clearly better." in readme
+    for row in rows:
+        if row["target"] == 0.5:
+            low, high = row["minus"][FIXED]["interval"]
+            assert low < 0 < high
+    assert "No router is shown to meet the loss of the whole model with less compute." in readme
+    for router in (router for found in texts for router in found["routers"] if router["router"] != FIXED):
+        assert router["level_at"] is None and router["level_at_interval"][1] is None
+
+
+def test_the_page_of_experiments_says_what_was_kept():
+    texts, found = study("budgets"), page("docs/explanation/experiments.md")
+    code, docs = texts["stdlib-code"], texts["stdlib-docs"]
+    at_a_quarter = {
+        name: [-minus([text], name, targets=(0.25,))[0] for text in (code, docs)] for name in ("ReinMax", "soft")
+    }
+    said = {name: f"{one:.3f} and {other:.3f} nats" for name, (one, other) in at_a_quarter.items()}
+    assert f"ReinMax by {said['ReinMax']}, soft by {said['soft']}." in found
+    both = [code, docs]
+    assert f"by {spread(minus(both, 'ReinMax', 'supervised'), 3)}. All four" in found
+    assert f"by {spread(minus(both, 'PPO', 'supervised'), 3)}. None of its four" in found
+    holds = {"ReinMax": True, "PPO": False}
+    for row in (row for text in both for row in text["rows"] if row["router"] in holds and row["minus"]):
+        assert row["minus"]["supervised"]["holds"] is holds[row["router"]]
+    assert max(map(abs, minus(both, "ReinMax", "soft"))) < 0.003
+    comparison = json.loads((RESULTS / "compare.json").read_text())["rows"]
+    for name in ("soft", "ReinMax", "PPO", "supervised"):
+        row = next(row for row in comparison if row["router"] == name)
+        low, high = row["loss_minus_mix_interval"]
+        assert f"{-row['loss_minus_mix']:.3f} ({-high:.3f} to {-low:.3f})" in found.replace(" nats (", " (")
+        assert row["loss_minus_mix_holds"] is (name in ("soft", "ReinMax"))
 
 
 KEPT = [("budgets", "ladders"), ("budgets-neighbours", "ladders-neighbours")]
