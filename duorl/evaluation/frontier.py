@@ -244,10 +244,11 @@ class Frontier:
         (found,) = self._estimates(lambda spent, values: scale(np.interp(compute, spent, values)), of=of)
         return found
 
-    def line(self, points: int = 21) -> list[tuple[float, float]]:
-        """Compute and goal along the frontier, means over seeds, for pictures."""
+    def line(self) -> list[tuple[float, float]]:
+        """Compute and goal along the frontier, means over seeds, at all places where it can bend."""
         low, high = self.range
-        grid = np.linspace(low, max(low, high), points)
+        spent = torch.cat([ladder.compute for ladder in self.seeds]).double().numpy()
+        grid = np.unique(np.clip(spent, low, max(low, high)))
         found = self._estimates(lambda spent, values: np.interp(grid, spent, values))
         return [(float(compute), each.value) for compute, each in zip(grid, found, strict=True)]
 
