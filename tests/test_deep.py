@@ -86,7 +86,7 @@ def assert_bounded_below(run: str, before: str) -> dict:
     """The bound is a lower one and nowhere called an oracle; the methods were said before they started."""
     rows, frontiers = read(run)
     assert "best fixed pattern: greedy, up to" in before and f"of {2**LAYERS:,} patterns" in before
-    assert "bound: coordinate descent, a lower bound of the oracle, about" in before
+    assert "bound: coordinate descent, a lower bound of the oracle, on 2 windows, about" in before
     assert "too many to enumerate" in before
     assert {row["bound"] for row in rows.values()} == {"lower bound"}
     assert rows["lower bound"]["sees_label"] and "oracle" not in rows
