@@ -168,3 +168,21 @@ def test_acceptance_follows_from_the_kept_ladders():
     path = RESULTS / "acceptance.json"
     kept = json.loads(path.read_text())["rows"]
     assert json.loads(json.dumps(acceptance.again(path))) == approximately(kept)
+
+
+def test_the_page_of_drafts_says_what_was_kept():
+    rows = json.loads((RESULTS / "acceptance.json").read_text())["rows"]
+    differences = {row["name"]: row["targets"] for row in rows if row["name"] != FIXED}
+    key, found = f"minus {FIXED}", page("docs/explanation/drafts.md")
+    at = {target: [one[target][key] for one in differences.values()] for target in ("0.25", "0.5", "0.75")}
+    ahead = [differences[name]["0.25"][key] for name in differences if name.startswith(("ReinMax", "soft, distance"))][
+        :3
+    ]
+    assert all(low > 0 for _, low, _ in ahead)
+    assert f"by {min(v for v, *_ in ahead):.3f} to {max(v for v, *_ in ahead):.3f}. The intervals of the three" in found
+    for name in ("PPO, acceptance", "REINFORCE, acceptance"):
+        assert differences[name]["0.25"][key][1] < 0
+    assert all(low < 0 < high for _, low, high in at["0.5"])
+    assert len(at["0.75"]) == 10 and all(high < 0 for _, _, high in at["0.75"])
+    worse = [-value for value, *_ in at["0.75"]]
+    assert f"by {min(worse):.3f} to {max(worse):.3f}; all ten intervals are below 0" in found
