@@ -130,6 +130,7 @@ class Comparer:
             shown=_SHOWN_WINDOWS,
         )
         self._route = ConstantRouter(reference)
+        self._known: dict[tuple[str, Context], Measurement] = {}
         self.knowable: Router | None = None
         self._knowable_returns: Tensor | None = None
         self._traced: dict[str, dict[str, Any]] = {}
@@ -139,10 +140,6 @@ class Comparer:
     def _memory(self) -> Memory:
         """For the reference context on the searched windows."""
         return remember(self.model, self.searched.to(self.model.device))
-
-    @cached_property
-    def _known(self) -> dict[tuple[str, Context], Measurement]:
-        return {}
 
     def _baseline_in(self, name: str, context: Context) -> Measurement:
         """The reference route (`gain`), or the best fixed pattern (`fixed`), measured once in each context."""
