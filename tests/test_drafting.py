@@ -7,7 +7,13 @@ import pytest
 import torch
 from conftest import FAMILIES, make_duo
 from scipy.stats import chisquare
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 import duorl
 from duorl.models.pace import Pace
@@ -65,6 +71,37 @@ def test_padding_the_end_and_the_length_are_kept(duo):
         assert torch.equal(duo.generate(_PROMPT, **{**options, "max_new_tokens": count}), plain[:, : 7 + count])
 
 
+class _Says(StoppingCriteria):
+    """Ends a text that has said something, and remembers it: a drafted token that is refused must not count."""
+
+    def __init__(self, tokens):
+        self.tokens, self.said = tokens, []
+
+    def __call__(self, ids, scores, **_):
+        if ids[0, -2:].tolist() == self.tokens:
+            self.said.append(True)
+        return torch.full((len(ids),), bool(self.said))
+
+
+@pytest.mark.parametrize("lookup", [None, 4])
+def test_a_draft_ends_where_the_text_ends(lookup):
+    model, tokenizer = duorl.load(), duorl.load_tokenizer()
+    prompt = tokenizer("def read(path):", return_tensors="pt")["input_ids"]
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    written = model.generate(prompt, **options)[0].tolist()
+    endings = {
+        "stop string": lambda: {"stop_strings": ["path"], "tokenizer": tokenizer},
+        "own criterion": lambda: {"stopping_criteria": StoppingCriteriaList([_Says(written[-12:-10])])},
+    }
+    for name, ending in endings.items():
+        plain = model.generate(prompt, **options, **ending())
+        assert len(plain[0]) < len(written), name
+        for draft in (_SMALL, ConstantRouter("big")):
+            for length in (3, 10):
+                how = {"draft": draft, "draft_tokens": length, "prompt_lookup_num_tokens": lookup}
+                assert torch.equal(model.generate(prompt, **how, **options, **ending()), plain), (name, length)
+
+
 def test_tokens_that_are_looked_up_cost_no_draft():
     model, tokenizer = duorl.load(), duorl.load_tokenizer()
     prompt = tokenizer("def read(path):\n    return open(path)\n\ndef read(path):", return_tensors="pt")["input_ids"]
@@ -114,7 +151,9 @@ def test_sampled_tokens_have_the_models_distribution():
     [
         ({"num_beams": 2}, "draft: beam search has no drafts: set num_beams to 1"),
         ({"draft_tokens": -1}, "draft_tokens must be at least 0, not -1"),
+        ({"generation_config": GenerationConfig(num_beams=2)}, "draft: beam search has no drafts: set num_beams to 1"),
         ({"inputs": _PROMPT.repeat(2, 1)}, "draft: 2 prompts: give one at a time"),
+        ({"inputs": None, "inputs_embeds": torch.zeros(1, 3, 32)}, "draft: a prompt of embeddings has no drafts"),
     ],
 )
 def test_what_cannot_have_a_draft_is_refused(duo, options, said):

@@ -10,6 +10,7 @@ from test_report import needs_chromium, opened
 
 import duorl
 from duorl.cli import main
+from duorl.cli.generate import Writer
 from duorl.reports.generated import token_rows
 from duorl.routers import ConstantRouter, HeadRouter, PatternRouter
 
@@ -65,6 +66,29 @@ def test_sampling_follows_the_seed(capsys):
         main([*_SHORT, "--temperature", "1", "--seed", seed])
         texts.append(re.sub(r"\n\d+ tokens in .*", "", capsys.readouterr().out))
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_the_options_alone_say_how_tokens_are_chosen(tmp_path, capsys):
+    """The model's folder has settings for sampling, too; of these, what ends a text is obeyed."""
+    model, tokenizer, _, found = expected(ConstantRouter("big"))
+    model.generation_config.update(num_beams=2, repetition_penalty=3.0, stop_strings=["import"])
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    main([*_SHORT, "--model", str(tmp_path), "--router", "big"])
+    assert capsys.readouterr().out.startswith(tokenizer.decode(found.sequences[0], skip_special_tokens=True))
+
+
+def test_a_text_that_ends_within_a_character_is_printed_to_its_end(capsys):
+    model, tokenizer = duorl.load(), duorl.load_tokenizer()
+    writer = Writer(model, tokenizer, ConstantRouter("big"))
+    ids = tokenizer("a\N{SNOWMAN}")["input_ids"][:-1]  # the character has several tokens
+    assert tokenizer.decode(ids).endswith("\ufffd")
+    model(input_ids=torch.tensor([ids]), router=writer.transcript)
+    writer.put(torch.tensor([ids[:1]]))
+    for token in ids[1:]:
+        writer.put(torch.tensor([token]))
+    writer.end()
+    assert capsys.readouterr().out == tokenizer.decode(ids) + "\n"
 
 
 def test_the_rows_of_the_page_are_those_of_the_generation(router):

@@ -7,10 +7,19 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from conftest import FAMILIES, ROUTED_ONLY, make_duo, make_original
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
 import duorl
-from duorl.models.generation import NOT_ROUTED, Transcript
+from duorl.models.transcript import NOT_ROUTED, Transcript
 from duorl.routers import ConstantRouter, HeadRouter, OracleRouter, PatternRouter, Router
 
 _GREEDY = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
@@ -60,8 +69,7 @@ def routes_of_one_pass(model, router, sequences, mask):
     transcript = Transcript(router, model)
     mask = torch.cat([mask, torch.ones(len(mask), sequences.shape[1] - mask.shape[1], dtype=mask.dtype)], dim=1)
     model(input_ids=sequences, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), router=transcript)
-    routes = transcript.routes(sequences.shape[1], sequences.shape[1])
-    return routes.masked_fill(mask[..., None] == 0, NOT_ROUTED)[:, :-1]
+    return transcript.routes.masked_fill(mask[..., None] == 0, NOT_ROUTED)[:, :-1]
 
 
 _WAYS = {
@@ -93,14 +101,56 @@ def test_what_was_routed_is_what_one_pass_over_the_text_routes(family):
         assert torch.equal(found.compute.isnan(), expected[..., 0] == NOT_ROUTED)
 
 
-def test_what_comes_after_the_end_was_not_routed(duo):
-    options = {**_GREEDY, "max_new_tokens": 6, "return_dict_in_generate": True, "router": a_router(duo)}
+class _Ends(StoppingCriteria):
+    """A user's own: it counts its calls, as some do."""
+
+    def __init__(self, token):
+        self.token, self.calls = token, []
+
+    def __call__(self, ids, scores, **_):
+        self.calls.append(ids.shape[1])
+        assert self.calls == sorted(set(self.calls))  # what is drafted, and may be refused, is none of its business
+        return ids[:, -1] == self.token
+
+
+_ENDINGS = {
+    "option": lambda end: {"eos_token_id": end},
+    "configuration": lambda end: {"generation_config": GenerationConfig(eos_token_id=end, pad_token_id=0)},
+    "the model's": lambda end: {},
+    "own criterion": lambda end: {"stopping_criteria": StoppingCriteriaList([_Ends(end)])},
+}
+
+
+@pytest.mark.parametrize("ending", _ENDINGS)
+def test_what_comes_after_the_end_was_not_routed(duo, ending):
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "return_dict_in_generate": True}
+    options["router"] = a_router(duo)
     end = duo.generate(_PADDED, attention_mask=_MASK, **options).sequences[0, 8].item()
-    found = duo.generate(_PADDED, attention_mask=_MASK, **{**options, "eos_token_id": end})
+    try:
+        duo.generation_config.eos_token_id = end if ending == "the model's" else None
+        found = duo.generate(_PADDED, attention_mask=_MASK, **options, **_ENDINGS[ending](end))
+    finally:
+        duo.generation_config.eos_token_id = None
     first, second = (row[7:].tolist() for row in found.sequences)
     assert first.index(end) == 1 and end not in second[:-1]  # so that one row goes on after the other's end
     assert (found.routes[0, 8:] == NOT_ROUTED).all() and (found.routes[0, 3:8] > 0).all()
     assert (found.routes[1] > 0).all()
+    assert torch.allclose(found.spent, found.compute.nansum(1))  # each position was read once
+
+
+def test_all_that_was_read_is_spent(duo):
+    options = {**_GREEDY, "max_new_tokens": 8, "return_dict_in_generate": True}
+    for router, compute in ((ConstantRouter("small"), duo.route_compute(torch.ones(3, dtype=torch.int64))), (None, 1)):
+        found = duo.generate(_PADDED[1:], router=router, draft=ConstantRouter("big"), draft_tokens=3, **options)
+        passes, drafted = found.drafts.passes, found.drafts.drafted
+        assert found.spent.item() == pytest.approx(float((7 + passes + drafted) * compute + drafted))
+    router = a_router(duo)
+    again = duo.generate(_PADDED, attention_mask=_MASK, router=router, use_cache=False, **options)
+    sizes = torch.arange(8)  # a text is read anew for each token
+    expected = [again.compute[row, : 7 + size].nansum() for row in range(2) for size in sizes]
+    assert torch.allclose(again.spent, torch.stack(expected).view(2, 8).sum(1))
+    beams = duo.generate(_PADDED, attention_mask=_MASK, router=ConstantRouter("big"), num_beams=3, **options)
+    assert beams.spent.tolist() == pytest.approx([3 * (4 + 7), 3 * (7 + 7)])
 
 
 def test_embeddings_and_a_cache_of_earlier_turns_can_begin_a_text(duo):
@@ -138,9 +188,33 @@ def test_a_router_begins_once_with_the_prompts(duo):
         def forward(self, hidden, layer, compute):
             return torch.ones(hidden.shape[:-1], dtype=torch.int64)
 
+    text = _PADDED[1:]
+
+    def one_by_one(router):
+        view, cache = duo.with_router(router), None
+        for token in text[0]:
+            cache = view(input_ids=token[None, None], past_key_values=cache, use_cache=True).past_key_values
+
+    ways = {
+        "generate": lambda router: duo.generate(text, router=router, **_GREEDY),
+        "without a cache": lambda router: duo.generate(text, router=router, use_cache=False, **_GREEDY),
+        "in parts": lambda router: duo.generate(text, router=router, prefill_chunk_size=3, **_GREEDY),
+        "draft": lambda router: duo.generate(text, draft=router, **_GREEDY),
+        "transcript": lambda router: duo.generate(text, router=Transcript(router, duo), **_GREEDY),
+        "forward": lambda router: duo(input_ids=text, router=router),
+        "forward of a transcript": lambda router: duo(input_ids=text, router=Transcript(router, duo)),
+        "view": lambda router: duo.with_router(router)(input_ids=text),
+        "view's generate": lambda router: duo.with_router(router).generate(text, **_GREEDY),
+        "own loop": one_by_one,
+    }
+    for name, way in ways.items():
+        router = Watching()
+        way(router)
+        expected = text[:, :1] if name == "own loop" else text
+        assert len(router.seen) == 1 and torch.equal(router.seen[0], expected), name
     router = Watching()
-    duo.generate(_PADDED[1:], router=router, **_GREEDY)
-    assert len(router.seen) == 1 and torch.equal(router.seen[0], _PADDED[1:])
+    duo.generate(inputs_embeds=duo.get_input_embeddings()(text), router=router, **_GREEDY)
+    assert [tuple(seen.shape) for seen in router.seen] == [(1, 0)]
     with pytest.raises(ValueError, match=r"a router gave \(1, 6\) actions for \(1, 7\) tokens"):
         duo.generate(_PADDED[1:], router=OracleRouter(), **_GREEDY)
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from duorl import routers
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
+from duorl.inputs import View
 from duorl.learners import Soft, Supervised
 from duorl.learners.sharpness import Sharpness
 from duorl.learners.soft import distances, hardened, soft_loss, soft_pass
@@ -301,7 +302,7 @@ def test_a_stored_choice_that_is_no_action_is_refused(tmp_path):
 
 
 def test_a_mixture_draws_for_each_text_and_spends_its_shares(duo, tmp_path):
-    texts = torch.randint(61, (400, 6), generator=torch.Generator().manual_seed(7))
+    texts = torch.randint(1, 61, (400, 6), generator=torch.Generator().manual_seed(7))
     mixture = MixedRouter([PatternRouter([1, 1, 1]), PatternRouter([2, 1, 2])], [0.25, 0.75], seed=3)
     routes = measure(duo, mixture, texts).routes
     assert all(len(set(map(tuple, window))) == 1 for window in routes.tolist())  # one pattern for all of a text
@@ -309,8 +310,14 @@ def test_a_mixture_draws_for_each_text_and_spends_its_shares(duo, tmp_path):
     assert big.mean().item() == pytest.approx(0.75, abs=4 * (0.25 * 0.75 / 400) ** 0.5)
     assert torch.equal(measure(duo, mixture, texts.flip(0), batch=7).routes, routes.flip(0))  # in any batch
     other = texts.clone()
-    other[:, -1] = (other[:, -1] + 1) % 61  # the last token is a target, and no die
+    other[:, -1] = other[:, -1] % 60 + 1  # the last token is a target, and no die
     assert torch.equal(measure(duo, mixture, other).routes, routes)
+    filled = torch.cat([texts.new_zeros(400, 2), texts, texts.new_zeros(400, 3)], dim=1)
+    mixture.begin(duo, filled)
+    view = View(torch.zeros(400, 1, 32), 0, torch.zeros(400, 1))
+    drawn = mixture.decide(view)
+    mixture.begin(duo, texts)
+    assert torch.equal(mixture.decide(view), drawn)  # what fills up a batch is no part of the text
     mixture.save_pretrained(tmp_path)
     assert torch.equal(measure(duo, routers.load(tmp_path), texts).routes, routes)
     assert not torch.equal(measure(duo, MixedRouter(mixture.parts, [0.25, 0.75], seed=4), texts).routes, routes)

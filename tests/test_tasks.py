@@ -31,6 +31,12 @@ metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
 """
+_WRITTEN = """
+doc_to_target: "x"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 12}
+metric_list:
+  - {metric: exact_match, aggregation: mean, higher_is_better: true}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +90,22 @@ def test_the_batch_changes_nothing(task):
     assert compute[ALL_BIG] == pytest.approx(1.0) and compute["pattern"] == pytest.approx(0.53125)
     assert 0.1 < compute["heads"] < 0.9
     assert one[0]["metrics"]["acc"]["minus_all_big"] == 0.0
+
+
+def test_answers_of_one_batch_cost_what_they_cost_alone(tmp_path):
+    """Each ends at its own stop string, and the harness goes on until all have ended."""
+    questions = ["def main(", "import os\nimport sys\n\nclass", "for i in", "x = [1,"]
+    (tmp_path / "questions.jsonl").write_text("\n".join(json.dumps({"question": one}) for one in questions))
+    written = _TASK.format(data=tmp_path / "questions.jsonl").partition("doc_to_choice")[0]
+    written = written.replace("multiple_choice", "generate_until").replace("continuations", "written")
+    (tmp_path / "written.yaml").write_text(written + _WRITTEN)
+    model, tokenizer, tasks = duorl.load(), duorl.load_tokenizer(), load_tasks([str(tmp_path / "written.yaml")])
+    mixed = MixedRouter([ConstantRouter("small"), ConstantRouter("big")], [0.5, 0.5], seed=1)
+    routers = {ALL_BIG: ConstantRouter("big"), "drawn": mixed}
+    one, four = (task_rows(model, tokenizer, routers, tasks, batch=batch) for batch in (1, 4))
+    for alone, together in zip(one, four, strict=True):
+        assert alone["compute"] == pytest.approx(together["compute"], abs=1e-6)
+    assert 0.1 < one[1]["compute"] < 1.0
 
 
 def test_accuracy_is_compared_with_a_draw_between_fixed_routers(task):

@@ -11,6 +11,7 @@ import torch
 from jsonargparse import Namespace
 from rich.text import Text
 from torch import Tensor
+from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from duorl.checks import require_positive
@@ -38,6 +39,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path | None
         raise ValueError(f"temperature must be at least 0, not {options.temperature}")
     router, draft = _at_price(_router(options.router), options.price), options.draft and _router(options.draft)
     model, tokenizer = load(options.model, **placed(options)), load_tokenizer(options.model)
+    model.generation_config = _what_ends(model.generation_config)
     for one in (router, draft):
         if one is not None:
             one.to(model.device).require_fit(model)
@@ -56,6 +58,12 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path | None
             say(f"wrote {options.html}")
 
     return "", work
+
+
+def _what_ends(settings: GenerationConfig) -> GenerationConfig:
+    """Of the settings in a model's folder, those that end a text. The others would change what the options say."""
+    names = ("bos_token_id", "eos_token_id", "pad_token_id", "stop_strings")
+    return GenerationConfig(**{name: getattr(settings, name) for name in names})
 
 
 def _router(name: str) -> Router:
@@ -108,8 +116,8 @@ class Writer(BaseStreamer):
         self.model, self.tokenizer = model, tokenizer
         self.transcript = Transcript(router, model)
         self.tokens: list[int] = []
-        self.routes: list[Tensor] = []
-        self._printed: str | None = None  # None before the prompt
+        self._prompt = 0  # number of tokens of the prompt; 0 before it comes
+        self._printed = ""
 
     def write(self, prompt: Tensor, options: Namespace, draft: Router | None) -> Tensor:
         """Generate and print; the tokens of the whole text, (1, S)."""
@@ -125,12 +133,13 @@ class Writer(BaseStreamer):
             max_new_tokens=options.max_new_tokens,
             prompt_lookup_num_tokens=options.lookup,
             streamer=self,
+            tokenizer=self.tokenizer,
             return_dict_in_generate=True,
             **sampling,
         )
-        seconds, count = time.perf_counter() - began, len(self.routes)
+        seconds, count = time.perf_counter() - began, len(self.tokens) - self._prompt
         said = f"{count} tokens in {seconds:.1f} s, {count / seconds:.1f} tokens/s"
-        said += f"; compute {self.model.route_compute(torch.stack(self.routes)).mean():.2f}"
+        said += f"; compute {found.compute[0, self._prompt - 1 :].mean():.2f}"
         if drafts := found.get("drafts"):
             said += f"; {drafts.accepted} of {drafts.drafted} drafted tokens kept"
             said += f", {drafts.tokens_per_pass:.2f} tokens per pass"
@@ -141,25 +150,29 @@ class Writer(BaseStreamer):
         """Print the next tokens; the first call brings the prompt."""
         last = len(self.tokens) - 1
         self.tokens += value.flatten().tolist()
-        if self._printed is None:
-            self._printed = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-            console.print(Text(self._printed, style="dim"), end="")
-            return
-        self.routes += self.transcript.latest(last, value.numel())
-        text = self.tokenizer.decode(self.tokens, skip_special_tokens=True)
-        if text.endswith("\ufffd"):  # a character of several tokens
-            return
-        share = self.model.route_compute(self.routes[-1]).item()
-        console.print(Text(text[len(self._printed) :], style=f"on {shade(share)} black"), end="")
-        self._printed = text
+        if not self._prompt:
+            self._prompt = len(self.tokens)
+            self._print(style="dim")
+        elif not self._text().endswith("\ufffd"):  # a character of several tokens
+            self._print(style=f"on {shade(self.transcript.latest(last))} black")
 
     def end(self) -> None:
-        """End the last line."""
+        """Print what is left of a text that ends within a character, and end the last line."""
+        self._print(style="dim")
         console.print()
+
+    def _text(self) -> str:
+        return self.tokenizer.decode(self.tokens, skip_special_tokens=True)
+
+    def _print(self, style: str) -> None:
+        text = self._text()
+        console.print(Text(text[len(self._printed) :], style=style), end="")
+        self._printed = text
 
     def show_routes(self) -> None:
         """Print a line per generated token: its route, from the first layer to the last, and its compute."""
-        for token, route in zip(self.tokens[-len(self.routes) :], self.routes, strict=True):
+        routes = self.transcript.routes[0, self._prompt - 1 :]
+        for token, route in zip(self.tokens[self._prompt :], routes, strict=True):
             cells = "".join(_CELLS[action] for action in route.tolist())
             share = self.model.route_compute(route).item()
             console.print(Text(f"{cells} {share:.2f} {self.tokenizer.decode([token])!r}"))

@@ -6,6 +6,7 @@ The harness asks the questions, through its own class for models of Hugging Face
 from __future__ import annotations
 
 import logging
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from functools import cache
 from importlib.util import find_spec
@@ -18,6 +19,7 @@ from duorl.evaluation.frontier import Frontier, Ladder
 from duorl.evaluation.statistics import Estimate, estimate, named
 from duorl.models import DuoForCausalLM, Transcript
 from duorl.models.bases import said
+from duorl.models.transcript import NOT_ROUTED
 from duorl.routers import ConstantRouter, PatternRouter, Router
 
 ALL_BIG = "all-big"
@@ -148,7 +150,7 @@ def _harness() -> Any:
         def __init__(self, model: DuoForCausalLM, tokenizer: Any, router: Router, batch: int):
             view, length = model.with_router(router), model.most_positions
             super().__init__(view, tokenizer=tokenizer, batch_size=batch, max_length=length)
-            self.router, self.tokens, self.total = router, 0, 0.0
+            self.duo, self.router, self.tokens, self.total = model, router, 0, 0.0
             self._called: list[Tensor] = []
 
         @property
@@ -157,10 +159,9 @@ def _harness() -> Any:
             return self.total / max(1, self.tokens)
 
         def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
-            self.router.begin(self.model, inps)
-            transcript = Transcript(self.router, self.model)
-            logits = self.model(input_ids=inps, router=transcript).logits
-            self._called = list(transcript.routes(inps.shape[1], inps.shape[1]))
+            transcript = Transcript(self.router, self.duo)
+            logits = self.duo(input_ids=inps, router=transcript).logits
+            self._called = list(transcript.routes)
             return logits
 
         def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
@@ -169,15 +170,20 @@ def _harness() -> Any:
             return super()._select_cont_toks(logits, contlen=contlen, inplen=inplen)
 
         def _model_generate(self, context: Tensor, max_length: int, stop: Any, **options: Any) -> Tensor:
-            self.router.begin(self.model, context)
-            transcript = Transcript(self.router, self.model)
-            written = super()._model_generate(context, max_length, stop, router=transcript, **options)
-            routes = transcript.routes(context.shape[1], written.shape[1] - 1)
-            self._count(routes[routes[..., 0] >= 0])
-            return written
+            found = super()._model_generate(context, max_length, stop, return_dict_in_generate=True, **options)
+            start = context.shape[1]
+            for text, routes in zip(found.sequences, found.routes, strict=True):
+                routes = routes[: start + self._length(text[start:], stop) - 1]
+                self._count(routes[routes[:, 0] != NOT_ROUTED])
+            return found.sequences
+
+        def _length(self, answer: Tensor, stop: Sequence[str]) -> int:
+            """Number of tokens to the end of the first stop string; the harness goes on for other texts of a batch."""
+            sizes = range(1, len(answer) + 1)
+            return 1 + bisect_left(sizes, True, key=lambda n: any(one in self.tok_decode(answer[:n]) for one in stop))
 
         def _count(self, routes: Tensor) -> None:
-            self.total += self.model.route_compute(routes).sum().item()
+            self.total += self.duo.route_compute(routes).sum().item()
             self.tokens += len(routes)
 
     return Harness

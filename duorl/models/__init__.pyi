@@ -3,11 +3,11 @@ from .config import DuoConfig
 from .conversion import convert
 from .ffn import DuoFFN
 from .frozen import require_frozen
-from .generation import Transcript
 from .loading import check_windows, load, load_tokenizer, model_folder
 from .modeling import DuoForCausalLM
 from .pace import Pace
 from .shared import save_small
+from .transcript import Transcript
 
 __all__ = [
     "Base",

@@ -8,13 +8,14 @@ removed before the verification writes its own.
 
 from __future__ import annotations
 
+import copy
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.candidate_generator import CandidateGenerator, PromptLookupCandidateGenerator
 
 from duorl.models.pace import Pace
@@ -60,6 +61,7 @@ class Drafter(CandidateGenerator):
         drafts: how to draft; it is told what comes of it.
         config: of the generation.
         processors: of the logits; drafts are chosen with them too.
+        criteria: what ends a text; no token is drafted after that.
         arguments: of the model's passes; they hold the cache, and the mask of the prompt.
         lookup: finds tokens in the text so far, which cost no draft; it is asked first.
     """
@@ -70,20 +72,24 @@ class Drafter(CandidateGenerator):
         drafts: Drafts,
         config: GenerationConfig,
         processors: LogitsProcessorList,
+        criteria: StoppingCriteriaList,
         arguments: dict[str, Any],
         lookup: PromptLookupCandidateGenerator | None = None,
     ):
         self.model, self.drafts, self.length = model, drafts, drafts.length
-        self.config, self.processors, self.lookup = config, processors, lookup
+        self.config, self.processors, self.criteria, self.lookup = config, processors, criteria, lookup
         self._cache_name = next(name for name in _CACHES if arguments.get(name) is not None)
         self._cache, self._mask = arguments[self._cache_name], arguments.get("attention_mask")
+        self._ends = criteria
         self._written: list[float] = []  # the draft's probabilities of its tokens
         self._found = 0  # tokens that were looked up
+        self._most = config.max_length
         self._times: tuple[float, float] | None = None  # when its draft began and ended; None: no pass to learn from
 
     def get_candidates(self, input_ids: Tensor, **_: Any) -> tuple[Any, Any]:
         """The text (1, S) with a draft, (1, S + n), and the draft's logits (1, n, V); None if it was looked up."""
         began, self._times, self._written, self._found = time.perf_counter(), None, [], 0
+        self._ends = _looking_ahead(self.criteria)
         if input_ids.shape[1] - self._cache.get_seq_length() > 1:
             return input_ids, None  # the pass over the prompt comes first
         text, logits = self._look_up(input_ids), None
@@ -91,10 +97,13 @@ class Drafter(CandidateGenerator):
         if not self._found:
             text, logits = self._draft(input_ids)
         self._times = began, time.perf_counter()
+        if self._is_over(text):  # the verification adds a token of its own to a whole draft; not after the end
+            self.config.max_length = text.shape[1]
         return text, logits
 
     def update_candidate_strategy(self, input_ids: Tensor, scores: Tensor, num_matches: int) -> None:
         """Learn from what the verification kept."""
+        self.config.max_length = self._most
         if self._times is None:
             return
         kept, count = int(num_matches), len(self._written) + self._found
@@ -115,16 +124,17 @@ class Drafter(CandidateGenerator):
         found, most = self.lookup.get_candidates(text)[0], self._room(text)
         if found.shape[1] > text.shape[1] and isinstance(self.length, Pace):
             most = min(most, self.length.lookups())
-        return found[:, : text.shape[1] + most]
+        found = found[:, : text.shape[1] + most]
+        lengths = range(text.shape[1] + 1, found.shape[1])
+        return found[:, : next((length for length in lengths if self._is_over(found[:, :length])), found.shape[1])]
 
     def _draft(self, text: Tensor) -> tuple[Tensor, Tensor | None]:
         """The text with drafted tokens, and their logits."""
         logits: list[Tensor] = []
         while self._room(text) > 0 and self._another():
             logits.append(self._next(text))
-            token = self._chosen(logits[-1])
-            text = torch.cat([text, token], dim=1)
-            if self._is_end(token):
+            text = torch.cat([text, self._chosen(logits[-1])], dim=1)
+            if self._is_over(text):
                 break
         if not logits:
             return text, None
@@ -157,6 +167,20 @@ class Drafter(CandidateGenerator):
         self._written.append(shares.gather(1, token).item())
         return token
 
-    def _is_end(self, token: Tensor) -> bool:
-        ends = getattr(self.config, "_eos_token_tensor", None)
-        return ends is not None and bool(torch.isin(token, ends).any())
+    def _is_over(self, text: Any) -> bool:
+        return bool(self._ends(text, None).all())
+
+
+def _looking_ahead(criteria: StoppingCriteriaList) -> StoppingCriteriaList:
+    """The same criteria, to be asked about tokens that may be refused: what users' own ones count is copied."""
+    return StoppingCriteriaList(
+        one if type(one).__module__.startswith("transformers.") else _apart(one) for one in criteria
+    )
+
+
+def _apart(criterion: Any) -> Any:
+    found = copy.copy(criterion)
+    for name, value in vars(criterion).items():
+        if isinstance(value, list | dict | set | Tensor):
+            setattr(found, name, copy.deepcopy(value))
+    return found

@@ -24,9 +24,10 @@ from duorl.models.calls import Call, RoutedCall, calling, let_ask
 from duorl.models.config import DuoConfig
 from duorl.models.families import attention_of, attention_width, decoder_of, family_of, find_layers, sized
 from duorl.models.ffn import AddingDuoFFN, DuoFFN
-from duorl.models.generation import RoutedGenerationMixin, RouterLike, decision
+from duorl.models.generation import RoutedGenerationMixin
 from duorl.models.shared import CARD, join, save_small, small_folder
 from duorl.models.stack import DecoderStack
+from duorl.models.transcript import RouterLike, begin, decision
 
 _NOT_OF_BASE = {
     *hub.OPTIONS,
@@ -225,7 +226,10 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
             self._check_routes(routes, input_ids)
         elif router is None:
             router = self.own_router
-        with calling(self._call(routes, router)):
+        call = self._call(routes, router)
+        if router is not None and _are_new(kwargs):
+            begin(router, self, _tokens(input_ids, inputs_embeds))
+        with calling(call):
             return self.backbone(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -278,6 +282,19 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         """The backbone's own, which keeps its number of tokens for the loss; the FLOPs of the head are counted anew."""
         self.__dict__.pop("flops", None)
         return self.backbone.resize_token_embeddings(*args, **kwargs)
+
+
+def _are_new(options: dict[str, Any]) -> bool:
+    """Whether a pass begins its texts: nothing of them is in a cache."""
+    cache = options.get("cache", options.get("past_key_values"))
+    return cache is None or not int(cache.get_seq_length())
+
+
+def _tokens(input_ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
+    """The tokens of a pass, (B, T); (B, 0) for embeddings."""
+    if input_ids is not None:
+        return input_ids
+    return torch.empty(0 if embeddings is None else len(embeddings), 0, dtype=torch.int64)
 
 
 def _named_dtype(given: dict[str, Any]) -> torch.dtype | None:

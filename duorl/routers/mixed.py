@@ -29,8 +29,8 @@ _drawn: ContextVar[WeakKeyDictionary[Router, Tensor] | None] = ContextVar("drawn
 class MixedRouter(Router):
     """Draws one of several routers for each text, which then decides for all of its tokens.
 
-    The draw is a hash of the seed and the text, without its last token. So a text always has the same router, in any
-    batch.
+    The draw is a hash of the seed and the text, without its last token and what fills it up at its ends. So a text
+    always has the same router, in any batch.
 
     Args:
         routers: the parts; or, when they are loaded from a file, the name and `config` of each one's class.
@@ -99,7 +99,8 @@ class MixedRouter(Router):
         """Draw a part for each row of tokens (B, n); see `Router.begin`."""
         for part in self.parts:
             part.begin(model, tokens)
-        places = torch.tensor([self._place(row) for row in tokens[:, : max(1, tokens.shape[1] - 1)].tolist()])
+        fills = _fills(model)
+        places = torch.tensor([self._place(_text(row, fills)) for row in tokens.tolist()])
         _drawn.set(WeakKeyDictionary({**(_drawn.get() or {}), self: places.to(tokens.device)}))
 
     def _place(self, row: Sequence[int]) -> int:
@@ -125,3 +126,18 @@ class MixedRouter(Router):
     def forward(self, hidden: Tensor, layer: int, compute: Tensor) -> Tensor:
         """(B, T), `decide` with a view that has only these three values; see `Router.forward`."""
         return self.decide(View(hidden, layer, compute))
+
+
+def _fills(model: DuoForCausalLM) -> set[int]:
+    """The tokens that others fill up a text with, to the length of its batch."""
+    settings, found = model.generation_config, {0}
+    for tokens in (settings.pad_token_id, settings.eos_token_id):
+        if tokens is not None:
+            found.update(torch.as_tensor(tokens).flatten().tolist())
+    return found
+
+
+def _text(row: Sequence[int], fills: set[int]) -> Sequence[int]:
+    """The tokens of a text but the last, without those at its ends that may fill it up."""
+    own = [place for place, token in enumerate(row) if token not in fills]
+    return row[own[0] : own[-1]] if own else ()
