@@ -121,7 +121,8 @@ class Drafter(CandidateGenerator):
         """The text with tokens that followed its last ones before."""
         if self.lookup is None:
             return text
-        found, most = self.lookup.get_candidates(text)[0], self._room(text)
+        found: Any = self.lookup.get_candidates(text)[0]
+        most = self._room(text)
         if found.shape[1] > text.shape[1] and isinstance(self.length, Pace):
             most = min(most, self.length.lookups())
         found = found[:, : text.shape[1] + most]

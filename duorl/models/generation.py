@@ -105,18 +105,18 @@ class RoutedGenerationMixin(GenerationMixin):
             _current.reset(token)
         return _told(found, call) if isinstance(found, ModelOutput) else found
 
-    @wraps(GenerationMixin._validate_generation_mode)
     def _validate_generation_mode(self, mode: Any, config: Any, more: Any) -> None:  # type: ignore[override]
         """As in transformers, and what has no drafts is refused."""
-        super()._validate_generation_mode(mode, config, more)
+        transformers: Any = super()
+        transformers._validate_generation_mode(mode, config, more)
         call = _current.get()
         if call is not None and call.drafts is not None and mode != GenerationMode.ASSISTED_GENERATION:
             raise ValueError("draft: beam search has no drafts: set num_beams to 1")
 
-    @wraps(GenerationMixin._prepare_model_inputs)
-    def _prepare_model_inputs(self, *args: Any, **given: Any) -> Any:
+    def _prepare_model_inputs(self, *args: Any, **given: Any) -> Any:  # type: ignore[override]
         """As in transformers; routers begin here, where the prompts are known."""
-        found, name, rest = super()._prepare_model_inputs(*args, **given)
+        transformers: Any = super()
+        found, name, rest = transformers._prepare_model_inputs(*args, **given)
         if (call := _current.get()) is not None:
             call.prompt = rest["input_ids"] if name == "inputs_embeds" else found
             if call.draft is not None and len(found) > 1:
@@ -128,10 +128,12 @@ class RoutedGenerationMixin(GenerationMixin):
                     one.generating(call.prompt, found.shape[1])
         return found, name, rest
 
-    @wraps(GenerationMixin._get_stopping_criteria)
-    def _get_stopping_criteria(self, generation_config: Any, *args: Any, **given: Any) -> StoppingCriteriaList:
+    def _get_stopping_criteria(  # type: ignore[override]
+        self, generation_config: Any, *args: Any, **given: Any
+    ) -> StoppingCriteriaList:
         """As in transformers; the transcript is told of every end. Beams have an end of their own."""
-        criteria = super()._get_stopping_criteria(generation_config, *args, **given)
+        transformers: Any = super()
+        criteria = transformers._get_stopping_criteria(generation_config, *args, **given)
         if (call := _current.get()) is None:
             return criteria
         call.criteria = criteria
@@ -139,8 +141,7 @@ class RoutedGenerationMixin(GenerationMixin):
             return criteria
         return Ends(criteria, call.transcript)
 
-    @wraps(GenerationMixin._get_candidate_generator)
-    def _get_candidate_generator(self, *args: Any, **given: Any) -> CandidateGenerator:
+    def _get_candidate_generator(self, *args: Any, **given: Any) -> CandidateGenerator:  # type: ignore[override]
         """Ours, for a call of `generate` with a router; it may look up tokens without a draft."""
         transformers: Any = super()
         call, config = _current.get(), given["generation_config"]
