@@ -38,8 +38,16 @@ def action_ids(actions: Sequence[str]) -> Tensor:
 
 
 def linear_flops(module: nn.Module) -> int:
-    """FLOPs of one token in all weight matrices of `module`, without biases and activations."""
-    return 2 * sum(p.numel() for p in module.parameters() if p.ndim >= 2)
+    """FLOPs of one token in all weight matrices of `module`, without biases and activations.
+
+    Linear maps are counted by their sizes, because quantized ones have packed weights, or no parameters at all.
+    """
+    seen, total = set(), 0
+    for part in module.modules():
+        if hasattr(part, "in_features") and hasattr(part, "out_features"):
+            total += part.in_features * part.out_features
+            seen.update(map(id, part.parameters()))
+    return 2 * (total + sum(p.numel() for p in module.parameters() if p.ndim >= 2 and id(p) not in seen))
 
 
 @dataclass(frozen=True)

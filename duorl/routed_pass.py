@@ -25,6 +25,7 @@ from duorl.costs import SKIP, Tally
 from duorl.inputs import View
 from duorl.models.ffn import DuoFFN, group_sizes
 from duorl.models.footprint import head_rows
+from duorl.models.frozen import require_evaluation
 from duorl.models.memory import Memory, remembering
 from duorl.scores import each
 
@@ -47,8 +48,10 @@ def remember(model: DuoForCausalLM, tokens: Tensor, positions: Tensor | None = N
         A memory for `RoutedPass(model, tokens, context="reference", memory=...)`, which can be used several times.
 
     Raises:
-        ValueError: the model's attention does not go through transformers' attention interface.
+        ValueError: the model's attention does not go through transformers' attention interface, or it cannot read
+            the tokens; see `RoutedPass`.
     """
+    require_evaluation(model, tokens.shape[1] - 1)
     inputs = tokens[:, :-1]
     if positions is None:
         positions = torch.arange(inputs.shape[1], device=tokens.device).expand_as(inputs)
@@ -83,6 +86,9 @@ class RoutedPass:
         compute: (K * B, P), compute so far, in [0, 1].
         layer_input: (K * B, P, d), the residual stream that entered this layer, before its attention.
         targets: (B, P), the tokens to predict.
+
+    Raises:
+        ValueError: the model is in training mode, or has fewer than T positions.
     """
 
     def __init__(
@@ -96,6 +102,7 @@ class RoutedPass:
         tally: Tally | None = None,
         price: Tensor | None = None,
     ):
+        require_evaluation(model, tokens.shape[1] - 1)
         if context == "reference" and memory is None:
             memory = remember(model, tokens)
         self.memory, self.tally = memory, tally

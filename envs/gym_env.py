@@ -61,8 +61,8 @@ def observe_tensors(dynamics: RoutingDynamics) -> dict[str, Tensor]:
 
 
 def observe(dynamics: RoutingDynamics) -> dict[str, np.ndarray]:
-    """The same as arrays."""
-    return {key: values.cpu().numpy() for key, values in observe_tensors(dynamics).items()}
+    """The same as arrays, which wrappers may change: the episode does not read them."""
+    return {key: values.cpu().numpy().copy() for key, values in observe_tensors(dynamics).items()}
 
 
 def _build(

@@ -55,7 +55,7 @@ class RoutingVecEnv(VecEnv):
 
     def step_wait(self):
         """Decide one layer; returns (observations, rewards, dones, infos) of Stable-Baselines3."""
-        rewards = self.lockstep.step(self._actions.to(self.lockstep.codes.device)).float().cpu().numpy()
+        rewards = self.lockstep.step(self._actions.to(self.lockstep.codes.device)).float().cpu().numpy().copy()
         done, infos = self.lockstep.done, self._infos
         if done:
             self.outcome = self.lockstep.outcome

@@ -6,10 +6,12 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from conftest import make_duo, random_routes
+from torch._dynamo.testing import CompileCounter
+from transformers.generation.configuration_utils import CompileConfig
 
 from duorl.models.calls import Call, calling, current
 from duorl.routed_pass import RoutedPass
-from duorl.routers import ConstantRouter
+from duorl.routers import ConstantRouter, PatternRouter
 
 _JOBS = 40
 
@@ -111,3 +113,35 @@ def test_accelerates_hooks_stay_and_are_called(family, tokens):
         assert all(module._hf_hook is hook for module, hook in zip(modules, hooks, strict=True))
         if number < 2:
             assert torch.allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_torch_compile_changes_nothing(tokens):
+    """All-big is one graph, as the original is; a pass that is routed runs as without it."""
+    model, x = make_duo("llama"), tokens[:, :-1]
+    routes = random_routes(model, tokens)
+    ways = [{}, {"routes": routes}, {"routes": 2 - routes.clamp(max=2)}, {"router": ConstantRouter("small")}, {}]
+    expected = [model(input_ids=x, **way).logits for way in ways]
+    walked = routed_pass(model, tokens, "small"), reference_pass(model, tokens, "small")
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compiled = torch.compile(model, backend=counter)
+    for way, logits in zip(ways, expected, strict=True):
+        assert torch.allclose(compiled(input_ids=x, **way).logits, logits, atol=1e-5)
+    assert counter.frame_count == 1
+    for layer in model.stack.layers:
+        layer.compile(backend=counter)
+    for way, logits in zip(ways, expected, strict=True):
+        assert torch.allclose(model(input_ids=x, **way).logits, logits, atol=1e-5)
+    assert torch.allclose(routed_pass(model, tokens, "small"), walked[0], atol=1e-5)
+    assert torch.allclose(reference_pass(model, tokens, "small"), walked[1], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_generate_with_a_compiled_model_gives_the_same_tokens(tokens):
+    model, options = make_duo("llama"), {"max_new_tokens": 4, "do_sample": False, "router": PatternRouter([1, 2, 1])}
+    how = CompileConfig(backend="eager", mode=None, fullgraph=False)
+    how._compile_all_devices = True  # as on an accelerator
+    prompt, more = tokens[:1, :5], {"cache_implementation": "static", "compile_config": how}
+    torch._dynamo.reset()
+    assert torch.equal(model.generate(prompt, **options, **more), model.generate(prompt, **options))

@@ -425,3 +425,32 @@ def test_stable_baselines_is_told_of_the_last_observation(duo, windows):
     assert all(info["episode"]["l"] == 3 and not info["TimeLimit.truncated"] for info in infos)
     with pytest.raises(ValueError, match="from 0 to 1"):
         env.step(np.full(7, 2))
+
+
+def test_what_an_environment_gives_can_be_changed_in_place(duo, windows):
+    """Wrappers scale observations and rewards, and users reuse their array of actions."""
+    lockstep = Lockstep(duo, windows, windows_per_batch=2)
+    makes = {
+        "single": lambda: DuoRoutingEnv(duo, windows=windows),
+        "vector": lambda: DuoRoutingVectorEnv(3, duo, windows=windows),
+        "sb3": lambda: RoutingVecEnv(lockstep),
+    }
+    for name, make in makes.items():
+        outcomes = []
+        for spoils in (False, True):
+            env = make()
+            lockstep.seed(0)
+            observation = env.reset() if name == "sb3" else env.reset(seed=0)[0]
+            dynamics = lockstep if name == "sb3" else env.dynamics
+            for _ in range(dynamics.layers - 1):
+                actions = 1 if name == "single" else np.ones(len(observation["hidden"]), dtype=np.int64)
+                observation, rewards = env.step(actions)[:2]
+                if spoils:
+                    observation["hidden"] *= 0
+                    observation["compute"] += 7
+                    rewards *= 5
+                    actions *= 0
+            final = dynamics._walk.residual.clone(), torch.stack(dynamics._rewards), torch.stack(dynamics._actions)
+            outcomes.append(final)
+        for plain, spoiled in zip(*outcomes, strict=True):
+            assert torch.equal(plain, spoiled), name

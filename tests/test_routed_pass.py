@@ -188,3 +188,26 @@ def test_an_episode_holds_the_states_of_two_layers(duo, tokens):
     gc.collect()
     assert [state() is None for state in held] == [True, False, False]
     assert dynamics.outcome.routes.shape == (14, 3)
+
+
+def test_a_pass_that_would_be_random_or_too_long_is_refused(tokens):
+    model = make_duo("gpt2")  # it has dropout
+    long = torch.zeros(1, 66, dtype=torch.int64)
+    for begin in (RoutedPass, remember):
+        with pytest.raises(ValueError, match="a window of 65 tokens is longer than the model's 64 positions"):
+            begin(model, long)
+        with pytest.raises(ValueError, match=r"training mode, in which dropout is random: call model.eval\(\)"):
+            begin(model.train(), tokens)
+        model.eval()
+
+
+def test_quantized_networks_are_run_and_counted():
+    """They have no parameters, or packed ones."""
+    model = make_duo("llama")
+    before = model.flops.ffns
+    quantized = torch.ao.quantization.quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+    quantized.__dict__.pop("flops", None)  # to be counted again
+    assert torch.equal(quantized.flops.ffns, before) and quantized.flops.head == model.flops.head
+    tokens = torch.randint(61, (2, 33), generator=torch.Generator().manual_seed(0))
+    losses = RoutedPass(quantized, tokens).take_all(2).losses()
+    assert (losses - RoutedPass(model, tokens).take_all(2).losses()).abs().max() < 0.3

@@ -7,9 +7,7 @@ used by many threads at the same time, and changes of its modules by others, for
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable
 from functools import cache, wraps
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from duorl.costs import SKIP
 from duorl.inputs import View
+from duorl.models.scoped import Scoped
 
 if TYPE_CHECKING:
     from duorl.models.ffn import DuoFFN
@@ -56,18 +55,9 @@ class Call:
         return forward(*args, **kwargs)
 
 
-_current: ContextVar[Call | None] = ContextVar("call", default=None)
-current = _current.get
-
-
-@contextmanager
-def calling(call: Call | None) -> Iterator[None]:
-    """In this block, the parts of models ask `call`; None: they work as usual."""
-    token = _current.set(call)
-    try:
-        yield
-    finally:
-        _current.reset(token)
+_call: Scoped[Call] = Scoped("call")
+current, calling = _call.get, _call.having
+"""The call of this thread, or None; and a block in which parts of models ask a call. None: they work as usual."""
 
 
 class RecordedLayers(Call):
@@ -159,11 +149,11 @@ class RoutedCall(Call):
         layer, given = len(self.taken), hidden.shape
         hidden = hidden.view(self._shape)
         before = self.action_compute.new_zeros(hidden.shape[:-1]) if self.compute is None else self.compute
-        view, token = View(hidden, layer, before, self.previous, self.taken), _current.set(None)
+        view, token = View(hidden, layer, before, self.previous, self.taken), _call.variable.set(None)
         try:  # a router may run models; a context manager here would take longer than its decision
             actions = self.decide(view)
         finally:
-            _current.reset(token)
+            _call.variable.reset(token)
         if actions.shape != before.shape:
             raise ValueError(f"a router gave {tuple(actions.shape)} actions for {tuple(before.shape)} tokens")
         self.compute = before + self.action_compute[layer].take(actions)
@@ -197,10 +187,9 @@ def _asking(base: Any, part: Part) -> Any:
 
     @wraps(own)  # transformers reads the signature of forward
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        call = current()
-        if call is None:
-            return own(self, *args, **kwargs)
-        return getattr(call, part)(own.__get__(self), *args, **kwargs)
+        if _call.anywhere:
+            return _ask(part, own.__get__(self), *args, **kwargs)
+        return own(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         """For pickle and deepcopy, which cannot find the class by its name: make it again from its base."""
@@ -208,6 +197,12 @@ def _asking(base: Any, part: Part) -> Any:
 
     names = {"forward": forward, "__reduce_ex__": reduce, "__module__": base.__module__, "__doc__": base.__doc__}
     return type(base)(base.__name__, (base,), {**names, "__qualname__": base.__qualname__})
+
+
+@torch.compiler.disable
+def _ask(part: Part, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    call = current()
+    return forward(*args, **kwargs) if call is None else getattr(call, part)(forward, *args, **kwargs)
 
 
 def _new(base: Any, part: Part) -> nn.Module:

@@ -116,14 +116,15 @@ class AddingDuoFFN(DuoFFN):
 def _in_cache(ffn: nn.Module, hidden: Tensor) -> Tensor:
     """Output of a network. On a CPU in float32, it is computed in parts that fit into the cache: up to a third faster.
 
-    In lower precisions, a product prepares its weights anew for each part, so parts are slower.
+    In lower precisions, a product prepares its weights anew for each part, so parts are slower; and quantized networks
+    round the parts of a batch in their own way.
     """
     if hidden.device.type != "cpu" or hidden.dtype != torch.float32:
         return ffn(hidden)
-    tokens = hidden.flatten(0, -2)
-    if len(tokens) <= _FEW:
+    tokens, widest = hidden.flatten(0, -2), max((max(weight.shape) for weight in ffn.parameters()), default=0)
+    if len(tokens) <= _FEW or not widest:
         return ffn(hidden)
-    rows = max(_FEW, _CACHED // max(max(weight.shape) for weight in ffn.parameters()))
+    rows = max(_FEW, _CACHED // widest)
     if len(tokens) <= rows:
         return ffn(hidden)
     return torch.cat([ffn(part) for part in tokens.split(rows)]).view_as(hidden)

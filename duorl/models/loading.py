@@ -19,6 +19,7 @@ from duorl import hub
 from duorl.devices import DeviceMap, Dtype, pick_device, pick_dtype, require_memory
 from duorl.models.bases import find_recorded, read_object, said, with_end_of_text
 from duorl.models.calls import Skip, known_skip
+from duorl.models.frozen import require_positions
 from duorl.models.shared import FILES, WEIGHTS
 from duorl.models.weights import require_weights, without_report
 
@@ -245,9 +246,8 @@ def check_windows(model: DuoForCausalLM, windows: Tensor) -> None:
     """
     if windows.ndim != 2 or windows.shape[1] < 2 or windows.is_floating_point():
         raise ValueError(f"windows are token ids of shape (W, T+1), not {windows.dtype} {tuple(windows.shape)}")
-    most, length, known = model.most_positions, windows.shape[1] - 1, model.config.backbone.vocab_size
-    if most is not None and length > most:
-        raise ValueError(f"a window of {length} tokens is longer than the model's {most} positions: give a smaller one")
+    require_positions(model, windows.shape[1] - 1)
+    known = model.config.backbone.vocab_size
     unknown = (windows < 0) | (windows >= known)
     if unknown.any():
         raise ValueError(

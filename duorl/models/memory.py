@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Literal
 
 from torch import Tensor
+
+from duorl.models.scoped import Scoped
 
 
 @dataclass
@@ -42,15 +41,6 @@ class Memory:
             states.scatter_(2, index, own)
 
 
-_active: ContextVar[Memory | None] = ContextVar("memory", default=None)
-active_memory = _active.get
-
-
-@contextmanager
-def remembering(memory: Memory | None) -> Iterator[None]:
-    """In this block, attention uses `memory`; None: ordinary attention."""
-    token = _active.set(memory)
-    try:
-        yield
-    finally:
-        _active.reset(token)
+_memory: Scoped[Memory] = Scoped("memory")
+active_memory, remembering = _memory.get, _memory.having
+"""The memory that attention uses in this thread, or None; and a block in which it uses one."""

@@ -20,7 +20,7 @@ import duorl.models.attention  # noqa: F401  (registers the attention function t
 from duorl import hub
 from duorl.costs import ACTIONS, Flops, linear_flops
 from duorl.inputs import View
-from duorl.models.calls import Call, RoutedCall, calling, let_ask
+from duorl.models.calls import RoutedCall, calling, let_ask
 from duorl.models.config import DuoConfig
 from duorl.models.families import attention_of, attention_width, decoder_of, family_of, find_layers, sized
 from duorl.models.ffn import AddingDuoFFN, DuoFFN
@@ -222,44 +222,48 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         """
         if routes is not None and router is not None:
             raise ValueError("give routes or a router, not both")
-        if routes is not None:
-            self._check_routes(routes, input_ids)
-        elif router is None:
+        if routes is None and router is None:
             router = self.own_router
-        call = self._call(routes, router)
-        if router is not None and _are_new(kwargs):
-            begin(router, self, _tokens(input_ids, inputs_embeds))
-        with calling(call):
-            return self.backbone(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **kwargs,
-            )
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "labels": labels,
+            "use_cache": use_cache,
+            "logits_to_keep": logits_to_keep,
+            **kwargs,
+        }
+        if routes is None and router is None:
+            return self.backbone(**inputs)
+        return self._routed(routes, router, inputs)
 
-    def _check_routes(self, routes: Tensor, input_ids: Tensor | None) -> None:
+    @torch.compiler.disable  # which networks run follows from numbers
+    def _routed(
+        self, routes: Tensor | None, router: RouterLike | None, inputs: dict[str, Any]
+    ) -> CausalLMOutputWithPast:
+        """A pass that follows routes or a router."""
+        decide = self._following(routes, inputs["input_ids"]) if router is None else self._decided_by(router, inputs)
+        with calling(RoutedCall(decide, self.action_compute, drops_blocks=self.config.skip == "block")):
+            return self.backbone(**inputs)
+
+    def _decided_by(self, router: RouterLike, inputs: dict[str, Any]) -> Callable[[View], Tensor]:
+        if require_fit := getattr(router, "require_fit", None):
+            require_fit(self)
+        cache = inputs.get("cache", inputs.get("past_key_values"))
+        if cache is None or not int(cache.get_seq_length()):
+            begin(router, self, _tokens(inputs["input_ids"], inputs["inputs_embeds"]))
+        return decision(router)
+
+    def _following(self, routes: Any, input_ids: Tensor | None) -> Callable[[View], Tensor]:
+        """The decisions of checked routes (B, T, L)."""
         if routes.ndim != 3 or routes.shape[2] != self.num_layers:
             raise ValueError(f"routes must have shape (B, T, {self.num_layers}), not {tuple(routes.shape)}")
         if input_ids is not None and routes.shape[:2] != input_ids.shape:
             raise ValueError(f"routes are for {tuple(routes.shape[:2])} tokens, input_ids for {tuple(input_ids.shape)}")
         if routes.min() < 0 or routes.max() >= len(ACTIONS):
             raise ValueError(f"routes hold codes 0 to {len(ACTIONS) - 1} ({', '.join(ACTIONS)})")
-
-    def _call(self, routes: Tensor | None, router: RouterLike | None) -> Call | None:
-        """The call of one forward pass."""
-        if routes is not None:
-            decide: Callable[[View], Tensor] = lambda view: routes[..., view.layer]  # noqa: E731
-        elif router is not None:
-            if require_fit := getattr(router, "require_fit", None):
-                require_fit(self)
-            decide = decision(router)
-        else:
-            return None
-        return RoutedCall(decide, self.action_compute, drops_blocks=self.config.skip == "block")
+        return lambda view: routes[..., view.layer]
 
     def get_input_embeddings(self) -> nn.Module:
         """The backbone's token embedding."""
@@ -282,12 +286,6 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         """The backbone's own, which keeps its number of tokens for the loss; the FLOPs of the head are counted anew."""
         self.__dict__.pop("flops", None)
         return self.backbone.resize_token_embeddings(*args, **kwargs)
-
-
-def _are_new(options: dict[str, Any]) -> bool:
-    """Whether a pass begins its texts: nothing of them is in a cache."""
-    cache = options.get("cache", options.get("past_key_values"))
-    return cache is None or not int(cache.get_seq_length())
 
 
 def _tokens(input_ids: Tensor | None, embeddings: Tensor | None) -> Tensor:
