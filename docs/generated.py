@@ -67,7 +67,7 @@ def _is_option(action: Action) -> bool:
 
 def _row(action: Action) -> list[str]:
     default = action.default
-    shown = "" if default in (None, False, "==SUPPRESS==") else f"`{_plain(default)}`"
+    shown = "" if default is None or default is False or default == "==SUPPRESS==" else f"`{_plain(default)}`"
     meaning = _PAGE.sub(r"[\1](../\1.md)", " ".join((action.help or "").split()).replace("|", "\\|"))
     return [f"`{action.option_strings[0]}`", shown, meaning]
 

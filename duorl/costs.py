@@ -6,9 +6,10 @@ all-skip, 1 for all-big.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -42,8 +43,9 @@ def linear_flops(module: nn.Module) -> int:
 
     Linear maps are counted by their sizes, because quantized ones have packed weights, or no parameters at all.
     """
-    seen, total = set(), 0
-    for part in module.modules():
+    seen: set[int] = set()
+    total, parts = 0, cast(Iterable[Any], module.modules())
+    for part in parts:
         if hasattr(part, "in_features") and hasattr(part, "out_features"):
             total += part.in_features * part.out_features
             seen.update(map(id, part.parameters()))

@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +25,7 @@ from duorl.cli.learners import LEARNERS, named
 from duorl.cli.parser import build_parser, parse
 from duorl.learners.base import Learner
 from duorl.paper import StudySize, dense, scaling
+from duorl.routers import HeadRouter
 
 ROOT = Path(__file__).parent.parent
 TINY = """
@@ -117,6 +120,40 @@ def test_learners_are_found_by_name():
         named("nobody")
     with pytest.raises(ValueError, match=r"json\.JSONDecoder is not a Learner"):
         named("json.JSONDecoder")
+
+
+def test_lists_need_no_brackets_and_learners_no_capitals():
+    short = ["--actions", "big,small", "--rivals=soft,KNN", "--env.prices", "0.1,1", "--agent", "reinforce"]
+    whole = ["--actions", "[big, small]", "--rivals=[soft, KNN]", "--env.prices", "[0.1, 1]", "--agent", "REINFORCE"]
+    assert parse("train", short)[1] == parse("train", whole)[1]
+    assert yaml.safe_load(parse("compare", ["--targets", "0.5"])[1])["targets"] == [0.5]
+
+
+def test_compare_has_learners_by_default(capsys):
+    options, text = parse("compare", ["--seeds", "2"])
+    assert list(options.agents) == ["PPO", "REINFORCE"]
+    given = yaml.safe_load(text)["agents"]["PPO"]["init_args"]
+    assert given == yaml.safe_load(parse("train", [])[1])["agent"]["init_args"]
+    assert list(parse("compare", ["--agents", "{A: DQN}"])[0].agents) == ["A"]
+
+
+@pytest.mark.parametrize("option", ["agent", "reward"])
+def test_help_without_a_class_is_about_the_default_one(option, capsys):
+    with pytest.raises(SystemExit):
+        parse("train", [f"--{option}.help"])
+    expected = {"agent": "--agent.clip_range", "reward": "--reward.price"}
+    assert expected[option] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_nobody_reads_or_a_terminal_cannot_show_is_no_error():
+    duorl = [sys.executable, "-m", "duorl"]
+    closed = subprocess.run(f"{shlex.join(duorl)} train --help | true", shell=True, capture_output=True, text=True)
+    assert closed.stderr == ""
+    plain = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    words = [*duorl, "generate", "--prompt", "\N{SNOWMAN}", "--max_new_tokens", "2", "--router", "small"]
+    shown = subprocess.run([*words, "--show", "routes"], capture_output=True, text=True, env=plain)
+    assert shown.returncode == 0 and re.search(r"^s{8} 0\.06 ", shown.stdout, re.MULTILINE)
 
 
 def test_rivals_are_names_or_learners_with_options():
@@ -453,6 +490,13 @@ def test_other_commands_refuse_bad_input_too(arguments, message, tiny, capsys):
     ("arguments", "message"),
     [
         (["--total_decision", "3"], "did you mean total_decisions"),
+        (["--learning_rate", "3"], r"did you mean agent\.learning_rate\?"),
+        (["--price", "3"], r"did you mean reward\.price\?"),
+        (["--windows_per_batch", "3"], r"did you mean env\.windows_per_batch\?"),
+        (["--wandb", "x"], r"unrecognized arguments: --wandb x \(see --help\)"),
+        (["--agent", "ppoo"], 'option "agent": there is no class ppoo .choose from PPO'),
+        (["--model", "duo_tiny"], r"no model 'duo_tiny': did you mean duo-tiny\?"),
+        (["--agent.init", "has_one"], r"no router in has_one: there is one in has_one/routers/soft"),
         (["--agent.learnin_rate", "3"], "did you mean learning_rate"),
         (["--config", "wrong.yaml"], "'total_decison'.*did you mean total_decisions"),
         (["--config", "gone.yaml"], "gone.yaml"),
@@ -508,6 +552,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(arguments, message, tiny, smal
     (tiny / "full" / "precious").touch()
     (tiny / "other").mkdir()
     (tiny / "other" / "config.yaml").touch()  # another program's
+    HeadRouter(8, 192).save_pretrained(tiny / "has_one" / "routers" / "soft")
     (tiny / "ours").mkdir()
     (tiny / "ours" / ".duorl").touch()
     (tiny / "ours" / "config.yaml").touch()

@@ -6,16 +6,20 @@ import re
 import shutil
 import subprocess
 from html import unescape
+from itertools import pairwise
 
 import pytest
 import torch
+from matplotlib import pyplot as plt
 from test_frontier import made_up
 from test_paper import Names, small_study
 
+from duorl.colours import ink, luminance, of_compute, of_loss
 from duorl.evaluation import Comparer, EvaluationOptions, budget_rows, summaries
-from duorl.paper import claims_page, draw
+from duorl.paper import claims_page, draw, pictures
 from duorl.paper.claims import claims
 from duorl.reports import page as report
+from duorl.reports.charts import coloured_text
 from duorl.routers import ConstantRouter, HeadRouter
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -151,3 +155,23 @@ def test_a_report_without_an_oracle_says_so(bound, said, duo, tmp_path):
 def test_a_folder_without_a_run_is_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no run in .*neither comparison\.json"):
         report.write(tmp_path)
+
+
+def test_a_harder_token_is_darker_and_its_ink_can_be_read():
+    losses = [0.0, 1.0, 3.0, 5.9, 6.0, 7.6, 20.0]
+    colours = [of_loss(nats) for nats in losses]
+    assert all(luminance(one) >= luminance(other) for one, other in pairwise(colours))
+    assert luminance(colours[0]) > 0.9 and luminance(colours[-1]) < 0.1
+    for colour in [*colours, *(of_compute(share / 10) for share in range(11))]:
+        light, dark = sorted((luminance(colour), 1.0 if ink(colour) == "#ffffff" else 0.0), reverse=True)
+        assert (light + 0.05) / (dark + 0.05) > 4.5  # what WCAG 2.2 asks for
+    rows = [{"token": "x", "all_small": nats, "difficulty": nats} for nats in losses]
+    page = coloured_text(rows, "all_small")
+    figure, axis = plt.subplots()
+    pictures._write(axis, rows, "all_small")
+    drawn = [text.get_bbox_patch().get_facecolor()[:3] for text in axis.texts]
+    plt.close(figure)
+    assert drawn == [pytest.approx(colour) for colour in colours]
+    assert re.findall(r"rgb\((\d+),(\d+),(\d+)\)", page) == [
+        tuple(str(round(255 * part)) for part in colour) for colour in colours
+    ]

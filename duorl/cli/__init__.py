@@ -13,6 +13,7 @@ Large libraries are imported only if a command needs them.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -22,12 +23,24 @@ __all__ = ["COMMANDS", "main", "train_main"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command. Bad input ends with one line on standard error and exit code 2."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    name = chosen(words)
-    from duorl.cli.running import run_command  # imported here, because --help and --version do not need it
+    """Run one command. Bad input ends with one line on standard error and exit code 2.
 
-    run_command(name, words[1:])
+    Raises:
+        SystemExit: 1 if nobody reads the output any more; else see `duorl.cli.running.run_command`.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without a character shows a question mark
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="replace")
+    try:
+        name = chosen(words)
+        from duorl.cli.running import run_command  # imported here, because --help and --version do not need it
+
+        run_command(name, words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # who read the output has read enough: `duorl ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
+        raise SystemExit(1) from None
 
 
 def train_main() -> None:

@@ -13,8 +13,8 @@ import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.comparing import check_evaluation, compare, make_comparer, unlearned, write, write_cards
-from duorl.cli.console import say, say_logdir, typed_command
+from duorl.cli.comparing import RESULTS, check_evaluation, compare, make_comparer, unlearned, write, write_cards
+from duorl.cli.console import say, say_logdir, say_written, typed_command
 from duorl.cli.trainings import WORK, Place, Workers, do_apart, held_out_texts, ladder_path, router_text
 from duorl.cli.workbench import KNOWABLE, Workbench
 from duorl.corpus import Windows, source_names
@@ -79,7 +79,7 @@ class Compare:
         self._compare(folder)
         if self.options.targets:
             self._compare_budgets(folder)
-        say(f"\nwrote {folder}/: report.html, comparison.json and .csv, figures/, routers/, config.yaml")
+        say_written(folder, *RESULTS, "budgets.json", "routers/", "config.yaml")
         say_logdir(folder)
 
     def places(self, folder: Path) -> list[Place]:

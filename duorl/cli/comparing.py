@@ -23,6 +23,8 @@ from duorl.routers import ConstantRouter, RandomRouter, Router, describe, spent
 
 MIX = "fixed mix"
 """Name of the row of a mixture of fixed patterns."""
+RESULTS = ("report.html", "comparison.json", "comparison.csv", "figures/")
+"""What `write` writes into a run's folder."""
 _FACTS = {"text": "corpus", "layer decisions": "total_decisions", "price": "price", "command": "command"}
 _MEASURED = ("router", "seeds", "tokens", "loss", "compute", "return")
 _BESIDE = ("best fixed", MIX, "all-small", "all-big")

@@ -48,6 +48,16 @@ def say(line: str) -> None:
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
+def say_written(folder: Path, *parts: str) -> None:
+    """Print where the results of a run are: those of its parts that are there."""
+    say(f"wrote {folder}/: {', '.join(part for part in parts if (folder / part).exists())}")
+
+
+def is_unicode() -> bool:
+    """Whether the terminal has more than the characters of ASCII."""
+    return console.encoding.lower().startswith("utf")
+
+
 def say_logdir(folder: Path) -> None:
     """Print the command that starts TensorBoard; it also works if the virtual environment is not activated."""
     program = "tensorboard" if shutil.which("tensorboard") else str(Path(sys.executable).with_name("tensorboard"))

@@ -11,8 +11,8 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from duorl.checks import require_positive
-from duorl.cli.comparing import MIX, check_evaluation, compare, fixed_mix, make_comparer, write
-from duorl.cli.console import console, say, typed_command
+from duorl.cli.comparing import MIX, RESULTS, check_evaluation, compare, fixed_mix, make_comparer, write
+from duorl.cli.console import console, say, say_written, typed_command
 from duorl.cli.material import Material
 from duorl.cli.parser import read_config
 from duorl.costs import ACTIONS, action_ids
@@ -60,6 +60,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         name = _row_name(options.router)
         routers: dict[str, list[Router]] = {name: [router], "best fixed": [comparer.fixed]}
         routers |= fixed_mix(comparer, router, training[: comparer.options.fixed_windows])
+        routers |= {f"all-{action}": [ConstantRouter(action)] for action in ("small", "big")}
         settings = {"command": typed_command(), **read_config(config)}
         if calibration is not None:
             routers |= calibration.rows(name, comparer)
@@ -78,7 +79,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         write(comparison, comparer.traces(tokenizer), folder)
         for line in transfer_lines(comparison):
             say(line)
-        say(f"wrote {folder}/: report.html, comparison.json and .csv, figures/")
+        say_written(folder, *RESULTS, "tasks.json")
 
     return "evaluate", work
 

@@ -15,17 +15,18 @@ from transformers import GenerationConfig
 from transformers.generation import BaseStreamer
 
 from duorl.checks import require_positive
-from duorl.cli.console import console, say, typed_command
+from duorl.cli.console import console, is_unicode, say, typed_command
 from duorl.cli.material import placed
 from duorl.cli.parser import read_config
+from duorl.colours import as_hex, of_compute
 from duorl.costs import ACTIONS
 from duorl.files import write_text
 from duorl.models import DuoForCausalLM, Transcript, check_windows, load, load_tokenizer
-from duorl.reports.generated import generated_page, shade, token_rows
+from duorl.reports.generated import generated_page, token_rows
 from duorl.routers import ConstantRouter, Router
 from duorl.routers import load as load_router
 
-_CELLS = "·▁█"  # skip, small, big
+_CELLS = {True: "·▁█", False: ".sB"}  # skip, small, big; on a terminal without these characters
 
 
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path | None], None]]:
@@ -54,7 +55,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path | None
         if options.html is not None:
             rows = token_rows(model, router, text, tokenizer, written=prompt.shape[1])
             settings = {"command": typed_command(), **read_config(config)}
-            write_text(options.html, generated_page(rows, settings))
+            write_text(options.html, generated_page(str(tokenizer.decode(text[0, :1])), rows, settings))
             say(f"wrote {options.html}")
 
     return "", work
@@ -154,7 +155,7 @@ class Writer(BaseStreamer):
             self._prompt = len(self.tokens)
             self._print(style="dim")
         elif not self._text().endswith("\ufffd"):  # a character of several tokens
-            self._print(style=f"on {shade(self.transcript.latest(last))} black")
+            self._print(style=f"on {as_hex(of_compute(self.transcript.latest(last)))} black")
 
     def end(self) -> None:
         """Print what is left of a text that ends within a character, and end the last line."""
@@ -171,8 +172,8 @@ class Writer(BaseStreamer):
 
     def show_routes(self) -> None:
         """Print a line per generated token: its route, from the first layer to the last, and its compute."""
-        routes = self.transcript.routes[0, self._prompt - 1 :]
+        routes, marks = self.transcript.routes[0, self._prompt - 1 :], _CELLS[is_unicode()]
         for token, route in zip(self.tokens[self._prompt :], routes, strict=True):
-            cells = "".join(_CELLS[action] for action in route.tolist())
+            cells = "".join(marks[action] for action in route.tolist())
             share = self.model.route_compute(route).item()
             console.print(Text(f"{cells} {share:.2f} {self.tokenizer.decode([token])!r}"))

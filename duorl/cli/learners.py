@@ -23,6 +23,7 @@ _SPOKEN = {name.lower(): name for name in LEARNERS}
 _NAME = re.compile(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*")
 _CLASS_PATH = re.compile(r"""class_path["']?\s*:\s*["']?([A-Za-z_][\w.]*\w)""")
 _NAMING = ("--reward", "--agent")
+_HELP = {"--agent.help": "PPO", "--reward.help": "duorl.rewards.LossImprovement"}
 _YAML = (".yaml", ".yml", ".json")
 
 
@@ -65,6 +66,24 @@ def make_known(words: Sequence[str]) -> None:
         name = word if flag in _NAMING else flag.partition("=")[2] if flag.partition("=")[0] in _NAMING else ""
         if _NAME.fullmatch(name):
             _try_import(name)
+
+
+def spelled(words: Sequence[str]) -> list[str]:
+    """The words of a command line with the short name after `--agent` as it is written in `LEARNERS`.
+
+    A question for help without a class is about that of the command line.
+    """
+    found: list[str] = []
+    for flag, word in pairwise(("", *words)):
+        if flag in _HELP and word.startswith("--"):
+            found.append(_HELP[flag])
+        name, equals, value = word.partition("=")
+        if flag in ("--agent", "--agent.help"):
+            word = _SPOKEN.get(word.lower(), word)
+        elif name in ("--agent", "--agent.help"):
+            word = name + equals + _SPOKEN.get(value.lower(), value)
+        found.append(word)
+    return found if not words or words[-1] not in _HELP else [*found, _HELP[words[-1]]]
 
 
 def _try_import(name: str) -> None:

@@ -64,7 +64,7 @@ class RunOptions:
     """Train routers by reinforcement learning and compare them on held-out text with the oracle and other routers.
 
     Args:
-        agents: the learners, by their names in tables and pictures.
+        agents: the learners, by their names in tables and pictures; by default PPO and REINFORCE.
         reward: import path of a class, with its arguments, or of a function. Built in, in nats:
             LossImprovement (price), TeacherKL (price, share), LogitLensShaping (scale), RedundancyCharge (charge,
             threshold), Sum (rewards); in accepted tokens: Acceptance (price, sampled). See docs/reference/rewards.md.
@@ -103,7 +103,7 @@ class RunOptions:
         out: folder of the run; by default the first free `runs/NAME-N`.
     """
 
-    agents: dict[str, LearnerFactory]
+    agents: dict[str, LearnerFactory] = field(default_factory=dict)  # the parser knows the default ones
     reward: Reward | Callable = field(default_factory=lambda: LossImprovement(DEFAULT_PRICE))
     model: str = "duo-tiny"
     skip: Skip | None = None

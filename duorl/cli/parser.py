@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import re
+import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from importlib import import_module
@@ -17,8 +18,9 @@ import yaml
 from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_instance
 
 from duorl.cli.commands import COMMANDS, fail, in_words
-from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, yaml_files
+from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, spelled, yaml_files
 from duorl.devices import DeviceOptions, MapOptions, TrainerDeviceOptions, pick_device, pick_dtype
+from duorl.extensions import find
 from duorl.models.bases import find_base
 from duorl.models.loading import price_of_model, width_of_model
 
@@ -34,6 +36,8 @@ _COMPARE_ONLY = (
     "knowable",
 )
 _TRAIN_ONLY = ("target_compute",)
+_AGENT, _AGENTS = "PPO", ("PPO", "REINFORCE")
+"""What `train` and `compare` train by default."""
 _FLAGS = {
     "overwrite": "replace the run in the output folder",
     "resume": "continue the run in the output folder",
@@ -46,6 +50,7 @@ _WHERE = {"device": DeviceOptions, "map": MapOptions, "trainer": TrainerDeviceOp
 
 _TYPE = re.compile(r"Expected an? <class '(\w+)'>\.? Got value:")
 _CHOICES = re.compile(r"Expected an? typing\.Literal\[(.+?)\]\.? Got value:")
+_FILES = (".yaml", ".yml", ".json")
 _KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false"}
 
 
@@ -61,14 +66,33 @@ class _Parser(ArgumentParser):
         line = " ".join(_condensed(str(message)).split()).replace('Parser key "', 'option "')
         line = _TYPE.sub(lambda found: f"must be {_KINDS.get(found[1], found[1])}, not", line)
         line = _CHOICES.sub(lambda found: f"choose from {found[1].replace(chr(39), '')}, not", line)
+        line = line.replace("Expected a dot import path string:", "there is no class")
         unknown = re.search(r"(?:unrecognized arguments: --|ption ')([\w.]+)", line)
         if unknown:
-            names = sorted({name.lstrip("-") for name in self._option_string_actions})
-            near = difflib.get_close_matches(unknown[1], names, n=1, cutoff=0.4)
-            line += f" (did you mean {near[0]}?)" if near else " (see --help)"
+            near = self._near(unknown[1])
+            line += f" (did you mean {near}?)" if near else " (see --help)"
         if re.search(r'option "(agent|agents|rivals)"', line):
             line += f" (choose from {', '.join(LEARNERS)}, or give an import path)"
         fail(line)
+
+    def _near(self, unknown: str) -> str | None:
+        """The option that was meant: one with this name in a group, or one that is written almost like it."""
+        names = sorted({name.lstrip("-") for name in self._option_string_actions})
+        within = [name for name in names if name.endswith(f".{unknown}")]
+        within += self._within("reward", unknown, lambda: [find("duorl.rewards.LossImprovement")])
+        near = within or difflib.get_close_matches(unknown, names, n=1, cutoff=0.6)
+        return next(iter(near or self._within("agent", unknown, lambda: [named(name) for name in _imported()])), None)
+
+    def _within(self, option: str, unknown: str, kinds: Callable[[], list[type]]) -> list[str]:
+        """The option of a class that has this name; large packages are imported only to answer this."""
+        if f"--{option}" not in self._option_string_actions:
+            return []
+        return [f"{option}.{unknown}" for kind in kinds() if unknown in inspect.signature(kind).parameters]
+
+
+def _imported() -> list[str]:
+    """The learners that are imported already, and the default one: those that a command line is about."""
+    return [name for name, path in LEARNERS.items() if name == _AGENT or path.rpartition(".")[0] in sys.modules]
 
 
 def _condensed(message: str) -> str:
@@ -126,8 +150,10 @@ def _add_defaults(parser: _Parser, name: str, without: Collection[str], price: f
     )
     if name == "train":
         learners = f"the learner, {', '.join(LEARNERS)}, or an import path"
-        default = None if "agent" in without else named("PPO")
+        default = None if "agent" in without else named(_AGENT)
         parser.add_argument("--agent", type=LearnerFactory, default=default, help=learners)
+    else:
+        parser.set_defaults({"agents": {name: {"class_path": LEARNERS[name]} for name in _AGENTS}})
 
 
 def _rewards_section() -> str:
@@ -160,8 +186,10 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
     """
     for path in yaml_files(words):
         _check_yaml(path)
+    words = spelled(words)
     make_known(words)
     parser = build_parser(name)
+    words = _as_lists(parser, words)
     parsed = parser.parse_args(list(words))
     # The parser would keep the default class's options for another class, e.g. PPO's learning rate for REINFORCE.
     replaced, price = _replaced(parsed, parser.get_defaults()), price_of_model(parsed.get("model") or "")
@@ -177,6 +205,20 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
             parsed.dtype = _precision(name, parsed.model, device)
     text = parser.dump(parsed, skip_unset=False)
     return _instantiated(parser, parsed), text
+
+
+def _as_lists(parser: _Parser, words: Sequence[str]) -> list[str]:
+    """The words with brackets around what is given for an option that takes a list alone: `--actions small,big`."""
+    found, flag = [], ""
+    for word in words:
+        name, equals, value = word.partition("=") if word.startswith("--") else (flag, "", word)
+        kinds = str(getattr(parser._option_string_actions.get(name), "_typehint", ""))
+        takes_list = re.search(r"\b(list|tuple)\[", kinds) and not re.search(r"\| str\b|\bstr \|", kinds)
+        if takes_list and value and not value.startswith(("[", "{", "null")) and not value.endswith(_FILES):
+            word = f"{name}=[{value}]" if equals else f"[{value}]"
+        found.append(word)
+        flag = word if word.startswith("--") and "=" not in word else ""
+    return found
 
 
 def _precision(command: str, model: str, device: torch.device) -> str:

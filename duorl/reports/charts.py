@@ -7,10 +7,10 @@ from html import escape
 from typing import Any
 
 import yaml
-from matplotlib import colormaps
 from plotly.graph_objects import Figure
 from plotly.offline import get_plotlyjs
 
+from duorl.colours import ink, of_loss
 from duorl.costs import ACTIONS
 
 Numbers = dict[str, Any]
@@ -23,6 +23,7 @@ th { border-bottom: 1px solid #999; } td:first-child, th:first-child, td.text { 
 tr:nth-child(even) { background: #f7f7f7; } .interval { color: #888; font-size: 11px; white-space: nowrap; }
 .wide { overflow-x: auto; } pre { background: #f5f5f5; padding: 10px; overflow-x: auto; font-size: 12px; }
 .coloured { font: 13px/1.55 ui-monospace, monospace; white-space: pre-wrap; border: 1px solid #eee; padding: 8px; }
+code { white-space: pre; }
 .agrees { color: #177a2e; } .disagrees { color: #b3261e; } .open { color: #8a6d00; } p.note { color: #555; }
 """
 ACTION_COLORS = dict(zip(ACTIONS, ("#cccccc", "#1f77b4", "#ff7f0e"), strict=True))
@@ -101,12 +102,12 @@ def layer_step(layers: int) -> int:
 
 def coloured_text(rows: Sequence[Numbers], key: str) -> str:
     """Tokens with a colour for `key`, from white (0 nats) to dark red (6 nats or more); tooltips have the numbers."""
-    scale, spans = colormaps["OrRd"], []
+    spans = []
     for row in rows:
-        red, green, blue = (round(255 * part) for part in scale(min(max(row[key], 0) / 6, 1))[:3])
-        ink = "#fff" if row[key] > 4 else "#222"
+        colour = of_loss(row[key])
+        red, green, blue = (round(255 * part) for part in colour)
         tip = f"all-small {row['all_small']:.2f}, difficulty {row['difficulty']:.2f}"
-        style = f"background:rgb({red},{green},{blue});color:{ink}"
+        style = f"background:rgb({red},{green},{blue});color:{ink(colour)}"
         spans.append(f"<span style='{style}' title='{tip}'>{escape(row['token'])}</span>")
     return f"<div class='coloured'>{''.join(spans)}</div>"
 
@@ -129,7 +130,8 @@ def document(title: str, settings: Numbers, parts: Sequence[str], *, charts: boo
         yaml.safe_dump({key: value for key, value in settings.items() if key != "command"}, sort_keys=False)
     )
     return (
-        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'><title>{escape(title)}</title>"
+        f"<!DOCTYPE html><html lang='en'><head><meta charset='utf-8'>"
+        f"<meta name='viewport' content='width=device-width, initial-scale=1'><title>{escape(title)}</title>"
         f"<link rel='icon' href='data:,'><style>{_STYLE}</style>{script}</head><body><h1>{escape(title)}</h1>"
         f"<p>Command of this run:</p><pre id='command'>{escape(settings['command'])}</pre>{''.join(parts)}"
         f"<h2>Configuration</h2><pre>{config}</pre></body></html>"

@@ -8,9 +8,9 @@ from html import escape
 from typing import Any
 
 import torch
-from matplotlib import colormaps
 from torch import Tensor
 
+from duorl.colours import as_hex, of_compute
 from duorl.costs import ACTIONS
 from duorl.models import DuoForCausalLM
 from duorl.reports.charts import ACTION_COLORS, Numbers, document
@@ -38,12 +38,6 @@ _STYLE = """
 .route i { display: inline-block; width: 14px; height: 22px; margin-right: 2px; }
 #shown { position: sticky; bottom: 0; background: #fff; border-top: 1px solid #ccc; padding: 4px 0; }</style>
 """
-
-
-def shade(share: float) -> str:
-    """A light colour for a share of big, `#rrggbb`: from pale blue (0) to orange (1)."""
-    red, green, blue = (round(255 * part) for part in colormaps["RdYlBu_r"](0.15 + 0.6 * share)[:3])
-    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 @torch.no_grad()
@@ -81,11 +75,17 @@ def token_rows(model: DuoForCausalLM, router: Router, text: Tensor, tokenizer: A
     ]
 
 
-def generated_page(rows: Sequence[Numbers], settings: Numbers) -> str:
-    """The page; it needs no other file and no network."""
-    spans = "".join(
+def generated_page(begins: str, rows: Sequence[Numbers], settings: Numbers) -> str:
+    """The page; it needs no other file and no network.
+
+    Args:
+        begins: the text of the first token, which no pass predicted.
+        rows: of the tokens after it, see `token_rows`.
+        settings: of the command.
+    """
+    spans = f"<span class='given'>{escape(begins)}</span>" + "".join(
         f"<span class='token{' given' if row['given'] else ''}' data-place='{place}' "
-        f"style='background:{shade(row['compute'])}'>{escape(row['token'])}</span>"
+        f"style='background:{as_hex(of_compute(row['compute']))}'>{escape(row['token'])}</span>"
         for place, row in enumerate(rows)
     )
     safe = [{**row, "shown": _visible(row["token"]), "alternatives": _escaped(row["alternatives"])} for row in rows]

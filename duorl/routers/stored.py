@@ -44,7 +44,7 @@ def _found(folder: str | Path) -> Path:
 def _loaded(folder: Path) -> Router:
     path, weights = folder / "router.json", folder / "router.safetensors"
     if not path.is_file():
-        raise FileNotFoundError(f"no router in {folder}: router.json is missing")
+        raise FileNotFoundError(f"no router in {folder}: {_what_is_there(folder)}")
     try:
         description = _description(path.read_bytes())
         state = _tensors(weights) if weights.is_file() else {}
@@ -64,6 +64,15 @@ def _loaded(folder: Path) -> Router:
         except ValueError as error:
             raise ValueError(f"{weights}: {error}") from error
     return router.eval()
+
+
+def _what_is_there(folder: Path) -> str:
+    """In words: the routers in a folder of a run, or in the folder in which it would be."""
+    start = folder if folder.is_dir() else folder.parent
+    found = [path.parent for depth in range(1, 4) for path in sorted(start.glob("*/" * depth + "router.json"))]
+    if found:
+        return f"there is one in {', '.join(map(str, found[:4]))}{', ...' if found[4:] else ''}"
+    return "router.json is missing" if folder.is_dir() else "there is no such folder"
 
 
 def _description(content: bytes) -> dict[str, Any]:
