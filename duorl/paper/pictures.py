@@ -189,8 +189,8 @@ def _write(axis: Axes, tokens: Sequence[Numbers], key: str) -> None:
                 return
             if part:
                 colour = of_loss(token[key])
-                style = {"family": "monospace", "fontsize": 6.2, "va": "center", "color": ink(colour)}
-                box = {"facecolor": colour, "lw": 0, "pad": 0.6}
+                style: Numbers = {"family": "monospace", "fontsize": 6.2, "va": "center", "color": ink(colour)}
+                box: Numbers = {"facecolor": colour, "lw": 0, "pad": 0.6}
                 axis.text(column, at, part.replace("$", "\\$"), bbox=box, **style)
             column += len(part)
 
