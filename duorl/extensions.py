@@ -8,6 +8,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,10 +38,33 @@ def import_named(path: str) -> ModuleType:
         ValueError: it cannot be imported; says why.
     """
     make_reachable(path)
+    _refuse_barred(path)
     try:
         return importlib.import_module(path)
     except (Exception, SystemExit) as error:  # importing runs a user's code, which may raise anything
         raise ValueError(f"cannot import {path}: {type(error).__name__}: {error}") from error
+
+
+_barred: ContextVar[Path | None] = ContextVar("barred", default=None)
+
+
+@contextmanager
+def not_from(folder: Path) -> Iterator[None]:
+    """In this block, nothing is imported from a folder: what others made may name code, and never brings it."""
+    token = _barred.set(folder.resolve())
+    try:
+        yield
+    finally:
+        _barred.reset(token)
+
+
+def _refuse_barred(path: str) -> None:
+    folder, top = _barred.get(), path.partition(".")[0]
+    if folder is None or top in sys.modules or (spec := importlib.util.find_spec(top)) is None:
+        return
+    for place in (spec.origin, *(spec.submodule_search_locations or ())):
+        if place is not None and Path(place).resolve().is_relative_to(folder):
+            raise ValueError(f"{path} lies in {folder}, beside what names it: code is imported from elsewhere alone")
 
 
 def make_reachable(path: str) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,31 @@ def writing(path: str | Path) -> Iterator[Path]:
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def writing_folder(folder: str | Path, *, last: str) -> Iterator[Path]:
+    """A temporary folder in `folder`; at the end, its files take the places of those with the same names.
+
+    After an error, the old files are there. After a kill while files take their places, `last` is missing: a folder
+    without it is incomplete.
+
+    Args:
+        folder: it is made if there is none.
+        last: name of the file that goes first and comes last.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    beside = folder / f"{PART}{os.getpid()}"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir()
+    try:
+        yield beside
+        (folder / last).unlink(missing_ok=True)
+        for path in sorted(beside.iterdir(), key=lambda path: path.name == last):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -20,13 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from duorl import envs
 from duorl.costs import ACTIONS
 from duorl.inputs import Input, View
 from duorl.learners import Learner
 from duorl.models import DuoForCausalLM, convert
+from duorl.models.gateway import fresh_model
 from duorl.rewards import Reward, Step, as_reward
 from duorl.routed_pass import RoutedPass
 from duorl.routers import RandomRouter, Router, load
@@ -51,7 +52,7 @@ def small_model() -> DuoForCausalLM:
     config = AutoConfig.for_model("llama", num_attention_heads=4, max_position_embeddings=64, **sizes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
+        model = fresh_model(config)
         for parameter in model.parameters():
             parameter.data += 0.05 * torch.randn_like(parameter)
         duo = convert(model.eval(), small_ratio=4)

@@ -1,6 +1,8 @@
 """Base models are found, read and refused."""
 
+import json
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -194,3 +196,27 @@ def test_a_broken_or_unknown_gguf_is_told_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ValueError, match="GGUF files need the package gguf: pip install gguf"):
         find_base(tmp_path / "short.gguf").load()
+
+
+@pytest.mark.slow
+def test_code_in_a_models_folder_never_runs(tmp_path):
+    """Although somebody answers yes to all that transformers may ask."""
+    for name, settings, kinds in (
+        ("family", {"model_type": "nofamily"}, ("AutoConfig",)),
+        ("tokenizer", {"model_type": "llama", "hidden_size": 8}, ("AutoTokenizer",)),
+        ("model", {"model_type": "nofamily"}, ("AutoConfig", "AutoModelForCausalLM")),
+        ("kernel", {"model_type": "llama", "attn_implementation": "nobody/kernel"}, ()),
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        code = {kind: ["its.It", None] if kind == "AutoTokenizer" else "its.It" for kind in kinds}
+        (folder / "config.json").write_text(json.dumps({**settings, "auto_map": code}))
+        (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": code, "tokenizer_class": "It"}))
+        (folder / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0{}      ")
+        ran = tmp_path / f"{name} ran"
+        (folder / "its.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass It: pass\n")
+        for words in (["convert", "--model", name, "--out", "o"], ["pretrain", "--model", name, "--out", "o"]):
+            command = [sys.executable, "-m", "duorl", *words]
+            done = subprocess.run(command, cwd=tmp_path, input="y\n" * 9, capture_output=True, text=True)
+            assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+            assert not ran.exists() and not (tmp_path / "o").exists()

@@ -76,3 +76,17 @@ def test_nothing_unpickles_or_imports_bare_names(path):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         assert not {name.split(".")[0] for name in names} & {"pickle", "cloudpickle", "dill", "agents", "envs"}
+
+
+_BY_OTHERS = ("Auto", "PreTrained", "Peft")  # classes of transformers that read what others made
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_what_others_made_comes_through_the_gateway(path):
+    if path.name == "gateway.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ("from_pretrained", "from_config", "load_dataset"):
+            owner = node.value.attr if isinstance(node.value, ast.Attribute) else getattr(node.value, "id", "")
+            assert not owner.startswith(_BY_OTHERS) and owner != "datasets", f"{owner}.{node.attr}, line {node.lineno}"
+        assert not (isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.load"), f"line {node.lineno}"

@@ -242,3 +242,30 @@ def test_a_learner_a_router_and_an_input_from_the_current_folder(here):
     again, trained = rows("Bandit-measured")["routers/Bandit"], rows("run")["Bandit"]
     assert (again["loss"], again["compute"]) == pytest.approx((trained["loss"], trained["compute"]))
     assert rows("alternating-measured")["alternating"]["actions"] == {"skip": 0, "small": 0.5, "big": 0.5}
+
+
+def test_a_router_brings_no_code(tmp_path, monkeypatch):
+    """Its folder names a class, which may lie in the current folder, but not where that is the router's own."""
+    code = "import pathlib\nimport torch\nfrom duorl.routers import Router\npathlib.Path('ran').touch()\n"
+    code += (
+        "class Mine(Router):\n    def forward(self, hidden, layer, compute):\n        return torch.ones_like(compute)\n"
+    )
+    for name in ("brought", "beside"):
+        (tmp_path / name).mkdir()
+        module = tmp_path / name if name == "brought" else tmp_path
+        (module / f"mine_{name}.py").write_text(code)
+        (tmp_path / name / "router.json").write_text(json.dumps({"router": f"mine_{name}.Mine", "config": {}}))
+    nested = {"router": "mine_brought.Mine", "config": {}}
+    (tmp_path / "brought" / "mixed").mkdir()
+    (tmp_path / "brought" / "mixed" / "router.json").write_text(
+        json.dumps({"router": "MixedRouter", "config": {"routers": [nested], "shares": [1.0]}})
+    )
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.chdir(tmp_path / "brought")
+    with pytest.raises(ValueError, match="beside what names it: code is imported from elsewhere alone"):
+        duorl.routers.load(".")
+    with pytest.raises(ValueError, match="mine_brought"):
+        duorl.routers.load(tmp_path / "brought")
+    assert not Path("ran").exists()
+    monkeypatch.chdir(tmp_path)
+    assert type(duorl.routers.load("beside")).__name__ == "Mine" and Path("ran").exists()

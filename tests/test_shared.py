@@ -1,5 +1,7 @@
 """Small networks are saved apart from their base model, and put together with it again."""
 
+import contextlib
+import copy
 import json
 import shutil
 from functools import partial
@@ -11,12 +13,13 @@ import torch
 from conftest import COMMIT, FAMILIES, make_duo, make_original, random_routes
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 import duorl
-from duorl.models import DuoForCausalLM, find_base, save_small
+from duorl.models import DuoConfig, DuoForCausalLM, find_base, save_small, shared
 from duorl.models.bases import recorded_in
 from duorl.models.shared import fingerprint
+from duorl.routers import PatternRouter
 
 
 @pytest.fixture
@@ -262,3 +265,61 @@ def test_options_of_the_hub_are_for_both_and_for_the_tokenizer(hub_cache, duo, t
 def recorded(asked, function, *args, **options):
     asked.append(options)
     return function(*args, **options)
+
+
+@pytest.mark.parametrize("fails_at", range(1, 5))
+def test_a_save_that_fails_leaves_what_was_there(folders, duo, tokens, monkeypatch, fails_at):
+    """Each step of a save over a good folder fails in turn, as on a full disk."""
+    small, routes, steps = folders[1], random_routes(duo, tokens), []
+    expected = duorl.load(small)(input_ids=tokens[:, :-1], routes=routes).logits
+    other = copy.deepcopy(duo)
+    for ffn in other.stack.ffns:
+        for weight in ffn.small.parameters():
+            weight.data += 1
+
+    def failing(own):
+        def step(*args, **kwargs):
+            steps.append(own)
+            if len(steps) == fails_at:
+                raise OSError(28, "No space left on device")
+            return own(*args, **kwargs)
+
+        return step
+
+    monkeypatch.setattr(shared, "save_file", failing(shared.save_file))
+    for kind in (GenerationConfig, DuoConfig):
+        monkeypatch.setattr(kind, "save_pretrained", failing(kind.save_pretrained))
+    with contextlib.suppress(OSError):
+        save_small(other, small, find_base(folders[0]))
+    assert (len(steps) == 3) == (fails_at >= 3) and not list(small.glob(".part-*"))
+    found = duorl.load(small)(input_ids=tokens[:, :-1], routes=routes).logits
+    assert torch.equal(found, expected) == (fails_at < 4)  # the fourth save succeeds
+
+
+def test_a_save_leaves_the_configuration_to_other_threads(folders, tmp_path, monkeypatch):
+    model = duorl.load(folders[1])
+    config, before, seen = model.config, model.config.to_dict(), []
+    own = DuoConfig.save_pretrained
+    looking = lambda self, *args, **kwargs: (seen.append(config.to_dict()), own(self, *args, **kwargs))  # noqa: E731
+    monkeypatch.setattr(DuoConfig, "save_pretrained", looking)
+    model.save_pretrained(tmp_path / "whole")
+    assert seen == [before] and model.config is config and config.base is not None
+    assert json.loads((tmp_path / "whole" / "config.json").read_text()).get("base") is None
+
+
+def test_a_view_is_saved_with_its_router_and_comes_back(folders, tmp_path, tokens):
+    small, x = duorl.load(folders[1]), tokens[:, :-1]
+    view = small.with_router(PatternRouter([2, 1, 0]))
+    expected, plain = view(input_ids=x).logits, small(input_ids=x).logits
+    assert not torch.equal(expected, plain)
+    saves = {"whole": lambda model, folder: model.save_pretrained(folder), "small": save_small}
+    for name, save in saves.items():
+        folder = tmp_path / name
+        save(view, folder)
+        duorl.load_tokenizer().save_pretrained(folder)
+        for load in (duorl.load, DuoForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained):
+            assert torch.allclose(load(folder)(input_ids=x).logits, expected, atol=1e-5), name
+        save(small, folder)  # without a router: it does not come back
+        assert torch.allclose(duorl.load(folder)(input_ids=x).logits, plain, atol=1e-5)
+    with pytest.raises(ValueError, match=r"cannot be saved with the model: make it a duorl.routers.Router"):
+        small.with_router(lambda hidden, layer, compute: hidden[..., 0] > 0).save_pretrained(tmp_path / "whole")

@@ -9,11 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from duorl import hub
 from duorl.models.bases import find_recorded, read_object
 from duorl.models.config import DuoConfig
+from duorl.models.gateway import load_fast_tokenizer
 
 _OF_SMALL = ("revision", "subfolder", "_from_auto", "_from_pipeline", "_commit_hash", *hub.OPTIONS)
 
@@ -36,7 +37,7 @@ class DuoTokenizer:
             config = _config_file(name, kwargs.get("revision"), kwargs.get("subfolder"))
             base = read_object(config).get("base")
             if base is None or config.with_name("tokenizer.json").is_file():
-                return PreTrainedTokenizerFast.from_pretrained(name, *args, **kwargs)
+                return load_fast_tokenizer(name, *args, **kwargs)
             more = {option: value for option, value in kwargs.items() if option not in _OF_SMALL}
             return find_recorded(base, config).tokenizer(**more)
 

@@ -3,7 +3,7 @@
     base = find_base("smollm2")                    # or a folder, a .gguf file, or owner/name@revision of the hub
     model, tokenizer = base.load(), base.tokenizer()
 
-Nothing is unpickled: weights are safetensors or GGUF, and code from the hub does not run.
+Nothing is unpickled, and code in a model's folder does not run: see `duorl.models.gateway`.
 """
 
 from __future__ import annotations
@@ -80,14 +80,13 @@ class Base:
         Raises:
             ValueError: transformers cannot read it, or its weights are not all there; says why.
         """
-        from transformers import AutoModelForCausalLM
+        from duorl.models.gateway import load_model
 
         _ = self.config  # is checked before weights are read
-        given = {"dtype": torch.float32 if self.gguf_file else dtype or "auto", "use_safetensors": True}
+        given: dict[str, Any] = {"dtype": torch.float32 if self.gguf_file else dtype or "auto"}
         given |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
         with self._told("model"), _quick_gguf(self.gguf_file), without_report():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(self.place, **{**more, **given}, **self._source())
-        model, found = loaded
+            model, found = load_model(self.place, **{**more, **given}, **self._source())
         require_weights(f"of {self}", found)
         if self.gguf_file and (quantizer := getattr(model, "hf_quantizer", None)):
             quantizer.remove_quantization_config(model)  # its weights are plain numbers now
@@ -103,12 +102,11 @@ class Base:
         Raises:
             ValueError: it cannot be read, or says that the model cannot be converted.
         """
-        from transformers import AutoConfig
-
         from duorl.models.convertible import check_config
+        from duorl.models.gateway import load_config
 
         with self._told("model"), _quick_gguf(self.gguf_file):
-            config = AutoConfig.from_pretrained(self.place, **self._source())
+            config = load_config(self.place, **self._source())
             check_config(config)
         return config
 
@@ -121,12 +119,12 @@ class Base:
         Raises:
             ValueError: there is none, it cannot be read, or it has no end-of-text token.
         """
-        from transformers import AutoTokenizer
+        from duorl.models.gateway import load_tokenizer
 
         if self.kind == "folder" and not any(any(Path(self.place).glob(name)) for name in _TOKENIZERS):
             raise ValueError(f"{self} has no tokenizer: save the model's there with save_pretrained of transformers")
         with self._told("tokenizer"), _quick_gguf(self.gguf_file):
-            tokenizer = AutoTokenizer.from_pretrained(self.place, **self._source(), **more)
+            tokenizer = load_tokenizer(self.place, **self._source(), **more)
         return with_end_of_text(tokenizer, str(self))
 
     def record(self) -> dict[str, str | None]:

@@ -139,13 +139,22 @@ def load(
         if device_map is not None:
             return _spread(folder, settings, dtype, device_map, max_memory, changed)
         if settings.get("base"):
-            return DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed).to(place).requires_grad_(False)
+            model = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed)
+            return _moved(model, place).requires_grad_(False)
         with without_report():
             changed |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
             loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed)
     model, found = loaded
     _check_weights(folder, model, found)
-    return model.to(place).eval().requires_grad_(False)
+    return _moved(model, place).eval().requires_grad_(False)
+
+
+def _moved(model: DuoForCausalLM, place: torch.device) -> DuoForCausalLM:
+    """The model on a device, and the router that was saved with it."""
+    if isinstance(model.own_router, torch.nn.Module):
+        model.own_router.to(place)
+    moved: Any = model
+    return moved.to(place)
 
 
 def _spread(
@@ -230,12 +239,11 @@ def load_tokenizer(name: str | Path = "duo-tiny") -> PreTrainedTokenizerBase:
     record = read_object(folder / "config.json").get("base")
     if record and not (folder / "tokenizer.json").is_file():
         return find_recorded(record, folder / "config.json").tokenizer()
-    from transformers import AutoTokenizer
-
     import duorl.models.config  # noqa: F401  (registers a duo's configuration, which transformers looks at)
+    from duorl.models import gateway
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = gateway.load_tokenizer(folder)
     except Exception as problem:  # the tokenizers library raises bare exceptions
         raise ValueError(f"cannot load the tokenizer in {folder}: {said(problem)}") from problem
     return with_end_of_text(tokenizer, str(folder))

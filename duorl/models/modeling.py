@@ -24,8 +24,9 @@ from duorl.models.calls import RoutedCall, calling, let_ask
 from duorl.models.config import DuoConfig
 from duorl.models.families import attention_of, attention_width, decoder_of, family_of, find_layers, sized
 from duorl.models.ffn import AddingDuoFFN, DuoFFN
+from duorl.models.gateway import fresh_model
 from duorl.models.generation import RoutedGenerationMixin
-from duorl.models.shared import CARD, join, save_small, small_folder
+from duorl.models.shared import CARD, join, save_router, save_small, small_folder, with_saved_router
 from duorl.models.stack import DecoderStack
 from duorl.models.transcript import RouterLike, begin, decision
 
@@ -81,21 +82,30 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
             given = {key: value for key, value in kwargs.items() if key != "config"}
             config, rest = DuoConfig.from_pretrained(config or name, return_unused_kwargs=True, **given)
         if config is None or config.base is None:
-            return super().from_pretrained(name, *args, **kwargs)
+            found: Any = super().from_pretrained(name, *args, **kwargs)
+            with_info = isinstance(found, tuple)
+            model = with_saved_router(found[0] if with_info else found, Path(name or "", kwargs.get("subfolder") or ""))
+            return (model, found[1]) if with_info else model
         more = {option: value for option, value in rest.items() if option not in _NOT_OF_BASE}
         with hub.using(**{option: kwargs[option] for option in hub.OPTIONS if option in kwargs}):
             folder = small_folder(name, kwargs.get("revision"), kwargs.get("subfolder"))
-            model = join(cls, folder, config, dtype=_named_dtype(kwargs), **more)
+            model = with_saved_router(join(cls, folder, config, dtype=_named_dtype(kwargs), **more), folder)
         nothing: dict[str, Any] = {kind: set() for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
         return (model, {**nothing, "error_msgs": []}) if kwargs.get("output_loading_info") else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
-        """Save the whole model, as in transformers. For the small networks alone see `duorl.models.save_small`."""
-        base, self.config.base = self.config.base, None
-        try:
-            super().save_pretrained(save_directory, *args, **kwargs)
-        finally:
-            self.config.base = base
+        """Save the whole model, as in transformers. For the small networks alone see `duorl.models.save_small`.
+
+        A view with a router is saved with the router. Loading the folder gives the view back.
+
+        Raises:
+            ValueError: the router is a function, or another object that cannot be saved.
+        """
+        whole = copy.copy(self)  # other threads may read the configuration
+        whole.config = copy.deepcopy(self.config)
+        whole.config.base = None
+        super(DuoForCausalLM, whole).save_pretrained(save_directory, *args, **kwargs)
+        save_router(self, Path(save_directory))
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, private: bool | None = None, token: Any = None, **more: Any
@@ -306,7 +316,7 @@ def _steered_backbone(config: DuoConfig) -> PreTrainedModel:
     function = family_of(config.backbone).attention_function
     config.backbone._attn_implementation = function
     try:
-        return AutoModelForCausalLM.from_config(config.backbone, attn_implementation=function)
+        return fresh_model(config.backbone, attn_implementation=function)
     except KeyError as problem:
         family = config.backbone.model_type
         if problem.args != (function,):
@@ -320,7 +330,7 @@ def _steered_backbone(config: DuoConfig) -> PreTrainedModel:
 def _small_ffns(config: DuoConfig) -> list[nn.Module]:
     """Feed-forward networks of the same decoder with the small inner size and new weights."""
     with torch.device("meta"):  # the rest of this decoder is not allocated
-        skeleton = AutoModelForCausalLM.from_config(config.small_backbone)
+        skeleton = fresh_model(config.small_backbone)
     family = family_of(config.backbone)
     ffns = [family.network(layer) for layer in find_layers(skeleton)]
     if family.inner_size is None:

@@ -20,7 +20,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedTokenizerBase,
     TrainerCallback,
@@ -38,6 +37,7 @@ from duorl.models.card import write_card
 from duorl.models.config import DuoConfig
 from duorl.models.conversion import convert
 from duorl.models.families import inner_size, small_size
+from duorl.models.gateway import load_model
 from duorl.models.loading import check_windows, load, load_tokenizer
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.recipe import PretrainOptions
@@ -107,7 +107,7 @@ def build(options: PretrainOptions) -> tuple[DuoForCausalLM, PreTrainedTokenizer
     """
     set_seed(options.seed)
     if options.model is not None:
-        model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+        model: Any = load_model(options.model, dtype=torch.float32)
         if not isinstance(model, DuoForCausalLM):
             model = convert(model, small_ratio=options.small_ratio)
         if options.trained == "small":

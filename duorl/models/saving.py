@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from duorl.files import writing_folder
+from duorl.models.gateway import load_config
 from duorl.models.modeling import DuoForCausalLM
 
 
@@ -26,7 +27,7 @@ def precisions(model: DuoForCausalLM, given: str | None, fresh: torch.dtype) -> 
     """
     if given is None:
         return dict.fromkeys(dict(model.named_parameters()), fresh)
-    dtype: Any = AutoConfig.from_pretrained(given).dtype or torch.float32
+    dtype: Any = load_config(given).dtype or torch.float32
     small = {id(weight) for ffn in model.stack.ffns for weight in ffn.small.parameters()}
     # A model may hold single weights in a higher precision than it names.
     fits = {name: id(weight) in small or _fits(weight, dtype) for name, weight in model.named_parameters()}
@@ -43,10 +44,6 @@ def save(
     """Write the model and its tokenizer, last `config.json`: a folder without it is no model."""
     for name, weight in model.named_parameters():
         weight.data = weight.to(precisions[name])
-    beside = out / ".part-model"
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
-    (out / "config.json").unlink(missing_ok=True)
-    for path in sorted(beside.iterdir(), key=lambda path: path.name == "config.json"):
-        os.replace(path, out / path.name)
-    beside.rmdir()
+    with writing_folder(out, last="config.json") as beside:
+        model.save_pretrained(beside)
+        tokenizer.save_pretrained(beside)

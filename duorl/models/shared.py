@@ -20,7 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duorl import hub
-from duorl.files import writing
+from duorl.extensions import find
+from duorl.files import writing_folder
 from duorl.models.bases import Base, cast_weights, find_recorded, recorded_in
 from duorl.models.families import family_of
 
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 WEIGHTS = "small.safetensors"
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.md", "*.png")
 """What is fetched of a repository on the hub."""
+_ROUTER = "own_router"  # folder of the router of a view
 CARD = ("README.md", "curve.png")
 """The files of a model's card."""
 
@@ -69,6 +71,8 @@ def _identified(model: DuoForCausalLM, base: Base) -> dict[str, str | None]:
 def save_small(model: DuoForCausalLM, folder: str | Path, base: Base | None = None, *, shared: bool = False) -> None:
     """Save the small networks, each weight in its precision: `small.safetensors`, and last `config.json`.
 
+    A view with a router is saved with the router. Until all files are written, the folder has its old state.
+
     Args:
         model: a duo model.
         folder: it is made if there is none.
@@ -90,12 +94,39 @@ def save_small(model: DuoForCausalLM, folder: str | Path, base: Base | None = No
     config.base = recorded_in(folder, known, shared=shared)
     config.backbone._name_or_path = config.base["name"]
     config.architectures, config.dtype = [type(model).__name__], model.dtype
-    with writing(folder / WEIGHTS) as beside:
-        save_file(weights, beside, {"format": "pt"})
-        (folder / "config.json").unlink(missing_ok=True)
-    if model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
-    config.save_pretrained(folder)
+    with writing_folder(folder, last="config.json") as beside:
+        save_file(weights, beside / WEIGHTS, {"format": "pt"})
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(beside)
+        config.save_pretrained(beside)
+    save_router(model, folder)
+
+
+def save_router(model: DuoForCausalLM, folder: Path) -> None:
+    """Save the router of a view beside the model; without one, a router that was there does not come back.
+
+    Raises:
+        ValueError: it cannot be saved.
+    """
+    router: Any = model.own_router
+    if router is None:
+        (folder / _ROUTER / "router.json").unlink(missing_ok=True)
+    elif not hasattr(router, "save_pretrained"):
+        raise ValueError(f"{router!r} cannot be saved with the model: make it a duorl.routers.Router")
+    else:
+        router.save_pretrained(folder / _ROUTER)
+
+
+def with_saved_router(model: Duo, folder: Path) -> Duo:
+    """The model, or its view with the router that was saved beside it.
+
+    Raises:
+        ValueError: the router cannot be loaded, or does not fit the model.
+    """
+    if not (folder / _ROUTER / "router.json").is_file():
+        return model
+    load = find("duorl.routers.load")  # routers are made of what stands here, and are found as a user's own parts are
+    return cast("Duo", model.with_router(load(folder / _ROUTER)))
 
 
 def join(kind: type[Duo], folder: Path, config: DuoConfig, *, dtype: torch.dtype | None = None, **more: Any) -> Duo:

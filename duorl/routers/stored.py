@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from duorl import hub
+from duorl.extensions import not_from
 from duorl.routers.base import Router, kind_of, rebuilt
 from duorl.routers.fit import UnusableRouter, checked_record
 
@@ -31,7 +32,9 @@ def load(folder: str | Path) -> Router:
             not finite; the message names the file.
     """
     try:
-        return _loaded(_found(folder))
+        place = _found(folder)
+        with not_from(place):
+            return _loaded(place)
     except ValueError as error:
         raise UnusableRouter(str(error)) from error
 
