@@ -11,6 +11,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,23 +36,23 @@ def import_named(path: str) -> ModuleType:
     """The module that an import path names; it may lie in the current folder.
 
     Raises:
-        ValueError: it cannot be imported; says why.
+        ValueError: it cannot be imported, or lies in a folder of `not_from`; says why.
     """
-    make_reachable(path)
     _refuse_barred(path)
+    make_reachable(path)
     try:
         return importlib.import_module(path)
     except (Exception, SystemExit) as error:  # importing runs a user's code, which may raise anything
         raise ValueError(f"cannot import {path}: {type(error).__name__}: {error}") from error
 
 
-_barred: ContextVar[Path | None] = ContextVar("barred", default=None)
+_barred: ContextVar[tuple[Path, ...]] = ContextVar("barred", default=())
 
 
 @contextmanager
 def not_from(folder: Path) -> Iterator[None]:
     """In this block, nothing is imported from a folder: what others made may name code, and never brings it."""
-    token = _barred.set(folder.resolve())
+    token = _barred.set((*_barred.get(), folder.resolve()))
     try:
         yield
     finally:
@@ -59,12 +60,18 @@ def not_from(folder: Path) -> Iterator[None]:
 
 
 def _refuse_barred(path: str) -> None:
-    folder, top = _barred.get(), path.partition(".")[0]
-    if folder is None or top in sys.modules or (spec := importlib.util.find_spec(top)) is None:
+    """Refuse a module that is not imported yet, wherever it would be found: `sys.path`, then the current folder."""
+    top = path.partition(".")[0]
+    if not _barred.get() or top in sys.modules:
         return
-    for place in (spec.origin, *(spec.submodule_search_locations or ())):
-        if place is not None and Path(place).resolve().is_relative_to(folder):
+    spec = importlib.util.find_spec(top) or PathFinder.find_spec(top, [str(Path.cwd())])
+    for place in (spec.origin, *(spec.submodule_search_locations or ())) if spec else ():
+        if place is not None and (folder := _barred_around(Path(place).resolve())):
             raise ValueError(f"{path} lies in {folder}, beside what names it: code is imported from elsewhere alone")
+
+
+def _barred_around(place: Path) -> Path | None:
+    return next((folder for folder in _barred.get() if place.is_relative_to(folder)), None)
 
 
 def make_reachable(path: str) -> None:

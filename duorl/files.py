@@ -3,7 +3,7 @@
     with writing(folder / "table.csv") as beside:
         beside.write_text(...)
 
-After a kill, the file is the old one or the new one. There may be a `.part-*` file, which nothing reads.
+After a kill, the file is the old one or the new one. There may be a `.part-*` file or folder, which nothing reads.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from __future__ import annotations
 import errno
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 PART = ".part-"
@@ -37,28 +37,49 @@ def writing(path: str | Path) -> Iterator[Path]:
 
 
 @contextmanager
-def writing_folder(folder: str | Path, *, last: str) -> Iterator[Path]:
-    """A temporary folder in `folder`; at the end, its files take the places of those with the same names.
+def writing_folder(folder: str | Path, *, last: str, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary folder in `folder`; at the end, what is in it takes the places of what has the same names.
 
-    After an error, the old files are there. After a kill while files take their places, `last` is missing: a folder
-    without it is incomplete.
+    After an error, all is as it was. After a kill while files take their places, `last` is missing: a folder without it
+    is incomplete.
 
     Args:
         folder: it is made if there is none.
         last: name of the file that goes first and comes last.
+        stale: patterns of names; files of an earlier state that go, unless nothing is written.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    beside = folder / f"{PART}{os.getpid()}"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir()
+    with TemporaryDirectory(prefix=PART, dir=folder) as place:
+        new, old = Path(place, "new"), Path(place, "old")
+        new.mkdir()
+        old.mkdir()
+        yield new
+        coming = sorted((path.name for path in new.iterdir()), key=lambda name: name == last)
+        known = {name for name in coming if os.path.lexists(folder / name)}
+        known |= {path.name for pattern in stale if coming for path in folder.glob(pattern)}
+        going = sorted(known, key=lambda name: name != last)
+        _rename([*((folder / name, old / name) for name in going), *((new / name, folder / name) for name in coming)])
+
+
+def _rename(steps: Sequence[tuple[Path, Path]]) -> None:
+    """Rename one after the other; after an error, those that were renamed have their old names again."""
     try:
-        yield beside
-        (folder / last).unlink(missing_ok=True)
-        for path in sorted(beside.iterdir(), key=lambda path: path.name == last):
-            os.replace(path, folder / path.name)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        for source, target in steps:
+            os.replace(source, target)
+    except BaseException:
+        for source, target in reversed(steps):
+            if not os.path.lexists(source):
+                os.replace(target, source)
+        raise
+
+
+def finished(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in the folders in it, without those that are being written."""
+    for place, folders, names in os.walk(folder):  # it passes over what goes meanwhile
+        folders[:] = sorted(name for name in folders if not name.startswith(PART))
+        paths = (Path(place, name) for name in sorted(names) if not name.startswith(PART))
+        yield from (path for path in paths if path.is_file())
 
 
 def write_text(path: str | Path, text: str) -> None:

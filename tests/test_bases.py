@@ -10,11 +10,12 @@ import pytest
 import torch
 from conftest import COMMIT, make_original
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import duorl
 from duorl.models import save_small
 from duorl.models.bases import PACKAGED, Packaged, find_base, find_recorded
+from duorl.models.gateway import fresh_model
 
 
 def saved(folder, *, tokenizer=True):
@@ -220,3 +221,18 @@ def test_code_in_a_models_folder_never_runs(tmp_path):
             done = subprocess.run(command, cwd=tmp_path, input="y\n" * 9, capture_output=True, text=True)
             assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
             assert not ran.exists() and not (tmp_path / "o").exists()
+
+
+def test_code_that_the_decoder_of_a_duo_names_never_runs():
+    """transformers would ask where it knows the family, and has no language model of it."""
+    given = {"model_type": "clip_vision_model", "auto_map": {"AutoModelForCausalLM": "its.It"}}
+    with pytest.raises(ValueError, match="clip_vision_model needs code of its own, which DuoRL never runs: give"):
+        fresh_model(AutoConfig.for_model(**given))
+
+
+def test_no_pickle_is_read(tmp_path):
+    duorl.load().save_pretrained(tmp_path)
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)

@@ -8,10 +8,11 @@ import huggingface_hub
 import pytest
 import torch
 from conftest import make_original
+from transformers import AutoModelForCausalLM
 
 import duorl
 from duorl import routers
-from duorl.models import find_base, save_small
+from duorl.models import DuoForCausalLM, find_base, save_small
 from duorl.models.card import write_small_card
 
 
@@ -85,6 +86,24 @@ def test_a_model_is_sent_as_it_came_with_its_card(sent, duo, tmp_path, tokens, m
     with pytest.raises(FileNotFoundError, match=r"lacks tokenizer\.json"):
         duorl.load("me/whole")
     assert [call["commit_message"] for call in sent] == ["Upload model"] * 2
+
+
+@pytest.mark.parametrize("form", ["small", "whole"])
+def test_a_view_is_sent_with_its_router_and_comes_back(form, sent, duo, tmp_path, tokens, hub_cache):
+    model = duo
+    if form == "small":
+        make_original("llama").save_pretrained(hub_cache("me/base"))
+        save_small(duo, tmp_path, find_base("me/base"))
+        model = DuoForCausalLM.from_pretrained(tmp_path)
+    view = model.with_router(routers.HeadRouter(3, 32, seed=1))
+    expected = view(input_ids=tokens).logits
+    assert not torch.equal(expected, model(input_ids=tokens).logits)
+    view.push_to_hub("me/pushed")
+    view.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/saved", commit_message="Mine")
+    assert [call["commit_message"] for call in sent] == ["Upload model", "Mine"]
+    for name in ("me/pushed", "me/saved"):
+        for kind in (AutoModelForCausalLM, DuoForCausalLM):
+            assert torch.equal(kind.from_pretrained(name).eval()(input_ids=tokens).logits, expected)
 
 
 def test_what_the_hub_refuses_is_told_in_one_line(hub_cache, tmp_path):

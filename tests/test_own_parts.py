@@ -269,3 +269,22 @@ def test_a_router_brings_no_code(tmp_path, monkeypatch):
     assert not Path("ran").exists()
     monkeypatch.chdir(tmp_path)
     assert type(duorl.routers.load("beside")).__name__ == "Mine" and Path("ran").exists()
+
+
+@pytest.mark.parametrize("here", ["own_router", ".", ".."])
+def test_a_model_with_a_router_brings_no_code(here, tmp_path, monkeypatch):
+    """Its router names a class; the module lies in the folder, in one in it, or where Python looks first."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    duorl.load().with_router(duorl.routers.ConstantRouter("small")).save_pretrained(folder)
+    duorl.load_tokenizer().save_pretrained(folder)
+    for name in ("own_router", "own_router/evil_package", "."):
+        (folder / name).mkdir(exist_ok=True)
+        (folder / name / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\n")
+    for words in ({"router": "evil.Mine", "config": {}}, {"router": "evil_package.evil.Mine", "config": {}}):
+        (folder / "own_router" / "router.json").write_text(json.dumps(words))
+        for path in (list(sys.path), [str((folder / here).resolve()), str(folder / "own_router"), *sys.path]):
+            monkeypatch.setattr(sys, "path", list(path))
+            monkeypatch.chdir(folder / here)
+            with pytest.raises(ValueError, match=r"evil.* (lies in|No module named)"):
+                duorl.load(folder)
+            assert sys.path == path and not ran.exists()

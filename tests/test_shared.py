@@ -1,8 +1,7 @@
 """Small networks are saved apart from their base model, and put together with it again."""
 
-import contextlib
-import copy
 import json
+import os
 import shutil
 from functools import partial
 from pathlib import Path
@@ -13,13 +12,21 @@ import torch
 from conftest import COMMIT, FAMILIES, make_duo, make_original, random_routes
 from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedTokenizerBase,
+    modeling_utils,
+    pipeline,
+)
 
 import duorl
-from duorl.models import DuoConfig, DuoForCausalLM, find_base, save_small, shared
+from duorl.models import DuoConfig, DuoForCausalLM, find_base, save_small, saving, shared
 from duorl.models.bases import recorded_in
 from duorl.models.shared import fingerprint
-from duorl.routers import PatternRouter
+from duorl.routers import HeadRouter, PatternRouter, base
 
 
 @pytest.fixture
@@ -267,33 +274,55 @@ def recorded(asked, function, *args, **options):
     return function(*args, **options)
 
 
-@pytest.mark.parametrize("fails_at", range(1, 5))
-def test_a_save_that_fails_leaves_what_was_there(folders, duo, tokens, monkeypatch, fails_at):
-    """Each step of a save over a good folder fails in turn, as on a full disk."""
-    small, routes, steps = folders[1], random_routes(duo, tokens), []
-    expected = duorl.load(small)(input_ids=tokens[:, :-1], routes=routes).logits
-    other = copy.deepcopy(duo)
-    for ffn in other.stack.ffns:
-        for weight in ffn.small.parameters():
-            weight.data += 1
+def everything(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
-    def failing(own):
+
+def save_with_tokenizer(model, folder):
+    saving.save(model, duorl.load_tokenizer(), folder)
+
+
+@pytest.mark.parametrize("before", ["small", "whole"])
+@pytest.mark.parametrize("after", [save_small, DuoForCausalLM.save_pretrained, save_with_tokenizer])
+def test_a_save_that_fails_at_any_step_leaves_what_was_there(folders, tmp_path, monkeypatch, before, after):
+    """Over a good folder, as on a full disk: every file that is written or renamed fails in turn."""
+    place, old, steps = tmp_path / "base" / "place", duorl.load(folders[1]), []
+    first, view = (old.with_router(router) for router in (PatternRouter([2, 1, 0]), HeadRouter(3, 32)))
+    first.save_pretrained(place, max_shard_size="30KB") if before == "whole" else save_small(first, place)
+    known, fails_at = everything(place), 0
+
+    def failing(kind, name):
+        own = getattr(kind, name)
+
         def step(*args, **kwargs):
-            steps.append(own)
+            steps.append(name)
             if len(steps) == fails_at:
                 raise OSError(28, "No space left on device")
             return own(*args, **kwargs)
 
-        return step
+        monkeypatch.setattr(kind, name, step)
 
-    monkeypatch.setattr(shared, "save_file", failing(shared.save_file))
-    for kind in (GenerationConfig, DuoConfig):
-        monkeypatch.setattr(kind, "save_pretrained", failing(kind.save_pretrained))
-    with contextlib.suppress(OSError):
-        save_small(other, small, find_base(folders[0]))
-    assert (len(steps) == 3) == (fails_at >= 3) and not list(small.glob(".part-*"))
-    found = duorl.load(small)(input_ids=tokens[:, :-1], routes=routes).logits
-    assert torch.equal(found, expected) == (fails_at < 4)  # the fourth save succeeds
+    for kind, name in ((shared, "save_file"), (base, "save_file"), (modeling_utils, "safe_save_file"), (os, "replace")):
+        failing(kind, name)
+    for kind in (GenerationConfig, DuoConfig, PreTrainedTokenizerBase):
+        failing(kind, "save_pretrained")
+    while True:
+        fails_at, steps[:] = fails_at + 1, []
+        try:
+            after(view, place)
+            break
+        except OSError:
+            assert everything(place) == known, f"{steps[-1]}, step {fails_at}"
+    assert fails_at > 10 and everything(place) != known
+    assert not list(place.rglob(".part-*")) and not list(place.glob("model-*-of-*"))
+    assert (place / "small.safetensors").exists() == (after is save_small) != (place / "model.safetensors").exists()
+
+
+def test_processes_that_do_not_write_leave_the_folder(duo, tmp_path):
+    duo.with_router(PatternRouter([2, 1, 0])).save_pretrained(tmp_path)
+    known = everything(tmp_path)
+    duo.with_router(PatternRouter([2, 2, 2])).save_pretrained(tmp_path, is_main_process=False)
+    assert everything(tmp_path) == known
 
 
 def test_a_save_leaves_the_configuration_to_other_threads(folders, tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from duorl.models.families import inner_size, small_size
 from duorl.models.footprint import weight_bytes
 from duorl.models.loading import check_windows, load
 from duorl.models.modeling import DuoForCausalLM
+from duorl.models.saving import save
 from duorl.models.shared import WEIGHTS, cast_small, fingerprint, remember_base, save_small, take_small
 from duorl.runs import interrupts
 from duorl.runs.folders import abandon
@@ -94,10 +95,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         if not ranks.first():
             return
         _finish(making, base, texts, jobs, folder, whole=options.whole)
-        if options.whole:
-            _make_whole(base, folder)
-        else:
-            _leave_base_out(folder)
+        if options.whole:  # the base model's weights too, as they are stored
+            save(load(folder, dtype=base.load(None).dtype), base.tokenizer(), folder)
         say(f"wrote {folder}/: load it with --model {folder}")
 
     return "convert", work
@@ -185,19 +184,6 @@ def _finish(
     losses = {name: _measured(model, windows) for name, windows in texts.items()}
     write_small_card(folder, facts=_facts(making, base, jobs), losses=losses, header=base.header, whole=whole)
     _print(losses)
-
-
-def _make_whole(base: Base, folder: Path) -> None:
-    """Write the base model's weights too, as they are stored, and its tokenizer."""
-    load(folder, dtype=base.load(None).dtype).save_pretrained(folder)
-    base.tokenizer().save_pretrained(folder)
-    (folder / WEIGHTS).unlink()
-
-
-def _leave_base_out(folder: Path) -> None:
-    """Remove the weights that an earlier run with --whole left: the folder names its base model again."""
-    for path in folder.glob("model*.safetensors*"):
-        path.unlink()
 
 
 def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:

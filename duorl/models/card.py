@@ -13,7 +13,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from duorl import markdown
-from duorl.files import write_text, writing
+from duorl.files import write_text, writing_folder
 
 _TEXT = """# {name}
 
@@ -103,9 +103,9 @@ def write_card(out: Path, *, facts: dict[str, Any], losses: dict[str, dict[str, 
         small, big = found["all_small"], found["all_big"]
         rows.append([name, f"{found['tokens']:,}", *(f"{loss:.3f}" for loss in (small, big, small - big))])
     table = markdown.grid(("text", "tokens", "all-small", "all-big", "difference"), rows)
-    write_text(out / "README.md", _TEXT.format(**facts, losses=table))
-    with writing(out / "curve.png") as beside:
-        _curve(json.loads((out / "history.json").read_text())).savefig(beside, dpi=100)
+    with writing_folder(out, last="README.md") as beside:
+        _curve(json.loads((out / "history.json").read_text())).savefig(beside / "curve.png", dpi=100)
+        (beside / "README.md").write_text(_TEXT.format(**facts, losses=table), encoding="utf8")
 
 
 def _curve(history: list[dict[str, float]]):

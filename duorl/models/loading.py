@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -123,6 +123,7 @@ def load(
     folder = model_folder(name)
     changed: dict[str, Any] = {} if skip is None else {"skip": known_skip(skip)}
     from duorl.models.config import DuoConfig
+    from duorl.models.gateway import load_model
     from duorl.models.modeling import DuoForCausalLM
 
     settings = read_object(folder / "config.json")
@@ -139,22 +140,12 @@ def load(
         if device_map is not None:
             return _spread(folder, settings, dtype, device_map, max_memory, changed)
         if settings.get("base"):
-            model = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed)
-            return _moved(model, place).requires_grad_(False)
+            return load_model(folder, kind=DuoForCausalLM, dtype=dtype, **changed).to(place).requires_grad_(False)
         with without_report():
             changed |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # all is looked at below
-            loaded: Any = DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed)
-    model, found = loaded
+            model, found = load_model(folder, kind=DuoForCausalLM, dtype=dtype, **changed)
     _check_weights(folder, model, found)
-    return _moved(model, place).eval().requires_grad_(False)
-
-
-def _moved(model: DuoForCausalLM, place: torch.device) -> DuoForCausalLM:
-    """The model on a device, and the router that was saved with it."""
-    if isinstance(model.own_router, torch.nn.Module):
-        model.own_router.to(place)
-    moved: Any = model
-    return moved.to(place)
+    return model.to(place).eval().requires_grad_(False)
 
 
 def _spread(
@@ -166,13 +157,14 @@ def _spread(
     changed: dict[str, Any],
 ) -> DuoForCausalLM:
     """A model on several devices. Weights on the disk are read from the folder when their layer runs."""
+    from duorl.models.gateway import load_model
     from duorl.models.modeling import DuoForCausalLM
 
     if settings.get("base"):
         raise ValueError("it has small networks alone, and a device_map needs all weights: convert with --whole")
     limits: Any = max_memory and {int(name) if name.isdecimal() else name: max_memory[name] for name in max_memory}
     changed |= {"output_loading_info": True, "device_map": device_map, "max_memory": limits}
-    model, found = cast(Any, DuoForCausalLM.from_pretrained(folder, dtype=dtype, **changed))
+    model, found = load_model(folder, kind=DuoForCausalLM, dtype=dtype, **changed)
     _check_weights(folder, model, found)
     return model.eval().requires_grad_(False)
 

@@ -26,7 +26,17 @@ from duorl.models.families import attention_of, attention_width, decoder_of, fam
 from duorl.models.ffn import AddingDuoFFN, DuoFFN
 from duorl.models.gateway import fresh_model
 from duorl.models.generation import RoutedGenerationMixin
-from duorl.models.shared import CARD, join, save_router, save_small, small_folder, with_saved_router
+from duorl.models.shared import (
+    CARD,
+    OF_MODEL,
+    ROUTER,
+    join,
+    model_files,
+    save_router,
+    save_small,
+    with_saved_router,
+    writing_model,
+)
 from duorl.models.stack import DecoderStack
 from duorl.models.transcript import RouterLike, begin, decision
 
@@ -36,6 +46,7 @@ _NOT_OF_BASE = {
     *("attn_implementation", "trust_remote_code", "adapter_kwargs", "_from_auto", "_from_pipeline", "_commit_hash"),
 }
 """Options of `from_pretrained` that loading a base model does not take: code from the hub, for example, never runs."""
+_OF_HUB = ("private", "token", "commit_message", "create_pr", "revision")  # options of `save_pretrained` to send it
 
 
 class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
@@ -81,22 +92,27 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         if name is not None and not isinstance(config, DuoConfig):
             given = {key: value for key, value in kwargs.items() if key != "config"}
             config, rest = DuoConfig.from_pretrained(config or name, return_unused_kwargs=True, **given)
-        if config is None or config.base is None:
-            found: Any = super().from_pretrained(name, *args, **kwargs)
-            with_info = isinstance(found, tuple)
-            model = with_saved_router(found[0] if with_info else found, Path(name or "", kwargs.get("subfolder") or ""))
-            return (model, found[1]) if with_info else model
-        more = {option: value for option, value in rest.items() if option not in _NOT_OF_BASE}
+        where = (kwargs.get("revision"), kwargs.get("subfolder"))
         with hub.using(**{option: kwargs[option] for option in hub.OPTIONS if option in kwargs}):
-            folder = small_folder(name, kwargs.get("revision"), kwargs.get("subfolder"))
-            model = with_saved_router(join(cls, folder, config, dtype=_named_dtype(kwargs), **more), folder)
-        nothing: dict[str, Any] = {kind: set() for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")}
-        return (model, {**nothing, "error_msgs": []}) if kwargs.get("output_loading_info") else model
+            if config is not None and config.base is not None:
+                more = {option: value for option, value in rest.items() if option not in _NOT_OF_BASE}
+                folder = model_files(name, *where)
+                model = join(cls, folder, config, dtype=_named_dtype(kwargs), **more)
+                found = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")} | {"error_msgs": []}
+            else:
+                given = {**kwargs, "use_safetensors": True, "output_loading_info": True}
+                model, found = super().from_pretrained(name, *args, **given)
+                folder = name and model_files(name, *where, patterns=(f"*{ROUTER}/router.*",))
+            model = with_saved_router(model, folder) if folder else model
+        return (model, found) if kwargs.get("output_loading_info") else model
 
-    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+    def save_pretrained(  # type: ignore[override]
+        self, save_directory: Any, *args: Any, push_to_hub: bool = False, repo_id: str | None = None, **kwargs: Any
+    ) -> None:
         """Save the whole model, as in transformers. For the small networks alone see `duorl.models.save_small`.
 
-        A view with a router is saved with the router. Loading the folder gives the view back.
+        A view with a router is saved with the router. Loading the folder gives the view back. After an error, the
+        folder is as it was.
 
         Raises:
             ValueError: the router is a function, or another object that cannot be saved.
@@ -104,8 +120,21 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         whole = copy.copy(self)  # other threads may read the configuration
         whole.config = copy.deepcopy(self.config)
         whole.config.base = None
-        super(DuoForCausalLM, whole).save_pretrained(save_directory, *args, **kwargs)
-        save_router(self, Path(save_directory))
+        sent = {option: kwargs.pop(option) for option in _OF_HUB if push_to_hub and option in kwargs}
+        with writing_model(save_directory, beside_others=kwargs.get("variant") is not None) as beside:
+            super(DuoForCausalLM, whole).save_pretrained(beside, *args, **kwargs)
+            if any(beside.iterdir()):  # of several processes, one writes
+                save_router(self, beside)
+        if push_to_hub:
+            patterns = [*OF_MODEL, f"{ROUTER}/*"]
+            hub.push(save_directory, repo_id or Path(save_directory).name, allow_patterns=patterns, **sent)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        """Moves the router of a view with the model."""
+        moved = super()._apply(*args, **kwargs)
+        if isinstance(self.own_router, nn.Module):
+            self.own_router.to(self.device)
+        return moved
 
     def push_to_hub(  # type: ignore[override]
         self, repo_id: str, *, private: bool | None = None, token: Any = None, **more: Any

@@ -41,7 +41,7 @@ from duorl.models.gateway import load_model
 from duorl.models.loading import check_windows, load, load_tokenizer
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.recipe import PretrainOptions
-from duorl.models.saving import precisions, save
+from duorl.models.saving import precisions, round_weights, save
 from duorl.models.tokenizer import train_tokenizer
 from duorl.models.trainer import RoutingTrainer, WindowSet, random_routes
 from duorl.models.training_options import in_precision, training_arguments
@@ -218,7 +218,8 @@ class Pretraining:
         trainer.run(self.out, callbacks, resume=self.resume)
         if not ranks.first():
             return
-        save(self.model, self.tokenizer, self.out, self.precisions)
+        round_weights(self.model, self.precisions)
+        save(self.model, self.tokenizer, self.out)
         write_json(self.out / "history.json", trainer.state.log_history)
 
 

@@ -1,4 +1,4 @@
-"""Write a model that was trained in float32 in the precision that it came in."""
+"""Write a whole model with its tokenizer; what was trained in float32 in the precision that it came in."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from duorl.files import writing_folder
 from duorl.models.gateway import load_config
 from duorl.models.modeling import DuoForCausalLM
+from duorl.models.shared import writing_model
 
 
 def precisions(model: DuoForCausalLM, given: str | None, fresh: torch.dtype) -> dict[str, torch.dtype]:
@@ -38,12 +38,14 @@ def _fits(weight: Tensor, dtype: torch.dtype) -> bool:
     return torch.equal(weight.to(dtype).to(weight.dtype), weight)
 
 
-def save(
-    model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path, precisions: Mapping[str, torch.dtype]
-) -> None:
-    """Write the model and its tokenizer, last `config.json`: a folder without it is no model."""
+def round_weights(model: DuoForCausalLM, precisions: Mapping[str, torch.dtype]) -> None:
+    """Give each weight its precision, by name."""
     for name, weight in model.named_parameters():
         weight.data = weight.to(precisions[name])
-    with writing_folder(out, last="config.json") as beside:
+
+
+def save(model: DuoForCausalLM, tokenizer: PreTrainedTokenizerBase, out: Path) -> None:
+    """Write a whole model and its tokenizer, both or neither."""
+    with writing_model(out) as beside:
         model.save_pretrained(beside)
         tokenizer.save_pretrained(beside)

@@ -10,6 +10,8 @@ holds a tensor `LAYER.NAME` for every tensor NAME of a layer's small network.
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -20,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from duorl import hub
-from duorl.extensions import find
+from duorl.extensions import find, not_from
 from duorl.files import writing_folder
 from duorl.models.bases import Base, cast_weights, find_recorded, recorded_in
 from duorl.models.families import family_of
@@ -34,7 +36,11 @@ if TYPE_CHECKING:
 WEIGHTS = "small.safetensors"
 FILES = ("*.json", "*.jinja", "*.safetensors", "*.md", "*.png")
 """What is fetched of a repository on the hub."""
-_ROUTER = "own_router"  # folder of the router of a view
+ROUTER = "own_router"
+"""The folder, in a model's, of the router of a view."""
+OF_MODEL = ("config.json", "generation_config.json", WEIGHTS, "model.safetensors", "model-*-of-*.safetensors")
+OF_MODEL += ("model.safetensors.index.json", ROUTER)
+"""Patterns of what a save replaces in the folder of a model."""
 CARD = ("README.md", "curve.png")
 """The files of a model's card."""
 
@@ -94,39 +100,50 @@ def save_small(model: DuoForCausalLM, folder: str | Path, base: Base | None = No
     config.base = recorded_in(folder, known, shared=shared)
     config.backbone._name_or_path = config.base["name"]
     config.architectures, config.dtype = [type(model).__name__], model.dtype
-    with writing_folder(folder, last="config.json") as beside:
+    with writing_model(folder) as beside:
         save_file(weights, beside / WEIGHTS, {"format": "pt"})
+        save_router(model, beside)
         if model.generation_config is not None:
             model.generation_config.save_pretrained(beside)
         config.save_pretrained(beside)
-    save_router(model, folder)
+
+
+def writing_model(folder: str | Path, *, beside_others: bool = False) -> AbstractContextManager[Path]:
+    """As `duorl.files.writing_folder`, for a model: all that the folder has of an earlier one goes.
+
+    Args:
+        folder: the folder.
+        beside_others: other weights of the same model stay, those of another `variant`.
+    """
+    return writing_folder(folder, last="config.json", stale=() if beside_others else OF_MODEL)
 
 
 def save_router(model: DuoForCausalLM, folder: Path) -> None:
-    """Save the router of a view beside the model; without one, a router that was there does not come back.
+    """Save the router of a view in the folder of the model.
 
     Raises:
         ValueError: it cannot be saved.
     """
     router: Any = model.own_router
     if router is None:
-        (folder / _ROUTER / "router.json").unlink(missing_ok=True)
-    elif not hasattr(router, "save_pretrained"):
+        return
+    if not hasattr(router, "save_pretrained"):
         raise ValueError(f"{router!r} cannot be saved with the model: make it a duorl.routers.Router")
-    else:
-        router.save_pretrained(folder / _ROUTER)
+    router.save_pretrained(folder / ROUTER)
 
 
 def with_saved_router(model: Duo, folder: Path) -> Duo:
-    """The model, or its view with the router that was saved beside it.
+    """The model, or its view with the router that was saved with it. Nothing in the folder is imported for it.
 
     Raises:
         ValueError: the router cannot be loaded, or does not fit the model.
     """
-    if not (folder / _ROUTER / "router.json").is_file():
+    if not (folder / ROUTER / "router.json").is_file():
         return model
     load = find("duorl.routers.load")  # routers are made of what stands here, and are found as a user's own parts are
-    return cast("Duo", model.with_router(load(folder / _ROUTER)))
+    with not_from(folder):
+        router = load(folder / ROUTER)
+    return cast("Duo", model.with_router(router.to(model.device)))
 
 
 def join(kind: type[Duo], folder: Path, config: DuoConfig, *, dtype: torch.dtype | None = None, **more: Any) -> Duo:
@@ -166,9 +183,11 @@ def _is_half(model: DuoForCausalLM) -> bool:
     return any(weight.dtype == torch.float16 for ffn in model.stack.ffns for weight in ffn.big.parameters())
 
 
-def small_folder(name: str, revision: str | None = None, inside: str | None = None) -> Path:
+def model_files(
+    name: str, revision: str | None = None, inside: str | None = None, patterns: Sequence[str] = FILES
+) -> Path:
     """The folder of a model: a folder, or a copy of a repository on the hub, or a folder `inside` of it."""
-    folder = Path(name) if Path(name).is_dir() else hub.snapshot(name, FILES, revision)
+    folder = Path(name) if Path(name).is_dir() else hub.snapshot(name, patterns, revision)
     return folder / (inside or "")
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from duorl import hub
 from duorl.costs import linear_flops
 from duorl.extensions import find, import_path
-from duorl.files import write_text, writing
+from duorl.files import writing_folder
 from duorl.inputs import View
 from duorl.routers.card import card
 from duorl.routers.fit import require_fit
@@ -152,8 +152,8 @@ class Router(nn.Module):
     def save_pretrained(self, folder: str | Path) -> None:
         """Write `router.safetensors`, if there are weights, and `router.json`, which marks a complete router.
 
-        With facts, also write a card, `README.md`. After a kill, the folder has the old router, the new one, or none,
-        but never parts of both.
+        With facts, also write a card, `README.md`. After an error, the folder is as it was. After a kill, it has
+        the old router, the new one, or none, but never parts of both.
 
         Raises:
             ValueError: a weight is not finite.
@@ -161,20 +161,14 @@ class Router(nn.Module):
         for name, tensor in self.state_dict().items():
             if not tensor.isfinite().all():
                 raise ValueError(f"{type(self).__name__} is not saved: its {name} holds numbers that are not finite")
-        weights, described_in = Path(folder) / "router.safetensors", Path(folder) / "router.json"
-        with writing(described_in) as beside:
-            known = {"model": self.trained_for, "facts": self.facts}
-            whole = {**described(self), **{key: value for key, value in known.items() if value is not None}}
-            beside.write_text(json.dumps(whole, indent=1))
+        known = {"model": self.trained_for, "facts": self.facts}
+        whole = {**described(self), **{key: value for key, value in known.items() if value is not None}}
+        with writing_folder(folder, last="router.json", stale=("router.safetensors",)) as beside:
             if state := {name: tensor.contiguous() for name, tensor in self.state_dict().items()}:
-                with writing(weights) as weights_beside:
-                    save_file(state, weights_beside)
-                    described_in.unlink(missing_ok=True)
-            else:
-                described_in.unlink(missing_ok=True)
-                weights.unlink(missing_ok=True)
-        if self.facts is not None:
-            write_text(described_in.with_name("README.md"), card(whole, self.facts))
+                save_file(state, beside / "router.safetensors")
+            if self.facts is not None:
+                (beside / "README.md").write_text(card(whole, self.facts), encoding="utf8")
+            (beside / "router.json").write_text(json.dumps(whole, indent=1), encoding="utf8")
 
     def push_to_hub(
         self,

@@ -7,10 +7,11 @@ apply(changes, run)                  # here
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from duorl.files import PART, writing
+from duorl.files import finished, writing
 
 _GROWING = "events.out.tfevents"  # TensorBoard's files only grow, so their new end is enough
 
@@ -59,8 +60,8 @@ class Mirror:
     def _look(self) -> dict[str, tuple[int, int]]:
         """Time and size of every finished file."""
         found = {}
-        for path in sorted(self.folder.rglob("*")):
-            if path.is_file() and not path.name.startswith(PART):
+        for path in finished(self.folder):
+            with suppress(FileNotFoundError):  # it goes meanwhile
                 known = path.stat()
                 found[path.relative_to(self.folder).as_posix()] = (known.st_mtime_ns, known.st_size)
         return found
@@ -89,9 +90,8 @@ def apply(changes: Iterable[Change], folder: Path) -> None:
 
 def gathered(folder: Path, parts: Iterable[Path]) -> dict[str, bytes]:
     """The files of some parts of a folder, files or folders, by their paths in it."""
-    files = [file for part in parts for file in ([part] if part.is_file() else sorted(part.rglob("*")))]
-    inside = [file for file in files if file.is_file() and not file.name.startswith(PART)]
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in inside}
+    files = [file for part in parts for file in ([part] if part.is_file() else finished(part))]
+    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in files}
 
 
 def scatter(files: Mapping[str, bytes], folder: Path) -> None:
