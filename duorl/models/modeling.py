@@ -165,11 +165,11 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         self.backbone._init_weights(module)
 
-    def with_router(self, router: RouterLike) -> DuoForCausalLM:
+    def with_router(self, router: RouterLike | None) -> DuoForCausalLM:
         """A view of the model that follows a router, wherever it is not given routes or another router.
 
         The view is a model like any other, for pipelines and evaluators that know nothing of routing. It shares all
-        weights and settings with this model.
+        weights and settings with this model. It is saved, sent and moved with its router; None: without one.
 
         Raises:
             ValueError: the router was made for another model.
@@ -177,7 +177,7 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
         if require_fit := getattr(router, "require_fit", None):
             require_fit(self)
         view = copy.copy(self)
-        view.__dict__["own_router"] = router  # not a part of the model, which would be moved and saved with it
+        view.__dict__["own_router"] = router  # not a module: the model's weights stay what they are
         return view
 
     @property
