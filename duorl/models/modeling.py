@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -98,10 +98,12 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
                 more = {option: value for option, value in rest.items() if option not in _NOT_OF_BASE}
                 folder = model_files(name, *where)
                 model = join(cls, folder, config, dtype=_named_dtype(kwargs), **more)
-                found = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")} | {"error_msgs": []}
+                found: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")} | {
+                    "error_msgs": []
+                }
             else:
                 given = {**kwargs, "use_safetensors": True, "output_loading_info": True}
-                model, found = super().from_pretrained(name, *args, **given)
+                model, found = cast(Any, super().from_pretrained(name, *args, **given))
                 folder = name and model_files(name, *where, patterns=(f"*{ROUTER}/router.*",))
             model = with_saved_router(model, folder) if folder else model
         return (model, found) if kwargs.get("output_loading_info") else model

@@ -38,8 +38,10 @@ FILES = ("*.json", "*.jinja", "*.safetensors", "*.md", "*.png")
 """What is fetched of a repository on the hub."""
 ROUTER = "own_router"
 """The folder, in a model's, of the router of a view."""
-OF_MODEL = ("config.json", "generation_config.json", WEIGHTS, "model.safetensors", "model-*-of-*.safetensors")
-OF_MODEL += ("model.safetensors.index.json", ROUTER)
+OF_MODEL = (
+    *("config.json", "generation_config.json", WEIGHTS, ROUTER),
+    *("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json"),
+)
 """Patterns of what a save replaces in the folder of a model."""
 CARD = ("README.md", "curve.png")
 """The files of a model's card."""
