@@ -98,9 +98,8 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
                 more = {option: value for option, value in rest.items() if option not in _NOT_OF_BASE}
                 folder = model_files(name, *where)
                 model = join(cls, folder, config, dtype=_named_dtype(kwargs), **more)
-                found: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")} | {
-                    "error_msgs": []
-                }
+                found: dict[str, Any] = {f"{kind}_keys": set() for kind in ("missing", "unexpected", "mismatched")}
+                found["error_msgs"] = []
             else:
                 given = {**kwargs, "use_safetensors": True, "output_loading_info": True}
                 model, found = cast(Any, super().from_pretrained(name, *args, **given))
