@@ -3,22 +3,26 @@
     with writing(folder / "table.csv") as beside:
         beside.write_text(...)
 
-After a kill, the file is the old one or the new one. There may be a `.part-*` file or folder, which nothing reads.
+After a kill, the file is the old one or the new one. There may be a `.part-*` file or folder, which nothing reads, and
+which goes when the run is resumed, or the folder is saved again.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 PART = ".part-"
 """Start of the names of incomplete files."""
+_TEMPORARY, _LOCK = "duorl-", ".lock"
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -50,7 +54,10 @@ def writing_folder(folder: str | Path, *, last: str, stale: Iterable[str] = ()) 
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=PART, dir=folder) as place:
+    for left in folder.glob(f"{PART}*"):
+        if not _is_alive(left):
+            _remove(left)
+    with TemporaryDirectory(prefix=f"{PART}{os.getpid()}-", dir=folder) as place:
         new, old = Path(place, "new"), Path(place, "old")
         new.mkdir()
         old.mkdir()
@@ -72,6 +79,52 @@ def _rename(steps: Sequence[tuple[Path, Path]]) -> None:
             if not os.path.lexists(source):
                 os.replace(target, source)
         raise
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A temporary folder, which goes at the end of the block; one of a killed process goes when the next one is made.
+
+    A lock tells whether a folder is in use: the kernel removes it with the process.
+    """
+    for left in Path(gettempdir()).glob(f"{_TEMPORARY}*/{_LOCK}"):
+        with suppress(OSError), left.open() as lock:  # it is of another user, in use, or gone meanwhile
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left.parent, ignore_errors=True)
+    with TemporaryDirectory(prefix=_TEMPORARY, ignore_cleanup_errors=True) as name:
+        place, new = Path(name, "work"), Path(name, "new")
+        place.mkdir()
+        with new.open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            new.rename(Path(name, _LOCK))  # only now others look whether it is in use
+            yield place
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what killed processes have left in a folder and in the folders in it; no process may write there."""
+    for place, folders, names in os.walk(folder):
+        for name in (*folders, *names):
+            if name.startswith(PART):
+                _remove(Path(place, name))
+        folders[:] = [name for name in folders if not name.startswith(PART)]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _is_alive(part: Path) -> bool:
+    """Whether the process that writes an incomplete file or folder is there."""
+    try:
+        os.kill(int(part.name.removeprefix(PART).partition("-")[0]), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def finished(folder: Path) -> Iterator[Path]:

@@ -1,11 +1,11 @@
 """Jobs on a Ray cluster: two nodes on this machine, which share nothing but Ray with the process that runs them."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -14,9 +14,12 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from duorl.cli import main
+from duorl.runs.channel import Channel, Failed, Files, Result, Said
 from duorl.runs.cluster import Needs, OnCluster, _own_modules
 from duorl.runs.interrupts import Interrupted
+from duorl.runs.jobs import JobError
 from duorl.runs.mirror import Change, Mirror, apply, gathered, scatter
+from duorl.runs.remote import RUN
 
 NEEDS_RAY = 'needs pip install -e ".[ray]"'
 
@@ -89,8 +92,9 @@ class FakeRay:
 def on_fake_cluster(messages, folder):
     """An executor whose only task sends these messages."""
     found = OnCluster.__new__(OnCluster)
+    Channel.__init__(found)
     found.ray, found.folder, found.needs, found._inputs = FakeRay(messages), folder, Needs(), {}
-    found._running, found._waiting, found._lock, found._stopping = set(), set(), threading.Lock(), False
+    found._running, found._waiting = set(), set()
     found._switch = SimpleNamespace(flip=SimpleNamespace(remote=found.ray.flip))
     return found
 
@@ -101,8 +105,8 @@ def test_a_task_without_a_machine_ends_at_once_when_a_run_is_stopped(begun, at_o
 
     def messages():
         if begun:
-            yield "begun", None
-            yield "said", {"line": "has begun"}
+            yield Files([], Path(RUN))
+            yield Said({"line": "has begun"})
         executor.stop()
         executor.stop(at_once=at_once)
 
@@ -113,6 +117,24 @@ def test_a_task_without_a_machine_ends_at_once_when_a_run_is_stopped(begun, at_o
     assert executor.ray.flipped == 1 and not executor._running and not executor._waiting
     with pytest.raises(Interrupted):  # none is handed to the cluster any more
         executor.execute(print, {}, lambda **said: None)
+
+
+def test_a_task_whose_messages_cannot_be_shown_is_ended(tmp_path):
+    def full(**said):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    executor = on_fake_cluster(task := iter([Said({"line": "has begun"}), Result({})]), tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        executor.execute(print, {}, full)
+    assert executor.ray.cancelled == [task] and not executor._running
+
+
+def test_what_changed_elsewhere_is_written_into_the_run_here(tmp_path):
+    said = [Files([Change("a/x.txt", b"changed")], Path(RUN)), Failed(f"{RUN}/a/x.txt is broken", "in x")]
+    with pytest.raises(JobError) as failed:
+        on_fake_cluster(iter(said), tmp_path).execute(print, {}, lambda **said: None)
+    assert (tmp_path / "a" / "x.txt").read_bytes() == b"changed"
+    assert failed.value.line == f"{tmp_path}/a/x.txt is broken"
 
 
 # On a cluster

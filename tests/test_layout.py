@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 ORDER = [
     {"ranks"},
     {"corpus", "costs", "closeness", "prices", "scores", "checks", "files", "hub", "markdown", "auto", "extensions"}
-    | {"devices", "colours"},
+    | {"devices", "colours", "version"},
     {"inputs"},
     {"models"},
     {"routed_pass"},

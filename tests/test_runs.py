@@ -8,6 +8,7 @@ import os
 import signal
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +20,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from duorl import files
-from duorl.runs import checkpoints, folders, interrupts, jobs, processes
+from duorl.cli.parser import complete, parse
+from duorl.runs import channel, checkpoints, folders, interrupts, jobs, processes
 from duorl.runs.journal import Journal
+from duorl.runs.mirror import Change
+from duorl.version import VERSION
 
 TORCH_TYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
 SHAPES = st.lists(st.integers(0, 3), max_size=3).map(tuple)
@@ -115,6 +119,46 @@ def test_a_checkpoint_refuses_what_it_cannot_hold(tmp_path):
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\] is a set"):
         checkpoints.save(tmp_path / "x", {"a": [1, {2}]})
     assert not any(tmp_path.iterdir())
+
+
+def test_a_checkpoint_has_the_version_that_saved_it(tmp_path, monkeypatch):
+    checkpoints.save(tmp_path / "x", {"a": torch.arange(3)})
+    assert checkpoints.version(tmp_path / "x") == VERSION
+    monkeypatch.setattr(checkpoints, "VERSION", "9.1")
+    checkpoints.save(tmp_path / "y", {"a": torch.arange(3)})
+    assert checkpoints.version(tmp_path / "y") == "9.1" and same(
+        *map(checkpoints.load, (tmp_path / "x", tmp_path / "y"))
+    )
+    structure = checkpoints.json.dumps({"dict": [["b", 1]]})  # as releases before 0.3 wrote it
+    kept = {"state": structure, "sha256": checkpoints._digest(structure, {})}
+    (tmp_path / "old").write_bytes(checkpoints.serialized({}, kept))
+    assert checkpoints.load(tmp_path / "old") == {"b": 1} and checkpoints.version(tmp_path / "old") == ""
+
+
+def _begin_and_die(place):
+    with files.temporary_folder() as mine:
+        Path(place, "mine").write_text(str(mine))
+        with files.writing(Path(place, "run", "a.txt")) as beside, files.writing_folder(Path(place, "s"), last="x"):
+            beside.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_killed_processes_leave_goes(tmp_path):
+    process = multiprocessing.get_context("spawn").Process(target=_begin_and_die, args=(str(tmp_path),))
+    process.start()
+    process.join()
+    left, mark = Path((tmp_path / "mine").read_text()), tmp_path / "run" / folders.MARK
+    assert left.is_dir() and list((tmp_path / "run").glob(".part-*")) and list((tmp_path / "s").glob(".part-*"))
+    with files.temporary_folder() as one, files.temporary_folder() as other:  # of the living, each keeps its own
+        assert one.is_dir() and other.is_dir() and one != other and not left.exists() and not left.parent.exists()
+    assert not one.parent.exists()
+    with files.writing_folder(tmp_path / "s", last="x") as beside:
+        (beside / "x").touch()
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["x"]
+    (tmp_path / "run" / folders.CONFIG).write_text("seed: 0")
+    mark.touch()
+    with folders.claim(str(tmp_path / "run"), "mine", "seed: 0", resume=True) as folder:
+        assert {path.name for path in folder.iterdir()} == {folders.MARK, folders.CONFIG}
 
 
 def test_a_file_is_whole_or_not_there(tmp_path):
@@ -216,6 +260,31 @@ def test_a_run_is_resumed_with_its_own_options(tmp_path):
         folders.check_same_options(str(folder), "seed: 1\n")
 
 
+def test_a_run_of_an_older_version_goes_on(tmp_path, monkeypatch):
+    """Options that it does not have are those of the defaults; its folder says which versions worked in it."""
+    out, config = str(tmp_path / "run"), parse("train", ["--seed", "3"])[1]
+    older = "".join(line for line in config.splitlines(True) if not line.startswith("validations"))
+    older = older.replace("  later_effects: false\n", "").replace("    clip_range: 0.2\n", "")
+    assert len(older.splitlines()) == len(config.splitlines()) - 3
+    monkeypatch.setattr(folders, "VERSION", "0.1")
+    with folders.claim(out, "train", older):
+        pass
+    monkeypatch.setattr(folders, "VERSION", "0.2")
+    again = partial(complete, "train")
+    folders.check_same_options(out, config, again)
+    with pytest.raises(ValueError, match="made with validations 10, not 3"):
+        folders.check_same_options(out, config.replace("validations: 10", "validations: 3"), again)
+    with pytest.raises(ValueError, match="made with seed 3, not 4"):
+        folders.check_same_options(out, config.replace("seed: 3", "seed: 4"), again)
+    for _ in range(2):
+        with folders.claim(out, "train", config, resume=True):
+            assert folders.versions(out) == ["0.1", "0.2"]
+    with folders.claim(out, "train", f"{older}gone: 1\n", overwrite=True):
+        assert folders.versions(out) == ["0.2"]
+    with pytest.raises(ValueError, match=r"config\.yaml is of DuoRL 0\.2, and .* cannot read it: .*gone"):
+        folders.check_same_options(out, config, again)
+
+
 def test_a_resumed_run_keeps_its_configuration_but_for_what_may_change(tmp_path):
     first = "until: choose\nseed: 0\nthreads: 1\nout: run\nresume: false\n"
     for config in (first, "until: distil\nseed: 0\nthreads: 1\nout: elsewhere\nresume: true\n"):
@@ -307,6 +376,90 @@ def test_a_failed_job_is_told_and_the_others_finish(tmp_path, slots):
     again = []
     jobs.run(planned, jobs.executor(1, 1), tmp_path, lambda job, words: again.append(job.name)) if slots == 1 else None
     assert "first" not in again
+
+
+def tell_and_sleep(place, tell):
+    tell(line="has begun")
+    return sleep(place, tell)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+@pytest.mark.parametrize("kind", [OSError(errno.ENOSPC, "No space left on device"), BrokenPipeError()])
+def test_a_run_ends_if_its_messages_cannot_be_shown(tmp_path, slots, kind):
+    """Standard output on a full disk, or a closed pipe; the processes of other jobs end too."""
+
+    def show(job, words):
+        if "line" in words or "error" in words:
+            until(lambda: slots == 1 or (tmp_path / "pid").exists())
+            raise kind
+
+    planned = [
+        jobs.Job("asleep", tmp_path / "s", sleep, {"place": str(tmp_path / "pid")}),
+        jobs.Job("telling", tmp_path / "t", tell_and_sleep, {"place": str(tmp_path / "other")}),
+    ]
+    begun = time.monotonic()
+    with pytest.raises(type(kind)):
+        jobs.run(planned[2 - slots :], jobs.executor(slots, 1), tmp_path, show)
+    assert time.monotonic() - begun < 30
+    if slots == 2:
+        assert not _alive(int((tmp_path / "pid").read_text()))
+    assert not any(job.finished for job in planned)
+
+
+class Scripted(channel.Channel):
+    """A transport whose jobs say what a test gives them."""
+
+    lives, slots = 3, 2
+
+    def __init__(self, *scripts):
+        super().__init__()
+        self.scripts, self.closed = list(scripts), 0
+
+    def messages(self, function, arguments):
+        try:
+            yield from self.scripts.pop(0)
+        finally:
+            self.closed += 1
+
+    def stop(self, *, at_once=False):
+        self.stopping = True
+
+
+def heard(*scripts):
+    """What a job on such a transport returns, and what it said."""
+    said = []
+    return Scripted(*scripts).execute(answer, {}, lambda **words: said.append(words)), said
+
+
+def test_a_job_goes_on_where_a_place_is_lost_and_fails_after_the_last():
+    lost, result = channel.Lost("a machine was lost"), channel.Result({"answer": 1})
+    again = {"line": "a machine was lost: its job goes on from the last checkpoint"}
+    found, said = heard([channel.Said({"completed": 1}), lost], [lost], [result])
+    assert found == {"answer": 1} and said == [{"completed": 1}, again, again]
+    assert heard([], [result])[1] == [{"line": "it ended without a result: its job goes on from the last checkpoint"}]
+    with pytest.raises(jobs.JobError, match="a machine was lost, 3 times"):
+        heard([lost], [lost], [lost])
+    with pytest.raises(jobs.JobError, match="no way") as failed:
+        heard([channel.Failed("no way", "in x")], [result])
+    assert failed.value.details == "in x"
+    with pytest.raises(interrupts.Interrupted) as stopped:
+        heard([channel.Stopped(signal.SIGINT)], [result])
+    assert stopped.value.signum == signal.SIGINT
+
+
+def test_files_that_cannot_be_written_here_fail_their_job(tmp_path, monkeypatch):
+    change = channel.Files([Change("a.txt", b"changed")], tmp_path)
+    assert heard([change, channel.Result({})]) == ({}, [])
+    assert (tmp_path / "a.txt").read_bytes() == b"changed"
+
+    def full(changes, folder):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(channel, "apply", full)
+    place = Scripted([change, channel.Result({})])
+    with pytest.raises(jobs.JobError, match="the disk is full"):
+        place.execute(answer, {}, lambda **words: None)
+    assert place.closed == 1
 
 
 def _command(folder):

@@ -17,7 +17,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from duorl.cli.commands import COMMANDS, chosen
+from duorl.cli.commands import COMMANDS, chosen, fail, in_words
+from duorl.files import is_no_room
 
 __all__ = ["COMMANDS", "main", "train_main"]
 
@@ -32,15 +33,38 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for stream in (sys.stdout, sys.stderr):  # a terminal without a character shows a question mark
         if reconfigure := getattr(stream, "reconfigure", None):
             reconfigure(errors="replace")
+    failed = True
     try:
         name = chosen(words)
         from duorl.cli.running import run_command  # imported here, because --help and --version do not need it
 
         run_command(name, words[1:])
-        sys.stdout.flush()
+        failed = False
     except BrokenPipeError:  # who read the output has read enough: `duorl ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it exits
         raise SystemExit(1) from None
+    except OSError as error:
+        if not is_no_room(error):
+            raise
+        fail(f"cannot write the output: {in_words(error)}", code=1)
+    except SystemExit as ended:
+        failed = bool(ended.code)
+        raise
+    finally:
+        _flush(failed)
+
+
+def _flush(failed: bool) -> None:
+    """Write what is left of the output. If that fails, nothing more is written: Python would complain when it exits.
+
+    Raises:
+        SystemExit: 1, with a line, if a command that has not failed cannot write its output.
+    """
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not failed:
+            fail(f"cannot write the output: {in_words(error)}", code=1)
 
 
 def train_main() -> None:

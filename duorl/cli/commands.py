@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple, NoReturn
 
+from duorl.version import VERSION
+
 
 class Command(NamedTuple):
     """One command.
@@ -110,9 +112,7 @@ def chosen(words: Sequence[str]) -> str:
         print(_help())
         raise SystemExit(0)
     if first == "--version":
-        from importlib.metadata import version
-
-        print(f"duorl {version('duorl')}")
+        print(f"duorl {VERSION}")
         raise SystemExit(0)
     if first not in COMMANDS:
         near = difflib.get_close_matches(first, COMMANDS, n=1)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
+import io
 import re
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import redirect_stderr
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NoReturn, get_args, get_type_hints
@@ -23,6 +25,8 @@ from duorl.devices import DeviceOptions, MapOptions, TrainerDeviceOptions, pick_
 from duorl.extensions import find
 from duorl.models.bases import find_base
 from duorl.models.loading import price_of_model, width_of_model
+from duorl.runs.folders import versions
+from duorl.version import VERSION
 
 _COMPARE_ONLY = (
     "agents",
@@ -184,6 +188,30 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
         SystemExit: the words cannot be parsed; one line on standard error, exit code 2.
         ValueError: a named class cannot be imported, or refuses its arguments, or the device is not there.
     """
+    parser, parsed = _resolved(name, words)
+    text = parser.dump(parsed, skip_unset=False)
+    return _instantiated(parser, parsed), text
+
+
+def complete(name: str, path: Path) -> str:
+    """The options in a run's configuration as YAML, with the defaults of the options that are newer than the run.
+
+    Raises:
+        ValueError: this version cannot read them; says why.
+    """
+    said = io.StringIO()
+    try:
+        with redirect_stderr(said):
+            parser, parsed = _resolved(name, ["--config", str(path)])
+            return parser.dump(parsed, skip_unset=False)
+    except (SystemExit, ValueError) as error:
+        why = said.getvalue().strip().removeprefix("duorl: error: ") or str(error)
+        origin = ", ".join(versions(path.parent)) or "before 0.3"
+        raise ValueError(f"{path} is of DuoRL {origin}, and {VERSION} cannot read it: {why}") from error
+
+
+def _resolved(name: str, words: Sequence[str]) -> tuple[_Parser, Namespace]:
+    """The parser of a command and the options in its words; the device and the precision are those of this machine."""
     for path in yaml_files(words):
         _check_yaml(path)
     words = spelled(words)
@@ -203,8 +231,7 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
         trains = "trainer" in COMMANDS[name].flags
         if parsed.dtype == "auto" and not trains:  # a trainer's precision depends on options alone
             parsed.dtype = _precision(name, parsed.model, device)
-    text = parser.dump(parsed, skip_unset=False)
-    return _instantiated(parser, parsed), text
+    return parser, parsed
 
 
 def _as_lists(parser: _Parser, words: Sequence[str]) -> list[str]:

@@ -8,6 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import NoReturn
@@ -19,7 +20,7 @@ from duorl import ranks
 from duorl.checks import BadInput, require_positive, require_seed
 from duorl.cli.commands import COMMANDS, fail, in_words
 from duorl.cli.console import quieten, resume_command
-from duorl.cli.parser import parse, read_config
+from duorl.cli.parser import complete, parse, read_config
 from duorl.corpus import check_sources
 from duorl.files import is_no_room
 from duorl.models.loading import model_folder
@@ -109,7 +110,7 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
     if "overwrite" in COMMANDS[name].flags and ranks.first():
         folders.check(options.out, resume=resume, overwrite=options.overwrite)
     if resume and ranks.first():
-        folders.check_same_options(options.out, config)
+        folders.check_same_options(options.out, config, partial(complete, name))
     if name in _DUO:
         model_folder(options.model)
     for texts in _TEXTS:

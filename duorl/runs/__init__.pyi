@@ -1,7 +1,8 @@
-from . import allocator, checkpoints, folders, interrupts, jobs, journal, pretraining, processes, training
+from . import allocator, channel, checkpoints, folders, interrupts, jobs, journal, pretraining, processes, training
 
 __all__ = [
     "allocator",
+    "channel",
     "checkpoints",
     "folders",
     "interrupts",

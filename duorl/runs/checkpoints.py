@@ -3,8 +3,8 @@
     save(path, {"weights": tensor, "step": 7, "random": generator.bit_generator.state})
     state = load(path)
 
-The file has the tensors. The structure around them is JSON in the file's metadata. A digest of both is there too,
-because a disk may change bytes that no reader of safetensors looks at.
+The file has the tensors. The structure around them is JSON in the file's metadata, and so is the version of DuoRL. A
+digest of all is there too, because a disk may change bytes that no reader of safetensors looks at.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from safetensors import safe_open
 from safetensors.torch import save as serialized
 
 from duorl.files import writing
+from duorl.version import VERSION
 
-_STRUCTURE, _DIGEST = "state", "sha256"
+_STRUCTURE, _DIGEST, _VERSION = "state", "sha256", "duorl"
 
 
 def save(path: str | Path, state: Any) -> None:
@@ -39,8 +40,9 @@ def save(path: str | Path, state: Any) -> None:
     """
     tensors: dict[str, torch.Tensor] = {}
     structure = json.dumps(_encoded(state, "state", tensors), allow_nan=False)
+    kept = {_STRUCTURE: structure, _VERSION: VERSION}
     with writing(path) as beside:
-        beside.write_bytes(serialized(tensors, {_STRUCTURE: structure, _DIGEST: _digest(structure, tensors)}))
+        beside.write_bytes(serialized(tensors, {**kept, _DIGEST: _digest(structure + VERSION, tensors)}))
 
 
 def load(path: str | Path) -> Any:
@@ -56,11 +58,18 @@ def load(path: str | Path) -> Any:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             structure, digest = (file.metadata()[name] for name in (_STRUCTURE, _DIGEST))
-        if _digest(structure, tensors) != digest:
+            version = file.metadata().get(_VERSION, "")  # releases before 0.3 did not keep theirs
+        if _digest(structure + version, tensors) != digest:
             raise ValueError("its content is not what was saved")
         return _decoded(json.loads(structure), tensors)
     except Exception as error:  # what a broken structure leads to is of many kinds
         raise ValueError(f"{path} is broken or not a checkpoint: delete it to start anew ({error})") from error
+
+
+def version(path: str | Path) -> str:
+    """The version of DuoRL that saved a checkpoint; empty before 0.3."""
+    with safe_open(path, "pt") as file:
+        return file.metadata().get(_VERSION, "")
 
 
 def _digest(structure: str, tensors: dict[str, torch.Tensor]) -> str:

@@ -15,24 +15,23 @@ import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from duorl.files import PART
+from duorl.files import PART, temporary_folder
 from duorl.runs import interrupts
+from duorl.runs.channel import Channel, Failed, Files, Lost, Message, Said
 from duorl.runs.folders import CONFIG
-from duorl.runs.jobs import Executor, Function, JobError, Tell
-from duorl.runs.mirror import apply, gathered
+from duorl.runs.jobs import Function
+from duorl.runs.mirror import gathered
 from duorl.runs.remote import RUN, work
 
 _PATIENCE = 10  # seconds
-_LOSSES = 5  # of a job's machine, after which it fails
 
 
 @dataclass(frozen=True)
@@ -73,8 +72,8 @@ def connect(address: str, needs: Needs) -> Any:
     import ray
 
     _require_answer(address)
-    with tempfile.TemporaryDirectory() as place:
-        code, handlers = _package(Path(place)), {number: signal.getsignal(number) for number in interrupts.SIGNALS}
+    with temporary_folder() as place:
+        code, handlers = _package(place), {number: signal.getsignal(number) for number in interrupts.SIGNALS}
         try:
             ray.init(address=address, runtime_env={"py_modules": [str(code)]}, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError) as problem:
@@ -125,8 +124,8 @@ def _package(place: Path) -> Path:
     return place / "duorl"
 
 
-class OnCluster(Executor):
-    """Runs jobs as tasks of a cluster.
+class OnCluster(Channel):
+    """Runs jobs as tasks of a cluster, again if their machine is lost.
 
     Args:
         ray: of `connect`.
@@ -136,35 +135,45 @@ class OnCluster(Executor):
         config: options of the run; the files that they name by a relative path are sent along.
     """
 
+    lives = 5
+
     def __init__(self, ray: Any, folder: Path, needs: Needs, slots: int, config: Mapping[str, Any]):
+        super().__init__()
         self.ray, self.folder, self.needs, self.slots = ray, folder, needs, max(2, slots)
         self._switch = ray.remote(num_cpus=0)(_Switch).options(scheduling_strategy=_here(ray)).remote()
         self._inputs = {path: ray.put(content) for path, content in _inputs(config).items()}
         self._running: set[Any] = set()
         self._waiting: set[Any] = set()  # those that have no machine yet
-        self._lock = threading.Lock()
-        self._stopping = False
 
-    def execute(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
-        """Run it as a task, again if its machine is lost; see `Executor.execute`."""
-        lost = self.ray.exceptions
-        for left in reversed(range(_LOSSES)):
-            try:
-                return self._once(function, arguments, tell)
-            except lost.RayTaskError as error:  # not the job's own error, which comes as a message
-                raise JobError(" ".join(str(error.cause).split()), str(error)) from None
-            except lost.RayError as error:
-                if self._stopping:
-                    raise interrupts.Interrupted(signal.SIGTERM) from None
-                if not left:
-                    raise JobError(f"its machine was lost {_LOSSES} times ({type(error).__name__})") from None
-                tell(line=f"a machine was lost ({type(error).__name__}): its job goes on from the last checkpoint")
-        raise AssertionError("unreachable")
+    def messages(self, function: Function, arguments: dict[str, Any]) -> Generator[Message, None, None]:
+        """Run a job as a task; see `Channel.messages`."""
+        messages = self._started(function, arguments)
+        ended = False
+        try:
+            for reference in messages:
+                message = self.ray.get(reference)
+                ended = not isinstance(message, Said | Files)
+                with self.lock:
+                    self._waiting.discard(messages)  # it has a machine
+                yield self._as_here(message)
+            ended = True
+        except self.ray.exceptions.RayTaskError as error:  # not the job's own error, which comes as a message
+            ended = True
+            yield Failed(" ".join(str(error.cause).split()), str(error))
+        except self.ray.exceptions.RayError as error:
+            ended = True
+            yield Lost(f"a machine was lost ({type(error).__name__})")
+        finally:
+            with self.lock:
+                self._running.discard(messages)
+                self._waiting.discard(messages)
+            if not ended:
+                self.ray.cancel(messages, force=True)
 
     def stop(self, *, at_once: bool = False) -> None:
         """Ask the tasks to save and end, or end them; those that have not begun end without beginning."""
-        with self._lock:
-            first, self._stopping = not self._stopping, True
+        with self.lock:
+            first, self.stopping = not self.stopping, True
             for task in self._running if at_once else self._waiting if first else ():
                 self.ray.cancel(task, force=True)
             if first and not at_once:
@@ -174,44 +183,28 @@ class OnCluster(Executor):
         """Leave the cluster."""
         self.ray.shutdown()
 
-    def _once(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
+    def _started(self, function: Function, arguments: dict[str, Any]) -> Iterator[Any]:
+        """Hand a job to the cluster; its messages come as references."""
         needed = self.needs
         options = {"num_cpus": needed.cores, "num_gpus": needed.gpus, "memory": needed.memory or None}
         task = self.ray.remote(max_retries=0, num_returns="streaming", **options)(work)
-        files = gathered(self.folder, self._parts(arguments))
-        with self._lock:
-            if self._stopping:
+        files, there = gathered(self.folder, self._parts(arguments)), self._there(arguments)
+        with self.lock:
+            if self.stopping:
                 raise interrupts.Interrupted(signal.SIGTERM)
-            there = self._there(arguments)
             messages = task.remote(function, there, files, self._inputs, self._switch, needed.cores)
             self._running.add(messages)
             self._waiting.add(messages)
-        try:
-            return self._heard(messages, tell)
-        finally:
-            with self._lock:
-                self._running.discard(messages)
-                self._waiting.discard(messages)
+        return messages
 
-    def _heard(self, messages: Iterator[Any], tell: Tell) -> dict[str, Any]:
-        for message in messages:
-            kind, content = self.ray.get(message)
-            if kind == "begun":
-                with self._lock:
-                    self._waiting.discard(messages)
-            elif kind == "files":
-                apply(content, self.folder)
-            elif kind == "said":
-                tell(**content)
-            elif kind == "error":
-                raise JobError(*(text.replace(f"{RUN}/", f"{self.folder}/") for text in content))
-            elif kind == "interrupted":
-                raise interrupts.Interrupted(content)
-            else:
-                return content
-        if self._stopping:
-            raise interrupts.Interrupted(signal.SIGTERM)
-        raise JobError("its task ended without a result")
+    def _as_here(self, message: Message) -> Message:
+        """A message with the run's folder as it is called here."""
+        if isinstance(message, Files):
+            return replace(message, folder=self.folder)
+        if isinstance(message, Failed):
+            here = [text.replace(f"{RUN}/", f"{self.folder}/") for text in (message.line, message.details)]
+            return Failed(*here)
+        return message
 
     def _parts(self, arguments: Mapping[str, Any]) -> list[Path]:
         """What a job reads of the run's folder: its configuration, and the folders that its arguments name."""

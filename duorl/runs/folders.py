@@ -5,7 +5,7 @@
 
 The folder of a run has a file `.duorl`. The process that works in the folder has a lock on this file. The kernel
 removes the lock when the process ends, also after a kill. If a folder has only `.duorl`, the process ended before it
-wrote `config.yaml`, and the folder can be used again.
+wrote `config.yaml`, and the folder can be used again. `.duorl` has the versions of DuoRL that worked in the folder.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -21,7 +21,8 @@ from typing import Any
 
 import yaml
 
-from duorl.files import PART, write_text
+from duorl.files import PART, remove_unfinished, write_text
+from duorl.version import VERSION
 
 MARK, CONFIG = ".duorl", "config.yaml"
 _OF_A_CALL = {"resume", "overwrite", "out", "config"}
@@ -78,8 +79,14 @@ def _check_writable(folder: Path) -> None:
         raise PermissionError(f"no permission to write in {there}: give another --out")
 
 
-def check_same_options(out: str, config: str) -> None:
+def check_same_options(out: str, config: str, reread: Callable[[Path], str] | None = None) -> None:
     """Refuse to resume a run with other options, because different routers would be in one table.
+
+    Args:
+        out: the folder of the run.
+        config: the complete options as YAML.
+        reread: reads the options that the run was made with, and adds those that are newer than the run, with their
+            defaults; by default nothing is added.
 
     Raises:
         ValueError: an option differs; the message names the first one.
@@ -88,12 +95,20 @@ def check_same_options(out: str, config: str) -> None:
     if not path.is_file():
         return
     try:
-        now, then = (dict(flatten(yaml.safe_load(text))) for text in (config, path.read_text(encoding="utf8")))
+        kept = path.read_text(encoding="utf8")
+        yaml.safe_load(kept)
+        now, then = (dict(flatten(yaml.safe_load(text))) for text in (config, reread(path) if reread else kept))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {path}: {error}: give --overwrite to begin anew") from error
     for name in sorted(now.keys() | then.keys()):
         if name not in _OF_A_CALL | _FREE and now.get(name) != then.get(name):
             raise ValueError(f"{out} was made with {name} {then.get(name)}, not {now.get(name)}: cannot resume it")
+
+
+def versions(folder: str | Path) -> list[str]:
+    """The versions of DuoRL that worked in a run's folder, the first one first; none for runs before 0.3."""
+    mark = Path(folder) / MARK
+    return mark.read_text(encoding="utf8").split("\n")[:-1] if mark.is_file() else []
 
 
 @contextmanager
@@ -118,10 +133,14 @@ def claim(out: str | None, name: str, config: str, *, resume: bool = False, over
     try:
         _check_content(folder, resume, overwrite)  # another process may have worked here before this one got the lock
         if resume and (folder / CONFIG).is_file():
+            remove_unfinished(folder)
             _take_changes(folder / CONFIG, config)
         else:
             _empty(folder)
+            os.ftruncate(lock, 0)
             write_text(folder / CONFIG, config)
+        if versions(folder)[-1:] != [VERSION]:
+            os.pwrite(lock, f"{VERSION}\n".encode(), os.fstat(lock).st_size)
         yield folder
     finally:
         os.close(lock)

@@ -95,6 +95,7 @@ class Executor(ABC):
         Raises:
             JobError: the function raised an exception, or its process died.
             Interrupted: it was stopped.
+        OSError: the messages cannot be shown, which ends the run.
         """
 
     def close(self) -> None:  # noqa: B027
@@ -121,7 +122,7 @@ class InProcess(Executor):
         """Do nothing: a job in this process gets the signals itself."""
 
 
-def described(error: Exception) -> JobError:
+def described(error: BaseException) -> JobError:
     """The error of a job from an exception: class and message in one line, and the traceback."""
     line = " ".join(f"{type(error).__name__}: {error}".split())
     if is_no_room(error):
@@ -153,11 +154,13 @@ def run(jobs: Sequence[Job], place: Executor, folder: Path, tell: Callable[[Job,
     Raises:
         Interrupted: the process got a signal to end; running jobs have saved their state.
         BadInput: a job in this process cannot use the input of the run.
+        OSError: messages cannot be shown, for example on a full disk; running jobs are ended.
     """
     if place.slots == 1:
         for job in jobs:
             if not job.finished and _ready(job, jobs):
-                _one(job, place, folder, tell)
+                with interrupts.deferred():  # the job itself decides where it stops
+                    _one(job, place, folder, tell)
         return [job for job in jobs if not job.finished]
     try:
         with interrupts.deferred():
@@ -206,12 +209,7 @@ def _one(job: Job, place: Executor, folder: Path, tell: Callable[[Job, dict[str,
     errors = folder / "errors" / f"{job.name.replace('/', '_')}.txt"
     errors.unlink(missing_ok=True)
     try:
-        with interrupts.deferred():  # a job itself decides where it stops; for other processes this has no effect
-            result = place.execute(job.function, job.arguments, lambda **said: tell(job, said))
-            if ranks.first():
-                write_json(job.place / RESULT, result)
-                (job.place / CHECKPOINT).unlink(missing_ok=True)  # the result is complete
-            ranks.wait()
+        _finish(job, place.execute(job.function, job.arguments, lambda **said: tell(job, said)))
     except interrupts.Interrupted:
         if place.slots == 1:
             raise
@@ -220,10 +218,22 @@ def _one(job: Job, place: Executor, folder: Path, tell: Callable[[Job, dict[str,
         _keep(errors, error.details)
         tell(job, {"error": error.line, "traceback": str(errors)})
         return
-    except OSError as error:
-        tell(job, {"error": described(error).line, "traceback": ""})
-        return
     tell(job, {"done": True})
+
+
+def _finish(job: Job, result: dict[str, Any]) -> None:
+    """Keep the result of a job; with it, the job is finished.
+
+    Raises:
+        JobError: the disk is full.
+    """
+    try:
+        if ranks.first():
+            write_json(job.place / RESULT, result)
+            (job.place / CHECKPOINT).unlink(missing_ok=True)  # the result is complete
+    except OSError as error:
+        raise described(error) from error
+    ranks.wait()
 
 
 def _keep(path: Path, text: str) -> None:

@@ -7,19 +7,20 @@ import multiprocessing
 import os
 import signal
 import threading
-import time
+from collections.abc import Generator
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 from duorl.runs import interrupts
-from duorl.runs.jobs import Executor, Function, JobError, Tell, described
+from duorl.runs.channel import Channel, Lost, Message, Said, Stopped, answer
+from duorl.runs.jobs import Function
 
 _SPAWN = multiprocessing.get_context("spawn")
 _EVERY = 0.1  # seconds between two messages of a job about its progress
 
 
-class SideBySide(Executor):
+class SideBySide(Channel):
     """Runs jobs in processes, each one job after the other. If a process dies, only its job fails.
 
     Args:
@@ -28,47 +29,38 @@ class SideBySide(Executor):
     """
 
     def __init__(self, slots: int, threads: int):
+        super().__init__()
         self.slots, self.threads = slots, threads
         self._all: set[_Worker] = set()
         self._idle: list[_Worker] = []
-        self._lock = threading.Lock()
-        self._stopping = False
 
-    def execute(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
-        """Run it in a free process or in a new one; see `Executor.execute`."""
+    def messages(self, function: Function, arguments: dict[str, Any]) -> Generator[Message, None, None]:
+        """Run a job in a free process or in a new one; see `Channel.messages`."""
         worker = self._take()
         try:
-            result = worker.do(function, arguments, tell)
-        except JobError as error:
+            yield from worker.messages(function, arguments)
+        finally:
             self._give_back(worker)
-            if self._stopping:
-                raise interrupts.Interrupted(signal.SIGTERM) from None
-            raise error
-        except BaseException:
-            worker.end()
-            raise
-        self._give_back(worker)
-        return result
 
     def stop(self, *, at_once: bool = False) -> None:
         """Send SIGTERM (once) or SIGKILL to all processes."""
-        with self._lock:
+        with self.lock:
             for worker in self._all:
                 if at_once:
                     worker.process.kill()
-                elif not self._stopping:
+                elif not self.stopping:
                     worker.process.terminate()
-            self._stopping = True
+            self.stopping = True
 
     def close(self) -> None:
         """End the free processes."""
-        with self._lock:
+        with self.lock:
             while self._idle:
                 self._idle.pop().end()
 
     def _take(self) -> _Worker:
-        with self._lock:
-            if self._stopping:
+        with self.lock:
+            if self.stopping:
                 raise interrupts.Interrupted(signal.SIGTERM)
             if self._idle:
                 return self._idle.pop()
@@ -77,18 +69,24 @@ class SideBySide(Executor):
             return worker
 
     def _give_back(self, worker: _Worker) -> None:
-        with self._lock:
-            if worker.process.is_alive():
+        with self.lock:
+            if worker.process.is_alive() and not worker.busy:
                 self._idle.append(worker)
             else:
+                worker.process.kill()
                 worker.end()
                 self._all.discard(worker)
 
 
 class _Worker:
-    """A process and the connection to it."""
+    """A process and the connection to it.
+
+    Attributes:
+        busy: whether it has a job.
+    """
 
     def __init__(self, threads: int):
+        self.busy = False
         self.connection, theirs = _SPAWN.Pipe()
         self.process: SpawnProcess = _SPAWN.Process(target=_serve, args=(theirs, threads))
         # Both signals are blocked until the process can handle them.
@@ -99,22 +97,18 @@ class _Worker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
-    def do(self, function: Function, arguments: dict[str, Any], tell: Tell) -> dict[str, Any]:
-        """Run a function in the process; errors as for `Executor.execute`."""
+    def messages(self, function: Function, arguments: dict[str, Any]) -> Generator[Message, None, None]:
+        """Run a job in the process."""
+        self.busy = True
         try:
             self.connection.send((function, arguments))
-            while True:
-                kind, content = self.connection.recv()
-                if kind == "result":
-                    return content
-                if kind == "error":
-                    raise JobError(*content)
-                if kind == "interrupted":
-                    raise interrupts.Interrupted(content)
-                tell(**content)
+            while self.busy:
+                message = self.connection.recv()
+                self.busy = isinstance(message, Said)
+                yield message
         except (EOFError, OSError):
             self.process.join()
-            raise JobError(f"its process died ({_death(self.process.exitcode)})") from None
+            yield Lost(f"its process died ({_death(self.process.exitcode)})")
 
     def end(self) -> None:
         """End the process."""
@@ -140,10 +134,10 @@ def _serve(connection: Connection, threads: int) -> None:
             while True:
                 function, arguments = connection.recv()
                 with interrupts.deferred():
-                    connection.send(_answer(connection, function, arguments))
-    except interrupts.Interrupted as stop:
+                    connection.send(answer(function, arguments, connection.send, _EVERY))
+    except interrupts.Interrupted as stop:  # between two jobs, or at once after a second signal
         with contextlib.suppress(OSError):
-            connection.send(("interrupted", stop.signum))
+            connection.send(Stopped(stop.signum))
     except (EOFError, OSError):
         return
 
@@ -156,22 +150,6 @@ def prepare(threads: int) -> None:
 
     keep_freed_memory()
     torch.set_num_threads(threads)
-
-
-def _answer(connection: Connection, function: Function, arguments: dict[str, Any]) -> tuple[str, Any]:
-    last = 0.0
-
-    def tell(**said: Any) -> None:
-        nonlocal last
-        if "line" in said or time.monotonic() - last >= _EVERY:
-            last = time.monotonic()
-            connection.send(("progress", said))
-
-    try:
-        return "result", function(**arguments, tell=tell)
-    except Exception as error:  # a job runs users' code, which may raise anything
-        found = described(error)
-        return "error", (found.line, found.details)
 
 
 def _follow_parent() -> None:

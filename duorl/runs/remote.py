@@ -7,23 +7,22 @@ import os
 import queue
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from duorl.files import temporary_folder
 from duorl.runs import interrupts
-from duorl.runs.jobs import Function, described
+from duorl.runs.channel import Files, Message, Said, answer
+from duorl.runs.jobs import Function
 from duorl.runs.mirror import Mirror, scatter
 from duorl.runs.processes import prepare
 
 RUN = "duorl-run"
 """The run's folder, where a task works; a name that nobody else gives, because messages are searched for it."""
 _EVERY = 1.0  # seconds between two looks at the files and at the switch
-
-Message = tuple[str, Any]
 
 
 def work(
@@ -45,16 +44,21 @@ def work(
         threads: threads of torch.
 
     Yields:
-        `begun`, then `said` with the job's messages, `files` with changes, and last `result`, `error` or `interrupted`.
+        First that nothing has changed in the run's folder: the job has a machine. Then what it says and changes.
     """
     import ray
 
-    yield "begun", None
+    yield Files([], Path(RUN))
     with _elsewhere():
         scatter({path: ray.get(content) for path, content in inputs.items()}, Path())
         scatter(files, Path(RUN))
         mirror, said = Mirror(Path(RUN)), queue.SimpleQueue[Message]()
-        thread = threading.Thread(target=_run, args=(function, arguments, threads, said), daemon=True)
+
+        def run() -> None:
+            prepare(threads)  # in this thread, whose number it is
+            said.put(answer(function, arguments, said.put, _EVERY))
+
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
         last, looked = None, 0.0
         while last is None:
@@ -63,49 +67,28 @@ def work(
                 if ray.get(switch.is_on.remote()):
                     interrupts.ask(signal.SIGTERM)
                 if changes := mirror.changes():
-                    yield "files", changes
+                    yield Files(changes, Path(RUN))
             with contextlib.suppress(queue.Empty):
                 message = said.get(timeout=_EVERY / 4)
-                if message[0] == "said":
+                if isinstance(message, Said):
                     yield message
                 else:
                     last = message
         thread.join()
         interrupts.forget()
-        yield "files", mirror.changes()
+        yield Files(mirror.changes(), Path(RUN))
         yield last
-
-
-def _run(function: Function, arguments: dict[str, Any], threads: int, said: queue.SimpleQueue[Message]) -> None:
-    prepare(threads)  # in this thread, whose number it is
-    told = 0.0
-
-    def tell(**what: Any) -> None:
-        nonlocal told
-        if "line" in what or time.monotonic() - told >= _EVERY:
-            told = time.monotonic()
-            said.put(("said", what))
-
-    try:
-        said.put(("result", function(**arguments, tell=tell)))
-    except interrupts.Interrupted as stop:
-        said.put(("interrupted", stop.signum))
-    except Exception as error:  # a job runs users' code, which may raise anything
-        found = described(error)
-        said.put(("error", (found.line, found.details)))
-    except BaseException as error:  # SystemExit would end this thread without a word
-        said.put(("error", (f"{type(error).__name__}: {error}", "")))
 
 
 @contextlib.contextmanager
 def _elsewhere() -> Iterator[None]:
     """In this block, the current folder is a temporary one, and modules are found in it."""
     before = Path.cwd()
-    with tempfile.TemporaryDirectory(prefix="duorl-") as place:
+    with temporary_folder() as place:
         os.chdir(place)
-        sys.path.insert(0, place)
+        sys.path.insert(0, str(place))
         try:
             yield
         finally:
-            sys.path.remove(place)
+            sys.path.remove(str(place))
             os.chdir(before)

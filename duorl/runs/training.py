@@ -15,6 +15,7 @@ from duorl.routers.base import Router
 from duorl.runs import checkpoints, interrupts
 from duorl.runs.jobs import CHECKPOINT, Tell
 from duorl.runs.journal import Journal
+from duorl.version import VERSION
 
 _SHOWN = ("rollout/return", "train/loss", "train/price")
 
@@ -95,7 +96,8 @@ class Training:
             learner.restore(state["learner"])
         except Exception as error:  # missing parts and wrong shapes are found only in the learner's code
             said = f"{type(error).__name__}: {error}"
-            raise ValueError(f"{self.checkpoint} is from another training: delete it to start anew ({said})") from error
+            origin = f"another training, or DuoRL {checkpoints.version(self.checkpoint) or 'before 0.3'}, not {VERSION}"
+            raise ValueError(f"{self.checkpoint} is from {origin}: delete it to start anew ({said})") from error
 
     def _monitor(self, learner: Trainable, journal: Journal, tell: Tell) -> Monitor:
         every = max(1, learner.span(self.total) // max(1, self.validations))
