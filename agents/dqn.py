@@ -22,6 +22,7 @@ from duorl.checks import require_positive
 from duorl.envs.lockstep import Lockstep
 from duorl.envs.sb3 import head_inputs
 from duorl.learners.base import State
+from duorl.paths import RouterPath
 from duorl.routers import HeadRouter
 
 
@@ -189,7 +190,7 @@ class DQN(StableBaselinesAgent):
         exploration_fraction: float = 0.5,
         exploration_final: float = 0.05,
         width: int = 0,
-        init: str | None = None,
+        init: RouterPath | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         counts = {"buffer_size": buffer_size, "gradient_steps": gradient_steps, "target_interval": target_interval}

@@ -17,6 +17,7 @@ from duorl.agents.advantages import entropy, explained_variance, rewards_to_go
 from duorl.agents.base import Agent
 from duorl.agents.rollouts import sample
 from duorl.envs.lockstep import Lockstep
+from duorl.paths import RouterPath
 
 
 def subtrajectory_balance(log_flow: Tensor, log_chosen: Tensor, decay: float) -> Tensor:
@@ -71,7 +72,7 @@ class GFlowNet(Agent):
         decay: float = 0.9,
         learning_rate: float = 1e-2,
         width: int = 0,
-        init: str | None = None,
+        init: RouterPath | None = None,
     ):
         if temperature <= 0 or decay <= 0:
             raise ValueError(f"temperature and decay must be above 0, not {temperature} and {decay}")

@@ -23,6 +23,7 @@ from duorl.agents.stable_baselines import StableBaselinesAgent
 from duorl.checks import require_positive
 from duorl.envs.lockstep import Lockstep
 from duorl.envs.sb3 import head_inputs
+from duorl.paths import RouterPath
 from duorl.routers import HeadRouter
 from duorl.routers.heads import LayerHeads, apply_heads
 
@@ -167,7 +168,7 @@ class PPO(_OnPolicy):
         entropy_bonus: float = 0.0,
         value_weight: float = 0.5,
         width: int = 0,
-        init: str | None = None,
+        init: RouterPath | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         require_positive(epochs=epochs)
@@ -220,7 +221,7 @@ class A2C(_OnPolicy):
         entropy_bonus: float = 0.0,
         value_weight: float = 0.5,
         width: int = 0,
-        init: str | None = None,
+        init: RouterPath | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         shared = self._shared(entropy_bonus, value_weight, gae_lambda)

@@ -13,6 +13,7 @@ from duorl.agents.advantages import entropy, explained_variance, leave_one_out, 
 from duorl.agents.base import Agent
 from duorl.agents.rollouts import sample
 from duorl.envs.lockstep import Lockstep
+from duorl.paths import RouterPath
 
 Baseline = Literal["none", "mean", "leave-one-out", "value"]
 
@@ -44,7 +45,7 @@ class REINFORCE(Agent):
         learning_rate: float = 1e-2,
         entropy_bonus: float = 0.0,
         width: int = 0,
-        init: str | None = None,
+        init: RouterPath | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         if baseline == "leave-one-out" and env.group_size < 2:

@@ -14,6 +14,7 @@ from duorl.agents.base import Agent
 from duorl.agents.rollouts import choose
 from duorl.envs.lockstep import Lockstep
 from duorl.learners.sharpness import Sharpness
+from duorl.paths import RouterPath
 
 
 class ReinMax(Agent):
@@ -63,7 +64,7 @@ class ReinMax(Agent):
         first_sharpness: float = 1.0,
         last_sharpness: float = 8.0,
         width: int = 0,
-        init: str | None = None,
+        init: RouterPath | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         env.require_room("everything")

@@ -151,12 +151,17 @@ def _named(name: str, text: str) -> str:
 def check_sources(sources: str | Sequence[str]) -> None:
     """Check that the sources exist, without reading the text; errors as for `documents`."""
     names = source_names(sources)
-    paths = [path for source in names if source not in BUILT_IN for path in _files(source)]
+    paths = [path for source in names for path in source_files(source)]
     named = [source for source in names if source in BUILT_IN] + [str(path.resolve()) for path in paths]
     if twice := sorted({name for name in named if named.count(name) > 1}):
         raise ValueError(f"{twice[0]} is named twice in {', '.join(names)}: name each text once")
     for path in paths:
         _check_file(path)
+
+
+def source_files(source: str) -> list[Path]:
+    """The files of one source; none for a built-in corpus; errors as for `documents`."""
+    return [] if source in BUILT_IN else _files(source)
 
 
 def _files(pattern: str) -> list[Path]:

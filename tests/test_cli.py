@@ -127,6 +127,8 @@ def test_lists_need_no_brackets_and_learners_no_capitals():
     whole = ["--actions", "[big, small]", "--rivals=[soft, KNN]", "--env.prices", "[0.1, 1]", "--agent", "REINFORCE"]
     assert parse("train", short)[1] == parse("train", whole)[1]
     assert yaml.safe_load(parse("compare", ["--targets", "0.5"])[1])["targets"] == [0.5]
+    for flag in (["--learned_on", "a,b.txt"], ["--learned_on=a,b.txt"]):  # a text is one name
+        assert parse("evaluate", ["--router", "r", *flag])[0].learned_on == "a,b.txt"
 
 
 def test_compare_has_learners_by_default(capsys):

@@ -15,7 +15,7 @@ ORDER = [
     {"ranks"},
     {"corpus", "costs", "closeness", "prices", "scores", "checks", "files", "hub", "markdown", "auto", "extensions"}
     | {"devices", "colours", "version"},
-    {"inputs"},
+    {"inputs", "paths"},
     {"models"},
     {"routed_pass"},
     {"rewards", "smalls"},

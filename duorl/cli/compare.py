@@ -51,7 +51,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         if options[name] and not options.targets:
             raise ValueError(f"{name} is about the comparison at targets: give targets, for instance '[0.5]'")
     bench = Workbench(options, config)
-    workers = Workers(options, config, bench.model, bench.model.device)
+    workers = Workers("compare", options, config, bench.model, bench.model.device)
     check_evaluation(options, bench.model, bench.training, bench.held_out)
     if options.targets:
         for text in held_out_texts(bench):  # each text must have an evaluation split and a router split of its own
@@ -97,22 +97,20 @@ class Compare:
         ladders, options, fixed = [], self.options, folder / FIXED
         jobs = [job("best fixed", fixed, "rank", {})]  # on a deep model it takes as long as a training
         if options.targets:
-            ladders.append(
-                job("best fixed: ladder", fixed / "ladder", "climb fixed", {"place": str(fixed)}, "best fixed")
-            )
+            ladders.append(job("best fixed: ladder", fixed / "ladder", "climb fixed", {"place": fixed}, "best fixed"))
         places = self.places(folder)
         knowable = [Place(KNOWABLE, options.seed, folder)] if options.knowable else []
         for place in [*places, *knowable]:
-            events = place.router / "tensorboard" if place.name == KNOWABLE else place.events
-            arguments = {"name": place.name, "seed": place.seed, "place": str(place.router), "events": str(events)}
-            waits = []
+            arguments: dict[str, Any] = {"name": place.name, "seed": place.seed, "place": place.router}
+            arguments["events"] = place.router / "tensorboard" if place.name == KNOWABLE else place.events
+            waits: list[str] = []
             if place.name in options.starts:
                 first = replace(place, name=options.starts[place.name])
-                arguments["start"], waits = str(first.router), [first.job]
+                arguments["start"], waits = first.router, [first.job]
             jobs.append(job(place.job, place.router, "train", arguments, *waits))
             if options.targets and place.name != KNOWABLE:
                 ladder = place.router / "ladder"
-                ladders.append(job(f"{place.job}: ladder", ladder, "climb", {"router": str(place.router)}, place.job))
+                ladders.append(job(f"{place.job}: ladder", ladder, "climb", {"router": place.router}, place.job))
         return [*jobs, *ladders]
 
     def _compare(self, folder: Path) -> None:

@@ -31,7 +31,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     first = dense.plan(settings.recipe, settings.shares, Path())["duo"]
     where = {"device": options.device, "dtype": options.dtype}
     duo = Pretraining(first, **where)  # this checks the recipe and its text
-    workers = Workers(options, config, duo.model, duo.device)
+    workers = Workers("dense", options, config, duo.model, duo.device)
     for text in settings.texts:
         dense.evaluation_windows(text, duo.tokenizer, settings)
 
@@ -51,6 +51,8 @@ def plan(settings: DenseOptions, folder: Path, where: dict[str, Any]) -> list[Jo
     """One job per model; the last one starts from one of the others. `where`: `device` and `dtype` of `Pretraining`."""
     trainings = dense.plan(settings.recipe, settings.shares, folder)
     given = {name: {"options": asdict(training), **where} for name, training in trainings.items()}
+    for options in (arguments["options"] for arguments in given.values()):
+        options |= {name: Path(options[name]) for name in ("out", "model") if options[name]}
     jobs = [Job(name, folder / name, pretrain, given[name]) for name in trainings]
     last = jobs.pop()
     source = Path(trainings[last.name].model or "").name

@@ -35,7 +35,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     if options.prices is not None:
         check_prices(options.prices)
     labelling = Labelling(options)
-    workers = Workers(options, config, labelling.model, labelling.model.device, most=labelling.shards)
+    workers = Workers("label", options, config, labelling.model, labelling.model.device, most=labelling.shards)
     return "labels", partial(_run, labelling, workers)
 
 
@@ -60,24 +60,24 @@ class Labelling:
         """How many there are."""
         return -(-min(self.options.windows, len(self.windows)) // self.options.shard)
 
-    def shard(self, number: int, place: str, tell: Tell) -> dict[str, Any]:
+    def shard(self, number: int, place: Path, tell: Tell) -> dict[str, Any]:
         """Label the windows of a shard: the function of a job."""
         size = self.options.shard
         tokens = self.windows[number * size : (number + 1) * size].to(self.model.device)
         generator = torch.Generator().manual_seed(self.options.seed * 2**20 + number)
         with interrupts.immediate():
             found = self.source.table(tokens) or self.source.deviations(tokens, self.prices, generator)
-        write_shard(Path(place) / _SHARD, tokens, found)
+        write_shard(place / _SHARD, tokens, found)
         return {"windows": len(tokens)}
 
 
-def shard_apart(run: str, number: int, place: str, tell: Tell) -> dict[str, Any]:
+def shard_apart(run: Path, number: int, place: Path, tell: Tell) -> dict[str, Any]:
     """Label the windows of a shard in another process."""
     return _labelling(run).shard(number, place, tell)
 
 
 @lru_cache(maxsize=1)
-def _labelling(run: str) -> Labelling:
+def _labelling(run: Path) -> Labelling:
     return Labelling(options_again("label", run)[0])
 
 
@@ -87,7 +87,7 @@ def _run(labelling: Labelling, workers: Workers, folder: Path) -> None:
     jobs = []
     for number in range(labelling.shards):
         place = folder / "shards" / f"{number:05}"
-        job = Job(place.name, place, labelling.shard, {"number": number, "place": str(place)})
+        job = Job(place.name, place, labelling.shard, {"number": number, "place": place})
         jobs.append(workers.placed(job, shard_apart, folder))
     workers.finish(jobs, folder)
     labelled = sum(job.result["windows"] for job in jobs)

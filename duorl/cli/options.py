@@ -11,6 +11,7 @@ from duorl.cli.learners import LearnerFactory
 from duorl.evaluation.options import EvaluationOptions
 from duorl.models.calls import Skip
 from duorl.oracle.table import SearchContext
+from duorl.paths import DuoPath, RouterPath, TextPath
 from duorl.prices import check_prices
 from duorl.rewards import LossImprovement, Reward
 from duorl.routed_pass import Context
@@ -105,9 +106,9 @@ class RunOptions:
 
     agents: dict[str, LearnerFactory] = field(default_factory=dict)  # the parser knows the default ones
     reward: Reward | Callable = field(default_factory=lambda: LossImprovement(DEFAULT_PRICE))
-    model: str = "duo-tiny"
+    model: DuoPath = "duo-tiny"
     skip: Skip | None = None
-    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
+    corpus: list[TextPath] | TextPath = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
     total_decisions: int = 8_000_000
@@ -116,7 +117,7 @@ class RunOptions:
     own_env: dict[str, dict[str, Any]] = field(default_factory=dict)
     starts: dict[str, str] = field(default_factory=dict)
     rivals: list[str] | dict[str, LearnerFactory] = field(default_factory=lambda: ["supervised", "soft"])
-    labels: str | None = None
+    labels: RouterPath | None = None
     evaluation: EvaluationOptions = field(default_factory=EvaluationOptions)
     validations: int = 10
     save_every: float = 120.0
@@ -126,7 +127,7 @@ class RunOptions:
     cluster: str | None = None
     targets: list[float] = field(default_factory=list)
     reach_targets: bool = False
-    transfer: list[str] = field(default_factory=list)
+    transfer: list[TextPath] = field(default_factory=list)
     knowable: int = 0
     out: str | None = None
 
@@ -163,15 +164,15 @@ class EvaluateOptions:
         out: folder for comparison.json, comparison.csv and the figure; by default the first free `runs/evaluate-N`.
     """
 
-    router: str
-    model: str = "duo-tiny"
+    router: RouterPath
+    model: DuoPath = "duo-tiny"
     skip: Skip | None = None
-    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
+    corpus: list[TextPath] | TextPath = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     reference: str = "small"
     price: float = DEFAULT_PRICE
     target_compute: float | None = None
-    learned_on: list[str] | str | None = None
+    learned_on: list[TextPath] | TextPath | None = None
     tasks: list[str] | str = field(default_factory=list)
     task_questions: int | None = None
     task_batch: int = 8
@@ -213,9 +214,9 @@ class OracleOptions:
         out: folder for oracle.json and the difficulty of the tokens; by default the first free `runs/oracle-N`.
     """
 
-    model: str = "duo-tiny"
+    model: DuoPath = "duo-tiny"
     skip: Skip | None = None
-    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
+    corpus: list[TextPath] | TextPath = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
     context: SearchContext = "reference"
     price: float = 0.0
@@ -256,11 +257,11 @@ class LabelOptions:
         out: folder of the labels; by default the first free `runs/labels-N`.
     """
 
-    model: str = "duo-tiny"
+    model: DuoPath = "duo-tiny"
     skip: Skip | None = None
-    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code"])
+    corpus: list[TextPath] | TextPath = field(default_factory=lambda: ["stdlib-code"])
     actions: list[str] = field(default_factory=lambda: ["small", "big"])
-    base: str | None = None
+    base: RouterPath | None = None
     price: float = DEFAULT_PRICE
     prices: tuple[float, float] | None = None
     window: int = 128
@@ -293,10 +294,10 @@ class GenerateOptions:
     """
 
     prompt: str
-    router: str = "big"
-    model: str = "duo-tiny"
+    router: RouterPath = "big"
+    model: DuoPath = "duo-tiny"
     price: float | None = None
-    draft: str | None = None
+    draft: RouterPath | None = None
     lookup: int | None = None
     chat: bool = False
     max_new_tokens: int = 64

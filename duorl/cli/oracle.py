@@ -48,7 +48,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     check_price(options.price)
     search = Search(options)
     plan = plan_route_search(search.model, search.tokens, search.asked)
-    workers = Workers(options, config, search.model, search.model.device, most=len(search.shards))
+    workers = Workers("oracle", options, config, search.model, search.model.device, most=len(search.shards))
     return "oracle", partial(_run, search, plan, workers, config)
 
 
@@ -85,7 +85,7 @@ class Search:
 
         return {"starts": choose_starts(self.model, self.text, self.asked, tried)}
 
-    def shard(self, first: int, last: int, method: str, starts: str, place: str, tell: Tell) -> dict[str, Any]:
+    def shard(self, first: int, last: int, method: str, starts: Path, place: Path, tell: Tell) -> dict[str, Any]:
         """Search the windows from `first` up to `last`: the function of a job.
 
         Args:
@@ -97,25 +97,25 @@ class Search:
             tell: called at the start.
         """
         tell(note=f"{last - first} windows")
-        patterns = json.loads((Path(starts) / RESULT).read_text())["starts"] if method == "descent" else []
+        patterns = json.loads((starts / RESULT).read_text())["starts"] if method == "descent" else []
         with interrupts.immediate():
             found = search_windows(self.model, self.text[first:last], self.asked, method, patterns)
-        save_columns(found, Path(place) / _SHARD)
+        save_columns(found, place / _SHARD)
         return {"windows": last - first}
 
 
-def shard_apart(run: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
+def shard_apart(run: Path, tell: Tell, **arguments: Any) -> dict[str, Any]:
     """Search the windows of a shard in another process."""
     return _search(run).shard(tell=tell, **arguments)
 
 
-def starts_apart(run: str, tell: Tell) -> dict[str, Any]:
+def starts_apart(run: Path, tell: Tell) -> dict[str, Any]:
     """Choose the patterns with which a descent starts in another process."""
     return _search(run).starts(tell)
 
 
 @lru_cache(maxsize=1)
-def _search(run: str) -> Search:
+def _search(run: Path) -> Search:
     return Search(options_again("oracle", run)[0])
 
 
@@ -126,7 +126,7 @@ def _jobs(search: Search, method: str, workers: Workers, folder: Path) -> tuple[
     shards = []
     for first, last in search.shards:
         place = folder / "shards" / f"{method}-{first:05}-{last:05}"
-        arguments = {"first": first, "last": last, "method": method, "starts": str(starts.place), "place": str(place)}
+        arguments = {"first": first, "last": last, "method": method, "starts": starts.place, "place": place}
         job = Job(place.name, place, search.shard, arguments, after=tuple(job.name for job in before))
         shards.append(workers.placed(job, shard_apart, folder))
     return before, shards

@@ -44,7 +44,7 @@ _SAVE_EVERY = 120.0
 def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
     """The default name of the folder, and the study; see `Paper`."""
     paper = Paper(options, config)
-    return "paper", partial(paper.run, Workers(options, config, paper.model, paper.model.device))
+    return "paper", partial(paper.run, Workers("paper", options, config, paper.model, paper.model.device))
 
 
 class Paper:
@@ -135,15 +135,11 @@ class Paper:
         jobs = []
         for wanted in routers:
             place = _place(wanted, folder)
-            arguments = {
-                "wanted": list(wanted),
-                "place": str(place),
-                "events": str(folder / "tensorboard" / place.name),
-            }
+            arguments = {"wanted": list(wanted), "place": place, "events": folder / "tensorboard" / place.name}
             jobs.append(workers.placed(Job(place.name, place, self.train, arguments), train_apart, folder))
         return jobs
 
-    def train(self, wanted: Sequence[Any], place: str, events: str, tell: Tell) -> dict[str, Any]:
+    def train(self, wanted: Sequence[Any], place: Path, events: Path, tell: Tell) -> dict[str, Any]:
         """Train a router: the function of a job.
 
         Args:
@@ -154,7 +150,7 @@ class Paper:
         """
         name, at, actions = wanted
         make = self._soft(at, actions) if name is None else partial(self.options.agents[name], self._lockstep(at))
-        training = Training(self.options.total_decisions, Path(place), Path(events), _SAVE_EVERY, lambda router: {}, 1)
+        training = Training(self.options.total_decisions, place, events, _SAVE_EVERY, lambda router: {}, 1)
         training.run(make(), lambda router, journal: router, tell).save_pretrained(place)
         return {}
 
@@ -184,13 +180,13 @@ class Paper:
         return partial(Soft, lockstep, budget=compute, **self.soft)
 
 
-def train_apart(run: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
+def train_apart(run: Path, tell: Tell, **arguments: Any) -> dict[str, Any]:
     """Run `Paper.train` in another process, with a study from the run's configuration."""
     return _paper(run).train(tell=tell, **arguments)
 
 
 @lru_cache(maxsize=1)
-def _paper(run: str) -> Paper:
+def _paper(run: Path) -> Paper:
     return Paper(*options_again("paper", run))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from duorl.cli.learners import LearnerFactory, named
 from duorl.cli.options import EnvironmentOptions, Skip
 from duorl.paper.size import StudySize
+from duorl.paths import DuoPath, FilePath, OptionsOf, TextPath
 
 
 @dataclass(frozen=True)
@@ -33,18 +34,18 @@ class PaperOptions:
         out: folder for the figures, claims.md and report.html; by default the first free `runs/paper-N`.
     """
 
-    model: str = "duo-tiny"
-    prose: list[str] | str = "stdlib-docs"
-    code: list[str] | str = "stdlib-code"
+    model: DuoPath = "duo-tiny"
+    prose: list[TextPath] | TextPath = "stdlib-docs"
+    code: list[TextPath] | TextPath = "stdlib-code"
     agents: dict[str, LearnerFactory] = field(
         default_factory=lambda: {name: named(name) for name in ("PPO", "REINFORCE")}
     )
     total_decisions: int = 4_000_000
     env: EnvironmentOptions = field(default_factory=EnvironmentOptions)
-    soft: dict[str, Any] = field(default_factory=dict)
+    soft: Annotated[dict[str, Any], OptionsOf("duorl.learners.Soft")] = field(default_factory=dict)
     soft_windows: int = 8
     size: StudySize = field(default_factory=StudySize)
-    dense: str | None = None
+    dense: FilePath | None = None
     skip: Skip | None = None
     seed: int = 0
     processes: int | None = None

@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, get_args, get_type_hints
+from types import UnionType
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
@@ -239,13 +240,19 @@ def _as_lists(parser: _Parser, words: Sequence[str]) -> list[str]:
     found, flag = [], ""
     for word in words:
         name, equals, value = word.partition("=") if word.startswith("--") else (flag, "", word)
-        kinds = str(getattr(parser._option_string_actions.get(name), "_typehint", ""))
-        takes_list = re.search(r"\b(list|tuple)\[", kinds) and not re.search(r"\| str\b|\bstr \|", kinds)
-        if takes_list and value and not value.startswith(("[", "{", "null")) and not value.endswith(_FILES):
+        listed = value.startswith(("[", "{", "null")) or value.endswith(_FILES)
+        if value and not listed and _takes_list(parser._option_string_actions.get(name)):
             word = f"{name}=[{value}]" if equals else f"[{value}]"
         found.append(word)
         flag = word if word.startswith("--") and "=" not in word else ""
     return found
+
+
+def _takes_list(option: Any) -> bool:
+    """Whether an option takes a list, and a text is nothing else for it."""
+    hint = getattr(option, "_typehint", None)
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    return str not in parts and any(get_origin(part) in (list, tuple) for part in parts)
 
 
 def _precision(command: str, model: str, device: torch.device) -> str:

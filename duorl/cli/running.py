@@ -21,14 +21,10 @@ from duorl.checks import BadInput, require_positive, require_seed
 from duorl.cli.commands import COMMANDS, fail, in_words
 from duorl.cli.console import quieten, resume_command
 from duorl.cli.parser import complete, parse, read_config
-from duorl.corpus import check_sources
+from duorl.cli.reading import check_read
 from duorl.files import is_no_room
-from duorl.models.loading import model_folder
 from duorl.runs import folders, interrupts
 from duorl.runs.allocator import keep_freed_memory
-
-_DUO = ("train", "compare", "evaluate", "oracle", "label", "paper")  # their --model is the folder of a duo model
-_TEXTS = ("corpus", "prose", "code")
 
 
 def run_command(name: str, words: list[str]) -> None:
@@ -111,11 +107,7 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
         folders.check(options.out, resume=resume, overwrite=options.overwrite)
     if resume and ranks.first():
         folders.check_same_options(options.out, config, partial(complete, name))
-    if name in _DUO:
-        model_folder(options.model)
-    for texts in _TEXTS:
-        if options.get(texts) is not None:
-            check_sources(options[texts])
+    check_read(name, read_config(config))
 
 
 def _require_finite(config: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -47,20 +48,16 @@ def plan(bench: Workbench, folder: Path) -> list[Job]:
     """The trainings of the agent and its rivals; with a target, rivals use the price that the agent found."""
     (agent,), seed = bench.agents, bench.options.seed
     place = folder / "router"
-    common = {"seed": seed, "price_from": None}
-    first = Job(agent, place, bench.train, {**common, "name": agent, **_folders(place, folder / "tensorboard" / agent)})
-    jobs = [first]
+    common: dict[str, Any] = {"seed": seed, "price_from": None}
+    events = folder / "tensorboard" / agent
+    jobs = [Job(agent, place, bench.train, {**common, "name": agent, "place": place, "events": events})]
     for name in bench.rivals:
         rival = Place(name, seed, folder)
-        arguments = {**common, "name": name, **_folders(rival.router, rival.events)}
+        arguments = {**common, "name": name, "place": rival.router, "events": rival.events}
         if bench.target is not None:
-            arguments["price_from"] = str(place)
+            arguments["price_from"] = place
         jobs.append(Job(name, rival.router, bench.train, arguments, after=(agent,) if bench.target else ()))
     return jobs
-
-
-def _folders(place: Path, events: Path) -> dict[str, str]:
-    return {"place": str(place), "events": str(events)}
 
 
 def _run(bench: Workbench, folder: Path) -> None:

@@ -15,6 +15,7 @@ from jsonargparse import Namespace
 from duorl.checks import require_positive
 from duorl.cli.console import job_bars, quieten
 from duorl.cli.parser import parse, read_config
+from duorl.cli.reading import files_read
 from duorl.cli.workbench import Workbench
 from duorl.corpus import Windows, source_names
 from duorl.devices import processes_for
@@ -52,8 +53,9 @@ class Workers:
     """Who does the jobs of a run: the machines of a cluster, or processes of this one.
 
     Args:
+        command: name of the command.
         options: of the command; `processes`, `cluster` and `threads` are used.
-        config: the resolved options as YAML.
+        config: the resolved options as YAML; machines of a cluster get the files that they name.
         model: the model that every job loads.
         device: where it will be.
         most: maximum number of jobs at the same time.
@@ -66,11 +68,17 @@ class Workers:
     """
 
     def __init__(
-        self, options: Namespace, config: str, model: DuoForCausalLM, device: torch.device, most: int | None = None
+        self,
+        command: str,
+        options: Namespace,
+        config: str,
+        model: DuoForCausalLM,
+        device: torch.device,
+        most: int | None = None,
     ):
         if options.processes is not None:
             require_positive(processes=options.processes)
-        self.threads, self._config = options.threads, config
+        self.threads, self._command, self._config = options.threads, command, config
         self._processes = options.processes or processes_for(device, options.threads)
         if most is not None:
             self._processes = min(self._processes, most)
@@ -81,12 +89,13 @@ class Workers:
 
     def placed(self, job: Job, again: Function, folder: Path) -> Job:
         """A job of a run in a folder as it runs here; in another process by `again`, which gets the folder as `run`."""
-        return replace(job, function=again, arguments={"run": str(folder), **job.arguments}) if self.apart else job
+        return replace(job, function=again, arguments={"run": folder, **job.arguments}) if self.apart else job
 
     def finish(self, jobs: list[Job], folder: Path) -> None:
         """Run the jobs of a run in a folder that are not finished; errors as for `finish_all`."""
         if self._ray:
-            place: Executor = OnCluster(self._ray, folder, self._needs, len(jobs), read_config(self._config))
+            inputs = files_read(self._command, read_config(self._config))
+            place: Executor = OnCluster(self._ray, folder, self._needs, len(jobs), inputs)
         else:
             place = executor(min(self._processes, len(jobs)), self.threads)
         finish_all(jobs, place, folder)
@@ -138,13 +147,13 @@ class Place:
         return load_router(self.router).to(bench.model.device)
 
 
-def options_again(command: str, run: str) -> tuple[Namespace, str]:
+def options_again(command: str, run: Path) -> tuple[Namespace, str]:
     """The options of a run in a folder, and the same as YAML, read by a job in another process."""
     quieten()
-    return parse(command, ["--config", str(Path(run) / CONFIG)])
+    return parse(command, ["--config", str(run / CONFIG)])
 
 
-def do_apart(run: str, work: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
+def do_apart(run: Path, work: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
     """Do a piece of work, a key of `WORK`, in another process, with a workbench from the run's configuration."""
     return WORK[work](_bench(run), tell=tell, **arguments)
 
@@ -182,7 +191,7 @@ def rank(bench: Workbench, tell: Tell) -> dict[str, Any]:
     return {"baseline": baseline.state(), "patterns": patterns}
 
 
-def climb_fixed(bench: Workbench, place: str, tell: Tell) -> dict[str, Any]:
+def climb_fixed(bench: Workbench, place: Path, tell: Tell) -> dict[str, Any]:
     """Measure the best fixed pattern of every number of big layers on each text: the function of a job.
 
     Args:
@@ -190,12 +199,12 @@ def climb_fixed(bench: Workbench, place: str, tell: Tell) -> dict[str, Any]:
         place: folder of the job that ranked the patterns.
         tell: called after every text.
     """
-    patterns = json.loads((Path(place) / RESULT).read_text())["patterns"]
-    _climb_texts(bench, [PatternRouter(route) for route in patterns], Path(place), tell)
+    patterns = json.loads((place / RESULT).read_text())["patterns"]
+    _climb_texts(bench, [PatternRouter(route) for route in patterns], place, tell)
     return {}
 
 
-def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
+def climb(bench: Workbench, router: Path, tell: Tell) -> dict[str, Any]:
     """Measure a router at several prices on each text: the function of a job.
 
     Args:
@@ -209,7 +218,7 @@ def climb(bench: Workbench, router: str, tell: Tell) -> dict[str, Any]:
     steps = [loaded.at(price=price) for price in falling]
     if bench.options.reach_targets:
         steps += [_calibrated(bench, loaded, target, steps[-1]) for target in _around(bench.options.targets)]
-    _climb_texts(bench, steps, Path(router), tell)
+    _climb_texts(bench, steps, router, tell)
     return {}
 
 
@@ -269,6 +278,6 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 @lru_cache(maxsize=1)
-def _bench(run: str) -> Workbench:
+def _bench(run: Path) -> Workbench:
     torch.manual_seed(0)
     return Workbench(*options_again("compare", run))

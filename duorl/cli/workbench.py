@@ -150,7 +150,7 @@ class Workbench:
         while not trial.done:
             trial.step(torch.zeros_like(trial.compute, dtype=torch.int64))
 
-    def learner(self, name: str, seed: int, start: str | None = None) -> Learner:
+    def learner(self, name: str, seed: int, start: Path | None = None) -> Learner:
         """Make a new learner, by its name in the run; errors as for its class and its environment.
 
         Args:
@@ -169,7 +169,7 @@ class Workbench:
         if name not in self._starts:
             return factory(lockstep)
         try:
-            return factory(lockstep, init=start)
+            return factory(lockstep, init=start and str(start))
         except TypeError as error:
             raise ValueError(f"starts: {name} cannot start from a router, it has no option `init`") from error
 
@@ -199,11 +199,11 @@ class Workbench:
         self,
         name: str,
         seed: int,
-        place: str,
-        events: str,
+        place: Path,
+        events: Path,
         tell: Tell,
-        price_from: str | None = None,
-        start: str | None = None,
+        price_from: Path | None = None,
+        start: Path | None = None,
     ) -> dict[str, Any]:
         """Train a learner, log it and save its router: the function of a job.
 
@@ -222,15 +222,15 @@ class Workbench:
         learner, options = self.learner(name, seed, start), self.options
         work = _Work(self, name, learner, self.price, tell)
         if price_from is not None:
-            work.price = read_config((Path(price_from) / RESULT).read_text())["price"]
+            work.price = read_config((price_from / RESULT).read_text())["price"]
             if self.prices is None:
                 learner.charge(work.price)
         elif self.target is not None:
             work.aim(self.target)
         training = Training(
             total=options.total_decisions,
-            place=Path(place),
-            events=Path(events),
+            place=place,
+            events=events,
             save_every=options.save_every,
             validate=work.validate,
             validations=options.validations,

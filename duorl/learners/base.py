@@ -28,6 +28,7 @@ from torch import Tensor
 
 from duorl import ranks
 from duorl.models.frozen import require_frozen
+from duorl.paths import RouterPath
 from duorl.rewards import Reward, is_loss_improvement
 from duorl.routers import HeadRouter, PatternRouter, Router, load
 from duorl.routers.fit import identity
@@ -271,7 +272,7 @@ class HeadLearner(Learner):
     router: HeadRouter
     stateful: tuple[str, ...] = ("optimizer",)
 
-    def __init__(self, env: Task, *, learning_rate: float, width: int = 0, init: str | None = None):
+    def __init__(self, env: Task, *, learning_rate: float, width: int = 0, init: RouterPath | None = None):
         super().__init__(env)
         if not 0 < learning_rate < math.inf:
             raise ValueError(f"learning_rate must be above 0, not {learning_rate}")

@@ -8,6 +8,7 @@ from torch import Tensor
 from duorl.checks import require_positive
 from duorl.learners.base import Task
 from duorl.learners.supervised import Target, Taught, shuffled, taught_loss
+from duorl.paths import RouterPath
 from duorl.routers import EnsembleRouter
 
 
@@ -42,7 +43,7 @@ class Ensemble(Taught):
         batch_size: int = 4096,
         learning_rate: float = 3e-3,
         width: int = 0,
-        base: str | None = None,
+        base: RouterPath | None = None,
     ):
         super().__init__(env)
         require_positive(members=members)

@@ -12,6 +12,7 @@ from duorl.learners.base import Learner, State, Task
 from duorl.learners.labels import action_values, walked
 from duorl.learners.sources import Source, require_stored
 from duorl.oracle import RouteTable
+from duorl.paths import RouterPath
 from duorl.prices import ladder
 from duorl.routed_pass import remember
 from duorl.routers import KNNRouter
@@ -52,7 +53,7 @@ class KNN(Learner):
         neighbours: int = 64,
         temperature: float = 0.1,
         rungs: int = 5,
-        base: str | None = None,
+        base: RouterPath | None = None,
     ):
         super().__init__(env)
         require_positive(windows=windows, neighbours=neighbours, rungs=rungs)

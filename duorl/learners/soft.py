@@ -22,6 +22,7 @@ from duorl.costs import BIG
 from duorl.learners.base import HeadLearner, Task
 from duorl.learners.sharpness import Schedule, Sharpness
 from duorl.models.footprint import require_room
+from duorl.paths import RouterPath
 from duorl.prices import draw_prices
 from duorl.rewards import Reward, TeacherKL
 from duorl.routed_pass import RoutedPass
@@ -73,7 +74,7 @@ class Soft(HeadLearner):
         target: Target = "text",
         learning_rate: float = 1e-2,
         width: int = 0,
-        init: str | None = None,
+        init: RouterPath | None = None,
     ):
         self.target = target
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)

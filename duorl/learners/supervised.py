@@ -14,6 +14,7 @@ from duorl.learners.base import HeadLearner, Learner, Task
 from duorl.learners.labels import Decisions, Deviations, label
 from duorl.learners.sources import Source, require_stored
 from duorl.oracle import RouteTable
+from duorl.paths import RouterPath
 from duorl.prices import ladder
 from duorl.routers import HeadRouter
 
@@ -34,7 +35,7 @@ class Labels:
         ValueError: a count is below 1, the base policy cannot be used, or the labels do not fit into memory.
     """
 
-    def __init__(self, env: Task, *, windows: int, temperature: float, rungs: int, base: str | None = None):
+    def __init__(self, env: Task, *, windows: int, temperature: float, rungs: int, base: RouterPath | None = None):
         require_positive(windows=windows, rungs=rungs)
         self.env, self.temperature, self.rungs = env, temperature, rungs
         self.source, self.text = Source(env.model, env.actions, base), env.windows[:windows]
@@ -104,7 +105,7 @@ class Taught(Learner):
         rungs: int,
         epochs: int,
         batch_size: int,
-        base: str | None,
+        base: RouterPath | None,
     ) -> None:
         """Set the options; see `Supervised`."""
         require_positive(epochs=epochs, batch_size=batch_size)
@@ -163,8 +164,8 @@ class Supervised(Taught, HeadLearner):
         batch_size: int = 4096,
         learning_rate: float = 3e-3,
         width: int = 0,
-        base: str | None = None,
-        init: str | None = None,
+        base: RouterPath | None = None,
+        init: RouterPath | None = None,
     ):
         super().__init__(env, learning_rate=learning_rate, width=width, init=init)
         taught = {"windows": windows, "rungs": rungs, "epochs": epochs, "batch_size": batch_size}

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from math import isfinite
+from os.path import relpath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +56,24 @@ def model_folder(name: str | Path) -> Path:
     if small:
         find_recorded(small, folder / "config.json")
     return folder
+
+
+def own_files(name: str | Path) -> list[Path]:
+    """The files of a model that neither a package nor the hub has: its folder, and its base model's folder or file.
+
+    Args:
+        name: see `model_folder`.
+
+    Raises:
+        OSError, ValueError: see `model_folder`.
+    """
+    if str(name) in EMBEDDED or not Path(name).is_dir():
+        return []
+    record = read_object(Path(name) / "config.json").get("base")
+    base = find_recorded(record, Path(name) / "config.json") if record else None
+    if base is None or base.kind not in ("folder", "gguf"):
+        return [Path(name)]
+    return [Path(name), Path(relpath(Path(base.place, base.gguf_file or "")))]
 
 
 def price_of_model(name: str | Path) -> float | None:

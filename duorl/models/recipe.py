@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from duorl.checks import require_positive
+from duorl.paths import BasePath, TextPath
 
 _LEAST_VOCABULARY = 257
 
@@ -34,8 +35,8 @@ class PretrainOptions:
     """
 
     out: str
-    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code", "stdlib-docs"])
-    model: str | None = None
+    corpus: list[TextPath] | TextPath = field(default_factory=lambda: ["stdlib-code", "stdlib-docs"])
+    model: BasePath | None = None
     backbone: dict[str, Any] = field(default_factory=lambda: {"model_type": "llama"})
     vocab_size: int = 2048
     small_ratio: int = 16

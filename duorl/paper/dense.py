@@ -30,6 +30,7 @@ from duorl.models.families import inner_size, inner_size_name
 from duorl.models.pretrain import Pretraining, backbone_config
 from duorl.models.recipe import PretrainOptions
 from duorl.models.trainer import random_routes
+from duorl.paths import JoinedTexts
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class DenseOptions:
 
     recipe: PretrainOptions
     shares: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
-    texts: tuple[str, ...] = ("stdlib-code", "stdlib-docs")
+    texts: tuple[JoinedTexts, ...] = ("stdlib-code", "stdlib-docs")
     windows: int = 128
     processes: int = 1
     cluster: str | None = None

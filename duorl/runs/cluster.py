@@ -1,9 +1,9 @@
 """Runs jobs as tasks of a Ray cluster, whose machines share no files with this one. It needs the extra `ray`.
 
 A task gets the files of its job as bytes: the run's configuration, the job's folders with the last checkpoint, the
-user's own modules, and the texts and models that the configuration names by a relative path. It works in a temporary
-folder and sends back what changes there, about every second. So curves and checkpoints stand where the run stands. If a
-machine is lost, its jobs go on elsewhere from the last checkpoint that arrived.
+user's own modules, and what the options name to read by a relative path. It works in a temporary folder and sends back
+what changes there, about every second. So curves and checkpoints stand where the run stands. If a machine is lost, its
+jobs go on elsewhere from the last checkpoint that arrived.
 
 A cluster is trusted ground: Ray sends pickled objects between its machines. None of them is written to disk here.
 """
@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from glob import glob
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -132,16 +131,19 @@ class OnCluster(Channel):
         folder: folder of the run; the jobs' arguments may name paths in it.
         needs: what each job needs.
         slots: number of jobs that are handed to the cluster at the same time.
-        config: options of the run; the files that they name by a relative path are sent along.
+        inputs: files and folders in the current folder that jobs read; they are sent along, and so are the modules
+            there that are imported.
     """
 
     lives = 5
 
-    def __init__(self, ray: Any, folder: Path, needs: Needs, slots: int, config: Mapping[str, Any]):
+    def __init__(self, ray: Any, folder: Path, needs: Needs, slots: int, inputs: Sequence[Path]):
         super().__init__()
         self.ray, self.folder, self.needs, self.slots = ray, folder, needs, max(2, slots)
         self._switch = ray.remote(num_cpus=0)(_Switch).options(scheduling_strategy=_here(ray)).remote()
-        self._inputs = {path: ray.put(content) for path, content in _inputs(config).items()}
+        here = Path.cwd()
+        sent = gathered(here, [*(here / path for path in inputs), *_own_modules(here)])
+        self._inputs = {path: ray.put(content) for path, content in sent.items()}
         self._running: set[Any] = set()
         self._waiting: set[Any] = set()  # those that have no machine yet
 
@@ -208,9 +210,8 @@ class OnCluster(Channel):
 
     def _parts(self, arguments: Mapping[str, Any]) -> list[Path]:
         """What a job reads of the run's folder: its configuration, and the folders that its arguments name."""
-        named = map(Path, _texts(arguments))
-        inside = [path for path in named if path.is_relative_to(self.folder) and path != self.folder and path.exists()]
-        return [self.folder / CONFIG, *inside]
+        inside = (path for path in _paths(arguments) if path.is_relative_to(self.folder) and path != self.folder)
+        return [self.folder / CONFIG, *(path for path in inside if path.exists())]
 
     def _there(self, value: Any) -> Any:
         """An argument with the paths that it has where the job runs."""
@@ -218,8 +219,8 @@ class OnCluster(Channel):
             return {name: self._there(inner) for name, inner in value.items()}
         if isinstance(value, list | tuple):
             return type(value)(map(self._there, value))
-        if isinstance(value, str) and Path(value).is_relative_to(self.folder):
-            return str(Path(RUN) / Path(value).relative_to(self.folder))
+        if isinstance(value, Path) and value.is_relative_to(self.folder):
+            return Path(RUN) / value.relative_to(self.folder)
         return value
 
 
@@ -243,28 +244,13 @@ class _Switch:
         return self.on
 
 
-def _inputs(config: Mapping[str, Any]) -> dict[str, bytes]:
-    """The user's modules, and the files that options name by a relative path, by their paths in the current folder."""
-    here = Path.cwd()
-    named = [here / found for text in _texts(config) if _relative(text) for found in glob(text)]
-    return gathered(here, [*named, *_own_modules(here)])
-
-
-def _texts(tree: Any) -> Iterator[str]:
-    """All texts in nested options."""
-    if isinstance(tree, str):
-        yield tree
-    elif isinstance(tree, Mapping):
-        for value in tree.values():
-            yield from _texts(value)
-    elif isinstance(tree, Sequence):
-        for value in tree:
-            yield from _texts(value)
-
-
-def _relative(text: str) -> bool:
-    path = Path(text)
-    return bool(text) and not path.is_absolute() and ".." not in path.parts and path != Path()
+def _paths(arguments: Any) -> Iterator[Path]:
+    """All paths in nested arguments."""
+    if isinstance(arguments, Path):
+        yield arguments
+    elif isinstance(arguments, Mapping | list | tuple):
+        for value in arguments.values() if isinstance(arguments, Mapping) else arguments:
+            yield from _paths(value)
 
 
 def _own_modules(here: Path) -> list[Path]:

@@ -45,7 +45,7 @@ class Job:
         name: unique in its run.
         place: the folder of its results.
         function: does the work; its return value is kept as the job's result.
-        arguments: arguments of the function, JSON values.
+        arguments: arguments of the function: JSON values, and paths as `Path`, which alone are taken for paths.
         after: names of jobs that must be finished first.
     """
 

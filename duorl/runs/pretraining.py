@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
@@ -20,14 +21,15 @@ def pretrain(options: dict[str, Any], tell: Tell, **where: Any) -> dict[str, Any
     """Train, from the last checkpoint if there is one, and save the model: the function of a job.
 
     Args:
-        options: values of `PretrainOptions`.
+        options: values of `PretrainOptions`; paths in the run's folder as `Path`.
         tell: called after every step.
         where: `device` and `dtype` of `Pretraining`.
 
     Raises:
         Interrupted: the process got a signal to end, and a checkpoint is saved.
     """
-    return run(Pretraining(PretrainOptions(**options), resume=True, **where), tell, card=False)
+    values: dict[str, Any] = {name: str(value) if isinstance(value, Path) else value for name, value in options.items()}
+    return run(Pretraining(PretrainOptions(**values), resume=True, **where), tell, card=False)
 
 
 def run(prepared: Pretraining, tell: Tell, *, card: bool = True) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from duorl.checks import require_positive
 from duorl.closeness import Target
+from duorl.paths import BasePath, TextPath
 
 Stage = Literal["choose", "regress", "distil"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
@@ -90,9 +91,9 @@ class ConvertOptions:
         seed: seed of the order of the text and of routes.
     """
 
-    model: str
+    model: BasePath
     out: str
-    corpus: list[str] | str = field(default_factory=lambda: ["stdlib-code", "stdlib-docs"])
+    corpus: list[TextPath] | TextPath = field(default_factory=lambda: ["stdlib-code", "stdlib-docs"])
     small_ratio: int = 16
     window: int = 256
     until: Stage = "distil"
