@@ -98,13 +98,63 @@ def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch, tokens):
         agents.ReinMax(lockstep)
 
 
-def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(devices, "_GROUP_LIMIT", tmp_path / "memory.max")
-    unlimited = free_bytes(CPU)
-    devices._GROUP_LIMIT.write_text("max\n")
-    assert free_bytes(CPU) == pytest.approx(unlimited, rel=0.5)
-    devices._GROUP_LIMIT.write_text("1048576\n")
-    assert free_bytes(CPU) == 2**20
+MIB = 2**20
+GROUPS = {
+    "none": ({}, None),
+    "limits without a number": ({"memory.max": "max", "memory.high": "max", "memory.current": 5 * MIB}, None),
+    "a full container": ({"memory.max": 10 * MIB, "memory.current": 8 * MIB, "memory.stat": "anon 5"}, 2 * MIB),
+    "cached files": (
+        {"memory.max": 10 * MIB, "memory.current": 8 * MIB, "memory.stat": f"file {7 * MIB}\ninactive_file {MIB}"},
+        3 * MIB,
+    ),
+    "high below max": ({"memory.max": 10 * MIB, "memory.high": 9 * MIB, "memory.current": 8 * MIB}, MIB),
+    "high alone": ({"memory.max": "max", "memory.high": 9 * MIB, "memory.current": 8 * MIB}, MIB),
+    "above high": ({"memory.max": 10 * MIB, "memory.high": 7 * MIB, "memory.current": 8 * MIB}, 0),
+    "a job in a wide group": (
+        {
+            "memory.max": 10 * MIB,
+            "memory.current": 2 * MIB,
+            "jobs/one/memory.max": 4 * MIB,
+            "jobs/one/memory.current": MIB,
+        },
+        3 * MIB,
+    ),
+    "a job in a narrow group": (
+        {"jobs/memory.max": 4 * MIB, "jobs/memory.current": 3 * MIB, "jobs/one/memory.max": 9 * MIB},
+        MIB,
+    ),
+    "version 1": (
+        {
+            "memory/memory.limit_in_bytes": 10 * MIB,
+            "memory/memory.usage_in_bytes": 8 * MIB,
+            "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {MIB}",
+        },
+        3 * MIB,
+    ),
+    "version 1 without a limit": (
+        {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": 8 * MIB},
+        None,
+    ),
+    "a job of version 1": (
+        {"memory/jobs/two/memory.limit_in_bytes": 10 * MIB, "memory/jobs/two/memory.usage_in_bytes": 3 * MIB},
+        7 * MIB,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_container_gives_what_is_left_of_its_limit(name, monkeypatch, tmp_path):
+    files, left = GROUPS[name]
+    monkeypatch.setattr(devices, "_GROUPS", tmp_path)
+    monkeypatch.setattr(devices, "_OWN_GROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(devices, "_available", lambda: 2**40)
+    (tmp_path / "cgroup").write_text("9:pids:/\n4:cpu,memory:/jobs/two\n0::/jobs/one\n")
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{content}\n")
+    assert free_bytes(CPU) == (2**40 if left is None else left)
+    monkeypatch.setattr(devices, "_available", lambda: 1000)
+    assert free_bytes(CPU) == min(1000, 1000 if left is None else left)
 
 
 def test_a_run_keeps_its_device_and_precision_and_may_change_its_threads(tmp_path):
