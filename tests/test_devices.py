@@ -22,7 +22,7 @@ from duorl.devices import free_bytes, pick_device, pick_dtype, processes_for, re
 from duorl.models import ffn
 from duorl.models.config import DuoConfig
 from duorl.models.ffn import DuoFFN, group_sizes
-from duorl.models.footprint import Keeps, peak_bytes, weight_bytes
+from duorl.models.footprint import Batch, Keeps, peak_bytes, weight_bytes
 from duorl.models.loading import EMBEDDED
 from duorl.routed_pass import RoutedPass
 from duorl.runs.folders import CONFIG, check_same_options
@@ -196,11 +196,11 @@ def test_weights_and_activations_are_what_is_stated():
     model = duorl.load("duo-tiny")
     own = sum(weight.numel() * weight.itemsize for weight in model.parameters())
     assert weight_bytes(model.config, torch.float32) == pytest.approx(own, rel=0.01)
-    one, two = (peak_bytes(model.config, tokens, torch.float32, keeps="states") for tokens in (10_000, 20_000))
+    one, two = (peak_bytes(model.config, Batch(n, 100, "states"), torch.float32) for n in (100, 200))
     held = 8 * 192 * 4  # the states of all layers, which heads learn from
     assert 10_000 * held < two - one < 10_000 * 8 * held
-    everything = peak_bytes(model.config, 10_000, torch.float32, keeps="everything")
-    assert everything > one > peak_bytes(model.config, 10_000, torch.bfloat16)
+    everything = peak_bytes(model.config, Batch(100, 100, "everything"), torch.float32)
+    assert everything > one > peak_bytes(model.config, Batch(100, 100), torch.bfloat16)
 
 
 _SHAPES = {  # layers, hidden, inner, heads, key-value heads, vocabulary, tied
@@ -221,7 +221,7 @@ def test_the_page_states_what_is_computed(name):
     config = config_of(name)
 
     def peak(tokens, keeps):
-        return peak_bytes(config, tokens, torch.bfloat16, keeps=keeps)
+        return peak_bytes(config, Batch(1, tokens, keeps), torch.bfloat16)
 
     weights = f"{weight_bytes(config, torch.bfloat16) / 1e9:.2f} GB"
     head = f"{(2 * peak(512, 'nothing') - peak(1024, 'nothing')) / 1e9:.2f} GB"
@@ -254,7 +254,7 @@ def test_the_tutorial_states_what_is_computed_and_extrapolated(name):
     choose, regress, distil = (minutes * ratio for minutes, ratio in zip(measured, ratios, strict=True))
     config = config_of(name)
     whole = 2 * weight_bytes(config, torch.float32) / 1e9
-    peak = peak_bytes(config, 512, torch.bfloat16, keeps="everything")
+    peak = peak_bytes(config, Batch(1, 512, "everything"), torch.bfloat16)
     training = (weight_bytes(config, torch.bfloat16) + peak + 16 * small) / 1e9
     hours = f"{distil / 60:.1f} h | {distil * 200_000 / 1_228_800 / 60:.1f} h"
     minutes = f"{choose:.0f} min | {regress:.{1 if regress < 10 else 0}f} min"
