@@ -35,59 +35,66 @@ Context = Literal["routed", "reference"]
 class Held:
     """What attention has of T x T scores at its peak, per window: an upper bound, from measurements.
 
-    In bfloat16 and float16, too, a processor computes products and softmax in float32, so it is counted in float32.
-
     Attributes:
-        scores: tensors (H, T, T) in float32, at the same time; 0 if a kernel never has all scores.
+        scores: tensors (H, T, T) at the same time, in the model's precision; 0 if a kernel never has all scores.
+        floats: the same, in float32. In low precision, too, products and softmax on a processor can need them.
         masks: bytes for each of the T x T: masks and what they are made from, which all H heads share.
-        kept: tensors (H, T, T) in float32 that derivatives keep of each layer.
+        kept: tensors (H, T, T) that derivatives keep of each layer, in the model's precision.
+        kept_floats: the same, in float32.
         kept_masks: bytes for each of the T x T that derivatives keep of each layer.
     """
 
     scores: float = 0.0
+    floats: float = 0.0
     masks: int = 0
     kept: float = 0.0
+    kept_floats: float = 0.0
     kept_masks: int = 0
 
-    def bytes(self, heads: int, layers: int) -> float:
+    def bytes(self, heads: int, size: int, layers: int) -> float:
         """Bytes for each of the T x T.
 
         Args:
             heads: H.
+            size: bytes of a number in the model's precision.
             layers: number of layers whose tensors are kept for derivatives; 0 without derivatives.
         """
-        return 4 * heads * (self.scores + layers * self.kept) + self.masks + layers * self.kept_masks
+        now = heads * (size * self.scores + 4 * self.floats) + self.masks
+        return now + layers * (heads * (size * self.kept + 4 * self.kept_floats) + self.kept_masks)
 
 
 _IN_KERNEL = Held()
 MASKED_KERNEL = Held(masks=8, kept_masks=4)
 """Of a kernel that is given a mask: it takes it in float32."""
-_READING = Held(2, 12, 1, 5)  # duorl.models.attention
+_READING = Held(floats=2, masks=12, kept=1, kept_masks=5)  # duorl.models.attention
 
 
 def _through_interface(config: PreTrainedConfig, context: Context) -> Held:
     """Of `duorl.models.attention`."""
     if getattr(config, "attn_logit_softcapping", None) is not None:
-        return Held(3.5, 16, 2.25, 4)
+        return Held(scores=3.5, masks=16, kept=2.25, kept_masks=4)
     return _IN_KERNEL if context == "routed" else _READING
 
 
 def _of_bloom(config: PreTrainedConfig, context: Context) -> Held:
-    return Held(3, 8, 1.75, 2) if context == "routed" else Held(8, 24, 2.25, 8)
+    if context == "routed":
+        return Held(floats=3, masks=8, kept_floats=1.75, kept_masks=2)
+    return Held(floats=8, masks=24, kept_floats=2.25, kept_masks=8)
 
 
 def _of_falcon(config: PreTrainedConfig, context: Context) -> Held:
     """Keys and values of one head for all heads find no kernel. ALiBi makes a mask for each head."""
     in_kernel = config.new_decoder_architecture or not config.multi_query
     if context == "reference":
-        return Held(0, 24, 0, 8) if in_kernel and not config.alibi else Held(6, 24, 2.25, 8)
+        kept = 0 if in_kernel and not config.alibi else 2.25
+        return Held(floats=6 if kept else 0, masks=24, kept_floats=kept, kept_masks=8)
     if not in_kernel:
-        return Held(2.5, 16, 1.5, 4)
-    return Held(2.25, 8, 0, 4) if config.alibi else MASKED_KERNEL
+        return Held(floats=2.5, masks=16, kept_floats=1.25, kept_masks=4)
+    return Held(floats=2.25, masks=8, kept_masks=4) if config.alibi else MASKED_KERNEL
 
 
 def _of_gpt_neo(config: PreTrainedConfig, context: Context) -> Held:
-    return Held(2.5, 8, 1.5, 2)
+    return Held(floats=2.5, masks=8, kept_floats=1.5, kept_masks=2)
 
 
 @dataclass(frozen=True)

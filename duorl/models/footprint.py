@@ -33,9 +33,11 @@ need (ReinMax, Soft, stage distil)."""
 _LOGITS_AT_ONCE = {"cpu": 2**20}  # elements of the head's output that fit into a processor's cache
 _MANY_LOGITS = 2**26  # on an accelerator, to bound its memory
 _LEAST_ROWS = 256  # each part reads the head's weights again
+_CPU = torch.device("cpu")
 _FLOAT = 4  # bytes of float32: of norms, logits, and what heads read
 _STATES, _INNER, _FLOATS = 8, 4, 8  # tensors of hidden size, of inner size and in float32 that a layer has at a time
 _KEPT_STATES, _KEPT_INNER, _KEPT_FLOATS = 5, 4, 4  # those that derivatives need later
+_MAPPED, _GAPS = 2**25, 2  # glibc keeps tensors below this size in a heap, where kept ones leave gaps
 _MATRICES, _KEPT_MATRICES = 15, 16  # float32 tensors of `linear_width` in a layer; those that derivatives need later
 
 
@@ -81,7 +83,7 @@ class Batch:
         return self.windows * self.length
 
 
-def peak_bytes(config: DuoConfig, batch: Batch, dtype: torch.dtype, *, device: torch.device | None = None) -> int:
+def peak_bytes(config: DuoConfig, batch: Batch, dtype: torch.dtype, *, device: torch.device = _CPU) -> int:
     """Bytes of a routed pass beside the weights: the sum of four parts.
 
     They are the activations of one layer; what attention has of its scores, which grows with the square of the length;
@@ -103,33 +105,42 @@ def peak_bytes(config: DuoConfig, batch: Batch, dtype: torch.dtype, *, device: t
         "errors": 2 * _FLOAT * width + size * _KEPT_INNER * config.small_size,
         "everything": size * (_KEPT_STATES * width + heads + _KEPT_INNER * inner) + _KEPT_FLOATS * _FLOAT * width,
     }
-    rows = min(batch.tokens, head_rows(backbone.vocab_size, device or torch.device("cpu")))
+    rows = min(batch.tokens, head_rows(backbone.vocab_size, device))
     head = rows * backbone.vocab_size * (size + 2 * _FLOAT)
     if size < _FLOAT:
         head += backbone.vocab_size * width * size  # a product in low precision reorders its weights
-    per_token = layer + backbone.num_hidden_layers * kept[batch.keeps] + score_bytes(config, batch)
+    scores = score_bytes(config, batch, dtype)
+    if device.type == "cpu" and _FLOAT * batch.tokens * batch.length * backbone.num_attention_heads < _MAPPED:
+        scores *= _GAPS
+    linear = _linear_bytes(config, batch.keeps)
+    per_token = layer + backbone.num_hidden_layers * kept[batch.keeps] + scores + linear
     if batch.context == "reference":
         per_token += stored_bytes(config, attention_width(backbone), dtype)
     return batch.tokens * per_token + head
 
 
-def score_bytes(config: DuoConfig, batch: Batch) -> int:
+def score_bytes(config: DuoConfig, batch: Batch, dtype: torch.dtype) -> int:
     """Bytes per token of what attention has of its scores: of T tokens, each has H scores for each of the T.
-
-    Layers of linear attention have matrices in place of scores.
 
     Args:
         config: the model's configuration.
         batch: what the pass has at once.
+        dtype: precision of the model.
     """
-    backbone, learns = config.backbone, batch.keeps == "everything"
-    heads, linear = backbone.num_attention_heads, linear_layers(backbone)
-    layers = backbone.num_hidden_layers - linear if learns else 0
-    shown = family_of(backbone).held(backbone, batch.context).bytes(heads, layers)
+    backbone = config.backbone
+    learning = backbone.num_hidden_layers - linear_layers(backbone) if batch.keeps == "everything" else 0
+    held = [family_of(backbone).held(backbone, batch.context)]
     if hides_distant(backbone, batch.length):
-        shown += MASKED_KERNEL.bytes(heads, layers)
-    matrices = (_MATRICES + _KEPT_MATRICES * linear * learns) * linear_width(backbone) if linear else 0
-    return math.ceil(batch.length * shown) + _FLOAT * matrices
+        held.append(MASKED_KERNEL)
+    shown = sum(one.bytes(backbone.num_attention_heads, dtype.itemsize, learning) for one in held)
+    return math.ceil(batch.length * shown)
+
+
+def _linear_bytes(config: DuoConfig, keeps: Keeps) -> int:
+    """Bytes per token of linear attention: it has matrices in place of scores."""
+    layers = linear_layers(config.backbone)
+    kept = _KEPT_MATRICES * layers if keeps == "everything" else 0
+    return _FLOAT * (_MATRICES + kept) * linear_width(config.backbone) if layers else 0
 
 
 def stored_bytes(config: DuoConfig, width: int, dtype: torch.dtype) -> int:

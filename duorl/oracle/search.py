@@ -245,7 +245,7 @@ def states_within(limit: int, model: DuoForCausalLM, count: int, length: int, ro
     """
     config = model.config.backbone
     size, layers = model.hidden_size, model.num_layers
-    scores = score_bytes(cast("DuoConfig", model.config), Batch(1, length, context="reference"))
+    scores = score_bytes(cast("DuoConfig", model.config), Batch(1, length, context="reference"), model.dtype)
     working = max(_FLOAT * 4 * inner_size(config), _FLOAT * 12 * size + scores)
     stored = 2 * layers * model.flops.width  # keys and values of the tokens in one search
     per_state = _FLOAT * (3 * size * (layers + 1) + stored) + working
