@@ -31,7 +31,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "helium": {"head_dim": 16},
     "diffllama": {"num_key_value_heads": 2},
     "gemma2": {"num_hidden_layers": 2},  # one with a mask, one without
-    "gpt_neo": {"num_layers": 2},
+    "gpt_neo": {"num_layers": 2, "max_position_embeddings": 4096},
     "olmo_hybrid": {"num_hidden_layers": 2},
     "qwen3_5_text": {
         "num_hidden_layers": 4,
