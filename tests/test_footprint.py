@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, ROUTED_ONLY, VARIANTS
+from jsonargparse import Namespace
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import duorl
 from duorl import agents, envs, learners
+from duorl.cli import generate
 from duorl.models.footprint import Batch, Keeps, peak_bytes
 from duorl.routed_pass import RoutedPass
 from duorl.routers import ConstantRouter
@@ -139,3 +141,13 @@ def test_no_pass_takes_more_than_is_said(case, apart):
     grown, said = apart(case)
     assert grown <= said, f"{grown / MIB:.0f} MiB, and {said / MIB:.0f} said"
     assert said <= 3 * max(grown, 100 * MIB), f"{grown / MIB:.0f} MiB, and {said / MIB:.0f} said"
+
+
+def test_a_prompt_that_does_not_fit_is_refused(monkeypatch):
+    model, options = sized("gemma2", torch.float32, 2), Namespace(max_new_tokens=8, draft=None, html=None)
+    monkeypatch.setattr("duorl.devices.free_bytes", lambda device: 64 * MIB)
+    generate._require_room(model, 64, options)
+    with pytest.raises(
+        ValueError, match=r"4,096 tokens at once do not .*; shorten the prompt, or lower max_new_tokens"
+    ):
+        generate._require_room(model, 4096, options)
