@@ -34,7 +34,7 @@ from benchmarks.record import record
 from duorl import agents, ranks
 from duorl.envs import Lockstep
 from duorl.markdown import grid
-from duorl.models.footprint import Keeps, peak_bytes
+from duorl.models.footprint import Batch, Keeps, peak_bytes
 from duorl.runs.allocator import keep_freed_memory
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -146,7 +146,8 @@ def growth_of_memory(name: str) -> tuple[int, float, float]:
     env = Lockstep(model, windows(model, 4096), windows_per_batch=32, group_size=1 if name == "ReinMax" else 2)
     before = resident()
     getattr(agents, name)(env).learn(env.layers * env.num_tokens)
-    said = peak_bytes(model.config, env.num_tokens, model.dtype, keeps=KEEPS[name])
+    length = env.windows.shape[1] - 1
+    said = peak_bytes(model.config, Batch(env.num_tokens // length, length, KEEPS[name]), model.dtype)
     return env.num_tokens, resident() - before, said
 
 

@@ -19,7 +19,7 @@ from benchmarks import shapes
 from duorl.markdown import grid
 from duorl.models.config import DuoConfig
 from duorl.models.families import small_size
-from duorl.models.footprint import Keeps, peak_bytes, weight_bytes
+from duorl.models.footprint import Batch, Keeps, peak_bytes, weight_bytes
 
 LATEST = Path(__file__).parent / "results" / "latest.json"
 SHAPES = {
@@ -50,7 +50,7 @@ GPU = 80e9  # bytes
 SMALL_RATIO = 16
 CONVERTED = 1_228_800  # tokens of `distil`, as for SmolLM2
 LEARNED = 2_000_000  # tokens of a router's training, 16 times those of docs/explanation/learning.md for SmolLM2
-TOGETHER = 2048  # tokens of an update
+TOGETHER, WINDOW = 2048, 256  # tokens of an update, and of a window
 LEARNERS: dict[str, Keeps] = {"PPO": "states", "ReinMax": "everything"}
 
 
@@ -65,7 +65,8 @@ def rows(latest: dict) -> list[dict]:
         forward = weights  # FLOPs of a token: 2 per weight, and a weight has 2 bytes
         row = {"model": name, "convert": CONVERTED * 3.5 * forward / SPEED / 3600, "weights": weights}
         for learner, keeps in LEARNERS.items():
-            bytes_ = weights + peak_bytes(config, TOGETHER, torch.bfloat16, keeps=keeps, device=torch.device("cuda"))
+            batch = Batch(TOGETHER // WINDOW, WINDOW, keeps)
+            bytes_ = weights + peak_bytes(config, batch, torch.bfloat16, device=torch.device("cuda"))
             row[learner] = {
                 "hours": LEARNED * passes[learner] * forward / SPEED / 3600,
                 "bytes": bytes_,

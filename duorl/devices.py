@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,7 +14,8 @@ from duorl import ranks
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 _WIDE = 512  # hidden size from which products, which bfloat16 halves, are most of a pass
-_GROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_GROUPS = Path("/sys/fs/cgroup")
+_OWN_GROUP = Path("/proc/self/cgroup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,21 +137,86 @@ def threads_for(processes: int, threads: int | None) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory that a device can still give; beside a processor, what is available, within the container's limit."""
+    """Bytes that a device can still give.
+
+    Beside a processor this is what the machine has available, or what is left of the limit of a container or of a job
+    of a cluster, if that is less. Both count files in memory that the system can drop as free.
+
+    Args:
+        device: `cpu`, `cuda` or `mps`.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "mps":
         return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
-    limit = _GROUP_LIMIT.read_text().strip() if _GROUP_LIMIT.is_file() else "max"
-    return min(_available(), int(limit) if limit.isdecimal() else _available())
+    return max(0, min([_available(), *_left_in_groups()]))
+
+
+@dataclass(frozen=True)
+class _Accounts:
+    """Files of a control group about its memory, in one of the two versions of control groups.
+
+    Attributes:
+        root: folder of the group of all.
+        controller: its name in /proc/self/cgroup.
+        limits: files with a number of bytes, or `max`. Above `memory.high` the system slows the group down.
+        used: file with the bytes in use, the cached files included.
+        dropped: the row of memory.stat with the cached files that can be dropped.
+    """
+
+    root: Path
+    controller: str
+    limits: tuple[str, ...]
+    used: str
+    dropped: str
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Bytes that are left in each control group with a limit: that of this process, and those around it."""
+    for accounts in (
+        _Accounts(_GROUPS, "", ("memory.max", "memory.high"), "memory.current", "inactive_file"),
+        _Accounts(
+            _GROUPS / "memory", "memory", ("memory.limit_in_bytes",), "memory.usage_in_bytes", "total_inactive_file"
+        ),
+    ):
+        for place in _group_folders(accounts):
+            limits = [limit for name in accounts.limits if (limit := _number(_text(place / name))) is not None]
+            used = _number(_text(place / accounts.used))
+            if limits and used is not None:
+                rows = dict(row.split() for row in _text(place / "memory.stat").splitlines())
+                yield min(limits) - used + int(rows.get(accounts.dropped, 0))
+
+
+def _group_folders(accounts: _Accounts) -> Iterator[Path]:
+    """The folders of the groups from the outermost to that of this process; in a container, only the first is there."""
+    own = ""
+    for row in _text(_OWN_GROUP).splitlines():
+        _, controllers, path = row.split(":", 2)
+        if accounts.controller in controllers.split(","):
+            own = path
+    place = accounts.root
+    yield place
+    for part in own.strip("/").split("/"):
+        place = place / part
+        yield place
+
+
+def _text(path: Path) -> str:
+    """Content of a file of the system; empty if there is none, or it may not be read."""
+    try:
+        return path.read_text() if path.is_file() else ""
+    except OSError:
+        return ""
+
+
+def _number(text: str) -> int | None:
+    return int(text) if text.strip().isdecimal() else None
 
 
 def _available() -> int:
-    known = Path("/proc/meminfo")
-    if known.is_file():
-        for line in known.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return 1024 * int(line.split()[1])
+    for line in _text(Path("/proc/meminfo")).splitlines():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

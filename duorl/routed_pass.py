@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from torch.nn.functional import cross_entropy
 from duorl.closeness import Closeness
 from duorl.costs import SKIP, Tally
 from duorl.inputs import View
+from duorl.models.families import Context
 from duorl.models.ffn import DuoFFN, group_sizes
 from duorl.models.footprint import head_rows
 from duorl.models.frozen import require_evaluation
@@ -31,8 +32,6 @@ from duorl.scores import each
 
 if TYPE_CHECKING:
     from duorl.models.modeling import DuoForCausalLM
-
-Context = Literal["routed", "reference"]
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ from duorl.envs.credit import Credit
 from duorl.envs.dynamics import RoutingDynamics
 from duorl.envs.order import WindowOrder
 from duorl.envs.outcome import Outcome
-from duorl.models.footprint import Keeps, require_room
+from duorl.models.footprint import Batch, Keeps, require_room
 from duorl.models.loading import check_windows
 from duorl.prices import draw_prices
 from duorl.routed_pass import RoutedPass
@@ -76,7 +76,8 @@ class Lockstep(RoutingDynamics):
             ValueError: says how much is needed and how much is free.
         """
         fix = f"lower group_size ({self.group_size}) or windows_per_batch ({self.windows_per_batch})"
-        require_room(self.model, self.num_tokens, keeps, fix)
+        windows, length = self.group_size * self.windows_per_batch, self.windows.shape[1] - 1
+        require_room(self.model, Batch(windows, length, keeps, self.context), fix)
 
     def seed(self, seed: int) -> None:
         """Start the order of the windows again, with a seed."""

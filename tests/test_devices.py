@@ -22,7 +22,7 @@ from duorl.devices import free_bytes, pick_device, pick_dtype, processes_for, re
 from duorl.models import ffn
 from duorl.models.config import DuoConfig
 from duorl.models.ffn import DuoFFN, group_sizes
-from duorl.models.footprint import Keeps, peak_bytes, weight_bytes
+from duorl.models.footprint import Batch, Keeps, peak_bytes, weight_bytes
 from duorl.models.loading import EMBEDDED
 from duorl.routed_pass import RoutedPass
 from duorl.runs.folders import CONFIG, check_same_options
@@ -98,13 +98,63 @@ def test_what_does_not_fit_is_refused_with_the_numbers(monkeypatch, tokens):
         agents.ReinMax(lockstep)
 
 
-def test_a_container_has_less_memory_than_its_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(devices, "_GROUP_LIMIT", tmp_path / "memory.max")
-    unlimited = free_bytes(CPU)
-    devices._GROUP_LIMIT.write_text("max\n")
-    assert free_bytes(CPU) == pytest.approx(unlimited, rel=0.5)
-    devices._GROUP_LIMIT.write_text("1048576\n")
-    assert free_bytes(CPU) == 2**20
+MIB = 2**20
+GROUPS = {
+    "none": ({}, None),
+    "limits without a number": ({"memory.max": "max", "memory.high": "max", "memory.current": 5 * MIB}, None),
+    "a full container": ({"memory.max": 10 * MIB, "memory.current": 8 * MIB, "memory.stat": "anon 5"}, 2 * MIB),
+    "cached files": (
+        {"memory.max": 10 * MIB, "memory.current": 8 * MIB, "memory.stat": f"file {7 * MIB}\ninactive_file {MIB}"},
+        3 * MIB,
+    ),
+    "high below max": ({"memory.max": 10 * MIB, "memory.high": 9 * MIB, "memory.current": 8 * MIB}, MIB),
+    "high alone": ({"memory.max": "max", "memory.high": 9 * MIB, "memory.current": 8 * MIB}, MIB),
+    "above high": ({"memory.max": 10 * MIB, "memory.high": 7 * MIB, "memory.current": 8 * MIB}, 0),
+    "a job in a wide group": (
+        {
+            "memory.max": 10 * MIB,
+            "memory.current": 2 * MIB,
+            "jobs/one/memory.max": 4 * MIB,
+            "jobs/one/memory.current": MIB,
+        },
+        3 * MIB,
+    ),
+    "a job in a narrow group": (
+        {"jobs/memory.max": 4 * MIB, "jobs/memory.current": 3 * MIB, "jobs/one/memory.max": 9 * MIB},
+        MIB,
+    ),
+    "version 1": (
+        {
+            "memory/memory.limit_in_bytes": 10 * MIB,
+            "memory/memory.usage_in_bytes": 8 * MIB,
+            "memory/memory.stat": f"inactive_file 7\ntotal_inactive_file {MIB}",
+        },
+        3 * MIB,
+    ),
+    "version 1 without a limit": (
+        {"memory/memory.limit_in_bytes": 2**63 - 4096, "memory/memory.usage_in_bytes": 8 * MIB},
+        None,
+    ),
+    "a job of version 1": (
+        {"memory/jobs/two/memory.limit_in_bytes": 10 * MIB, "memory/jobs/two/memory.usage_in_bytes": 3 * MIB},
+        7 * MIB,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", GROUPS)
+def test_a_container_gives_what_is_left_of_its_limit(name, monkeypatch, tmp_path):
+    files, left = GROUPS[name]
+    monkeypatch.setattr(devices, "_GROUPS", tmp_path)
+    monkeypatch.setattr(devices, "_OWN_GROUP", tmp_path / "cgroup")
+    monkeypatch.setattr(devices, "_available", lambda: 2**40)
+    (tmp_path / "cgroup").write_text("9:pids:/\n4:cpu,memory:/jobs/two\n0::/jobs/one\n")
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_text(f"{content}\n")
+    assert free_bytes(CPU) == (2**40 if left is None else left)
+    monkeypatch.setattr(devices, "_available", lambda: 1000)
+    assert free_bytes(CPU) == min(1000, 1000 if left is None else left)
 
 
 def test_a_run_keeps_its_device_and_precision_and_may_change_its_threads(tmp_path):
@@ -146,11 +196,11 @@ def test_weights_and_activations_are_what_is_stated():
     model = duorl.load("duo-tiny")
     own = sum(weight.numel() * weight.itemsize for weight in model.parameters())
     assert weight_bytes(model.config, torch.float32) == pytest.approx(own, rel=0.01)
-    one, two = (peak_bytes(model.config, tokens, torch.float32, keeps="states") for tokens in (10_000, 20_000))
+    one, two = (peak_bytes(model.config, Batch(n, 100, "states"), torch.float32) for n in (100, 200))
     held = 8 * 192 * 4  # the states of all layers, which heads learn from
     assert 10_000 * held < two - one < 10_000 * 8 * held
-    everything = peak_bytes(model.config, 10_000, torch.float32, keeps="everything")
-    assert everything > one > peak_bytes(model.config, 10_000, torch.bfloat16)
+    everything = peak_bytes(model.config, Batch(100, 100, "everything"), torch.float32)
+    assert everything > one > peak_bytes(model.config, Batch(100, 100), torch.bfloat16)
 
 
 _SHAPES = {  # layers, hidden, inner, heads, key-value heads, vocabulary, tied
@@ -171,7 +221,7 @@ def test_the_page_states_what_is_computed(name):
     config = config_of(name)
 
     def peak(tokens, keeps):
-        return peak_bytes(config, tokens, torch.bfloat16, keeps=keeps)
+        return peak_bytes(config, Batch(1, tokens, keeps), torch.bfloat16)
 
     weights = f"{weight_bytes(config, torch.bfloat16) / 1e9:.2f} GB"
     head = f"{(2 * peak(512, 'nothing') - peak(1024, 'nothing')) / 1e9:.2f} GB"
@@ -204,7 +254,7 @@ def test_the_tutorial_states_what_is_computed_and_extrapolated(name):
     choose, regress, distil = (minutes * ratio for minutes, ratio in zip(measured, ratios, strict=True))
     config = config_of(name)
     whole = 2 * weight_bytes(config, torch.float32) / 1e9
-    peak = peak_bytes(config, 512, torch.bfloat16, keeps="everything")
+    peak = peak_bytes(config, Batch(1, 512, "everything"), torch.bfloat16)
     training = (weight_bytes(config, torch.bfloat16) + peak + 16 * small) / 1e9
     hours = f"{distil / 60:.1f} h | {distil * 200_000 / 1_228_800 / 60:.1f} h"
     minutes = f"{choose:.0f} min | {regress:.{1 if regress < 10 else 0}f} min"

@@ -20,7 +20,7 @@ from duorl import hub
 from duorl.cli.convert import _base, _run
 from duorl.corpus import load_windows
 from duorl.costs import BIG
-from duorl.models.footprint import peak_bytes
+from duorl.models.footprint import Batch, peak_bytes
 from duorl.models.shared import WEIGHTS, small_weights
 from duorl.models.trainer import random_routes
 from duorl.routed_pass import RoutedPass
@@ -424,7 +424,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(place, capsys, m
 )
 def test_a_stage_that_does_not_fit_is_refused_before_it_starts(changed, fix, monkeypatch):
     model = make_duo("llama")
-    free = peak_bytes(model.config, 150, torch.float32, keeps="everything") if changed else 1000
+    free = peak_bytes(model.config, Batch(12, 12, "everything"), torch.float32) if changed else 1000
     monkeypatch.setattr(duorl.devices, "free_bytes", lambda device: free)
     with pytest.raises(ValueError, match=fix):
         Making(model, options(**changed), tokens_of(model, 40), tokens_of(model, 4))
@@ -445,7 +445,7 @@ def test_what_the_derivatives_of_a_stage_need_is_what_is_stated(objective, keeps
     loss.backward()
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
     needed = sum(size for place, size in storages.items() if place not in weights)
-    stated = peak_bytes(model.config, 64 * 32, torch.float32, keeps=keeps)
+    stated = peak_bytes(model.config, Batch(64, 32, keeps), torch.float32)
     if keeps == "errors":
-        stated -= peak_bytes(model.config, 64 * 32, torch.float32)
+        stated -= peak_bytes(model.config, Batch(64, 32), torch.float32)
     assert 0.2 * stated < needed < 1.1 * stated

@@ -16,7 +16,7 @@ from duorl.evaluation.choice import choose, flops_per_second
 from duorl.evaluation.compare import Comparer, Comparison
 from duorl.files import write_json, write_text, writing
 from duorl.models import DuoForCausalLM
-from duorl.models.footprint import require_room
+from duorl.models.footprint import Batch, require_room
 from duorl.reports import page
 from duorl.reports.figures import frontier, markdown, table
 from duorl.routers import ConstantRouter, RandomRouter, Router, describe, spent
@@ -80,9 +80,14 @@ def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor
             the message says which and why.
     """
     sizes = options.evaluation.sized(model.num_layers)
-    tokens = min(sizes.batch, max(sizes.windows, sizes.final_windows)) * (held_out.shape[1] - 1)
-    require_room(model, tokens, "nothing", f"lower evaluation.batch ({sizes.batch})")
-    choose(model, training, held_out, actions=options.actions, options=options.evaluation)
+    length = held_out.shape[1] - 1
+    at_once = min(sizes.batch, max(sizes.windows, sizes.final_windows))
+    require_room(model, Batch(at_once, length), f"lower evaluation.batch ({sizes.batch})")
+    choice = choose(model, training, held_out, actions=options.actions, options=options.evaluation)
+    if choice.bound != "none":
+        searched = choice.options.reference_windows
+        fix = f"lower evaluation.reference_windows ({searched})"
+        require_room(model, Batch(searched, length, context="reference"), fix)
 
 
 def compare(comparer: Comparer, routers: Mapping[str, list[Router]], settings: dict[str, Any]) -> Comparison:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jsonargparse import Namespace
@@ -22,9 +22,14 @@ from duorl.colours import as_hex, of_compute
 from duorl.costs import ACTIONS
 from duorl.files import write_text
 from duorl.models import DuoForCausalLM, Transcript, check_windows, load, load_tokenizer
+from duorl.models.families import keys_width
+from duorl.models.footprint import Batch, require_room, stored_bytes
 from duorl.reports.generated import generated_page, token_rows
 from duorl.routers import ConstantRouter, Router
 from duorl.routers import load as load_router
+
+if TYPE_CHECKING:
+    from duorl.models.config import DuoConfig
 
 _CELLS = {True: "·▁█", False: ".sB"}  # skip, small, big; on a terminal without these characters
 
@@ -45,7 +50,8 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path | None
         if one is not None:
             one.to(model.device).require_fit(model)
     prompt = _prompt(options, tokenizer).to(model.device)
-    _require_room(model, prompt, options.max_new_tokens)
+    _require_positions(model, prompt, options.max_new_tokens)
+    _require_room(model, prompt.shape[1], options)
 
     def work(_: Path | None) -> None:
         writer = Writer(model, tokenizer, router)
@@ -95,7 +101,21 @@ def _prompt(options: Namespace, tokenizer: Any) -> Tensor:
     return ids
 
 
-def _require_room(model: DuoForCausalLM, prompt: Tensor, more: int) -> None:
+def _require_room(model: DuoForCausalLM, length: int, options: Namespace) -> None:
+    """Refuse a text that does not fit into memory: the prompt is one pass, and for a page, the whole text is another.
+
+    Args:
+        model: the model.
+        length: tokens of the prompt.
+        options: the options; a draft has keys and values of its own.
+    """
+    whole, config = length + options.max_new_tokens, cast("DuoConfig", model.config)
+    stored = (2 if options.draft else 1) * stored_bytes(config, keys_width(config.backbone), model.dtype)
+    batch = Batch(1, length if options.html is None else whole)
+    require_room(model, batch, "shorten the prompt, or lower max_new_tokens", whole * stored)
+
+
+def _require_positions(model: DuoForCausalLM, prompt: Tensor, more: int) -> None:
     """Refuse a text that is longer than the model's positions."""
     most, length = model.most_positions, prompt.shape[1]
     if most is not None and length + more > most:

@@ -21,7 +21,7 @@ from duorl.closeness import Target, minus_divergence
 from duorl.costs import BIG
 from duorl.learners.base import HeadLearner, Task
 from duorl.learners.sharpness import Schedule, Sharpness
-from duorl.models.footprint import require_room
+from duorl.models.footprint import Batch, require_room
 from duorl.paths import RouterPath
 from duorl.prices import draw_prices
 from duorl.rewards import Reward, TeacherKL
@@ -83,8 +83,8 @@ class Soft(HeadLearner):
         self.sharpness = Sharpness(first_sharpness, last_sharpness, schedule)
         if env.prices is not None and budget is not None:
             raise ValueError("give a budget or a range of prices, not both")
-        tokens = env.windows_per_batch * (env.windows.shape[1] - 1)
-        require_room(env.model, tokens, "everything", f"lower windows_per_batch ({env.windows_per_batch})")
+        batch = Batch(env.windows_per_batch, env.windows.shape[1] - 1, "everything")
+        require_room(env.model, batch, f"lower windows_per_batch ({env.windows_per_batch})")
         self.budget, self.alpha, self.updates = budget, alpha, updates
         self.straight_through = straight_through
         self.generator = torch.Generator().manual_seed(env.first_seed)

@@ -8,8 +8,9 @@ this out, because it compares the converted model with the original. docs/refere
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from torch import Tensor, nn
 
@@ -24,6 +25,76 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_exp
 EXPERTS_REFUSED = (
     "its networks are mixtures of experts, which route by themselves: give a model with one network per layer"
 )
+
+
+Context = Literal["routed", "reference"]
+"""Which keys and values a token reads from the tokens before it: see `duorl.routed_pass`."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """What attention has of T x T scores at its peak, per window: an upper bound, from measurements.
+
+    Attributes:
+        scores: tensors (H, T, T) at the same time, in the model's precision; 0 if a kernel never has all scores.
+        floats: the same, in float32. In low precision, too, products and softmax on a processor can need them.
+        masks: bytes for each of the T x T: masks and what they are made from, which all H heads share.
+        kept: tensors (H, T, T) that derivatives keep of each layer, in the model's precision.
+        kept_floats: the same, in float32.
+        kept_masks: bytes for each of the T x T that derivatives keep of each layer.
+    """
+
+    scores: float = 0.0
+    floats: float = 0.0
+    masks: int = 0
+    kept: float = 0.0
+    kept_floats: float = 0.0
+    kept_masks: int = 0
+
+    def bytes(self, heads: int, size: int, layers: int) -> float:
+        """Bytes for each of the T x T.
+
+        Args:
+            heads: H.
+            size: bytes of a number in the model's precision.
+            layers: number of layers whose tensors are kept for derivatives; 0 without derivatives.
+        """
+        now = heads * (size * self.scores + 4 * self.floats) + self.masks
+        return now + layers * (heads * (size * self.kept + 4 * self.kept_floats) + self.kept_masks)
+
+
+_IN_KERNEL = Held()
+MASKED_KERNEL = Held(masks=8, kept_masks=4)
+"""Of a kernel that is given a mask: it takes it in float32."""
+_READING = Held(floats=2, masks=12, kept=1, kept_masks=5)  # duorl.models.attention
+
+
+def _through_interface(config: PreTrainedConfig, context: Context) -> Held:
+    """Of `duorl.models.attention`."""
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return Held(scores=3.5, masks=16, kept=2.25, kept_masks=4)
+    return _IN_KERNEL if context == "routed" else _READING
+
+
+def _of_bloom(config: PreTrainedConfig, context: Context) -> Held:
+    if context == "routed":
+        return Held(floats=3, masks=8, kept_floats=1.75, kept_masks=2)
+    return Held(floats=8, masks=24, kept_floats=2.25, kept_masks=8)
+
+
+def _of_falcon(config: PreTrainedConfig, context: Context) -> Held:
+    """Keys and values of one head for all heads find no kernel. ALiBi makes a mask for each head."""
+    in_kernel = config.new_decoder_architecture or not config.multi_query
+    if context == "reference":
+        kept = 0 if in_kernel and not config.alibi else 2.25
+        return Held(floats=6 if kept else 0, masks=24, kept_floats=kept, kept_masks=8)
+    if not in_kernel:
+        return Held(floats=2.5, masks=16, kept_floats=1.25, kept_masks=4)
+    return Held(floats=2.25, masks=8, kept_masks=4) if config.alibi else MASKED_KERNEL
+
+
+def _of_gpt_neo(config: PreTrainedConfig, context: Context) -> Held:
+    return Held(floats=2.5, masks=8, kept_floats=1.5, kept_masks=2)
 
 
 @dataclass(frozen=True)
@@ -47,6 +118,7 @@ class Family:
             through it (`duorl.models.past`). Other families without the interface have routed passes only.
         bias_argument: a layer's argument for what it adds to the scores of each key, if this is not in the mask.
         layer_returns_tuple: a layer returns a tuple whose first element is the hidden state.
+        held: what attention has of its scores, from the configuration and the context.
     """
 
     ffn: str = "mlp"
@@ -61,6 +133,7 @@ class Family:
     cache_argument: str = ""
     bias_argument: str = ""
     layer_returns_tuple: bool = False
+    held: Callable[[PreTrainedConfig, Context], Held] = _through_interface
 
     @property
     def in_layer(self) -> bool:
@@ -118,6 +191,7 @@ FAMILIES: dict[str, Family] = {
         cache_argument="layer_past",
         bias_argument="alibi",
         layer_returns_tuple=True,
+        held=_of_bloom,
     ),
     "codegen": _GPT,
     "exaone4": _NORM_AFTER,
@@ -127,13 +201,14 @@ FAMILIES: dict[str, Family] = {
         attention_function="sdpa",
         cache_argument="layer_past",
         layer_returns_tuple=True,
+        held=_of_falcon,
     ),
     "gemma2": _NORM_AFTER,
     "gemma3_text": _NORM_AFTER,
     "glm4": Family(ffn_norm="post_mlp_layernorm"),
     "gpt2": _GPT,
     "gpt_bigcode": _GPT,
-    "gpt_neo": Family(attention=("attn",), attention_function="eager", layer_returns_tuple=True),
+    "gpt_neo": Family(attention=("attn",), attention_function="eager", layer_returns_tuple=True, held=_of_gpt_neo),
     "gpt_neox": Family(attention=("attention",)),
     "gptj": _GPT,
     "granite": Family(multiplier="residual_multiplier"),
@@ -246,6 +321,29 @@ def attention_width(config: PreTrainedConfig) -> int:
     """Number of attention heads times head size."""
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return head_size * config.num_attention_heads
+
+
+def keys_width(config: PreTrainedConfig) -> int:
+    """Number of key-value heads times head size."""
+    heads = config.num_attention_heads
+    return attention_width(config) // heads * (getattr(config, "num_key_value_heads", None) or heads)
+
+
+def linear_width(config: PreTrainedConfig) -> int:
+    """Number of heads times the sizes of a key and a value, in layers of linear attention; 0 without such layers."""
+    heads = getattr(config, "linear_num_value_heads", None) or 0
+    return heads and heads * (config.linear_key_head_dim + config.linear_value_head_dim)
+
+
+def linear_layers(config: PreTrainedConfig) -> int:
+    """Number of layers whose attention is linear: it has no scores of T x T."""
+    return (getattr(config, "layer_types", None) or []).count("linear_attention")
+
+
+def hides_distant(config: PreTrainedConfig, length: int) -> bool:
+    """Whether a token of a window of this length does not see all tokens before it, so that a kernel needs a mask."""
+    window = getattr(config, "sliding_window", None)
+    return isinstance(window, int) and length >= window
 
 
 def _unknown(config: PreTrainedConfig) -> str:

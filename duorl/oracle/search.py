@@ -9,16 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import product
-from typing import get_args
+from typing import TYPE_CHECKING, cast, get_args
 
 import torch
 from torch import Tensor
 
 from duorl.costs import Tally, action_ids
 from duorl.models.families import inner_size
+from duorl.models.footprint import Batch, score_bytes
 from duorl.models.modeling import DuoForCausalLM
 from duorl.oracle.table import RouteTable, SearchContext, cheapest
 from duorl.routed_pass import RoutedPass, along, head_rows, remember
+
+if TYPE_CHECKING:
+    from duorl.models.config import DuoConfig
 
 _STATES_AT_ONCE = 4096  # maximum of token states in one step; more do not run faster
 MOST_ROUTES = 2**16
@@ -241,10 +245,10 @@ def states_within(limit: int, model: DuoForCausalLM, count: int, length: int, ro
     """
     config = model.config.backbone
     size, layers = model.hidden_size, model.num_layers
-    scores = 4 * config.num_attention_heads * length
-    working = max(4 * inner_size(config), 12 * size + scores)
+    scores = score_bytes(cast("DuoConfig", model.config), Batch(1, length, context="reference"), model.dtype)
+    working = max(_FLOAT * 4 * inner_size(config), _FLOAT * 12 * size + scores)
     stored = 2 * layers * model.flops.width  # keys and values of the tokens in one search
-    per_state = _FLOAT * (3 * size * (layers + 1) + working + stored)
+    per_state = _FLOAT * (3 * size * (layers + 1) + stored) + working
     table, logits = _FLOAT * count * length * routes, 4 * _FLOAT * config.vocab_size
     rows = head_rows(config.vocab_size, model.device)  # the head takes no more states at once
     fits = max((limit - table - rows * logits) // per_state, min(rows, (limit - table) // (per_state + logits)))

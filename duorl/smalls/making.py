@@ -19,7 +19,7 @@ from transformers import TrainerCallback, TrainingArguments
 from duorl import ranks
 from duorl.corpus import spread
 from duorl.files import write_json, writing
-from duorl.models.footprint import Keeps, require_room
+from duorl.models.footprint import Batch, Keeps, require_room
 from duorl.models.modeling import DuoForCausalLM
 from duorl.models.shared import WEIGHTS, small_weights, take_small
 from duorl.models.trainer import Objective, RoutingTrainer, WindowSet
@@ -96,7 +96,7 @@ class Making:
             windows = self._batch(stage)
             fix = f"lower --{stage}.tokens_per_update ({self._options(stage).tokens_per_update})"
             beside = _LEARNING * sum(weight.numel() for weight in self.model.parameters() if weight.requires_grad)
-        require_room(self.model, windows * self.options.window, _KEEPS[stage], fix, beside)
+        require_room(self.model, Batch(windows, self.options.window, _KEEPS[stage]), fix, beside)
 
     def cost(self, stage: Stage) -> tuple[int, float]:
         """Tokens that a stage reads, and its approximate FLOPs."""
