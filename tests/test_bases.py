@@ -1,8 +1,8 @@
 """Base models are found, read and refused."""
 
+import io
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import duorl
+from duorl.cli import main
 from duorl.models import save_small
 from duorl.models.bases import PACKAGED, Packaged, find_base, find_recorded
 from duorl.models.gateway import fresh_model
@@ -199,9 +200,9 @@ def test_a_broken_or_unknown_gguf_is_told_in_one_line(tmp_path, monkeypatch):
         find_base(tmp_path / "short.gguf").load()
 
 
-@pytest.mark.slow
-def test_code_in_a_models_folder_never_runs(tmp_path):
+def test_code_in_a_models_folder_never_runs(tmp_path, monkeypatch, capsys):
     """Although somebody answers yes to all that transformers may ask."""
+    monkeypatch.chdir(tmp_path)
     for name, settings, kinds in (
         ("family", {"model_type": "nofamily"}, ("AutoConfig",)),
         ("tokenizer", {"model_type": "llama", "hidden_size": 8}, ("AutoTokenizer",)),
@@ -217,9 +218,11 @@ def test_code_in_a_models_folder_never_runs(tmp_path):
         ran = tmp_path / f"{name} ran"
         (folder / "its.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass It: pass\n")
         for words in (["convert", "--model", name, "--out", "o"], ["pretrain", "--model", name, "--out", "o"]):
-            command = [sys.executable, "-m", "duorl", *words]
-            done = subprocess.run(command, cwd=tmp_path, input="y\n" * 9, capture_output=True, text=True)
-            assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+            monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 9))
+            with pytest.raises(SystemExit) as stopped:
+                main(words)
+            said = capsys.readouterr().err
+            assert stopped.value.code == 2 and said.count("\n") == 1, said
             assert not ran.exists() and not (tmp_path / "o").exists()
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 import duorl
 from duorl.cli import main
 from duorl.corpus import spread
+from duorl.evaluation.baseline import Baseline
 from duorl.models.loading import EMBEDDED
 from duorl.smalls import held_out_losses
 
@@ -56,9 +57,16 @@ def test_transformers_find_its_tokenizer():
     assert AutoTokenizer.from_pretrained(FOLDER).get_vocab() == duorl.load_tokenizer("smollm2").get_vocab()
 
 
+def ranked(model, training, *, options, **how):
+    """Three patterns, in place of a search over the patterns of 30 layers; tests of deep models have the search."""
+    losses = [([1] * 30, 3.0), ([2] + [1] * 29, 2.9), ([2] * 30, 2.8)]
+    return Baseline.from_state({"ranked": losses, "finals": losses}, model, training, options)
+
+
 def test_a_router_is_trained_for_it(tmp_path, small_corpus, monkeypatch):
-    """All of `duorl train`, with one window and a few decisions."""
+    """All of `duorl train` but the search of patterns, with one window and a few decisions."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Baseline, "search", ranked)
     few = dict.fromkeys(("windows", "reference_windows", "fixed_windows", "final_windows", "finalists"), 1)
     options = {"env.window": 16, "env.windows_per_batch": 1, "total_decisions": 30 * 16 * 2 * 2, "validations": 1}
     options |= {f"evaluation.{name}": count for name, count in few.items()}
