@@ -31,7 +31,7 @@ ROOT = Path(__file__).parent.parent
 TINY = """
 total_decisions: 20000
 validations: 2
-env: {windows_per_batch: 1, group_size: 2, window: 64}
+env: {windows_per_batch: 1, group_size: 2, window: 32}
 evaluation:
   {windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2, batch: 4}
 rivals:
@@ -188,7 +188,7 @@ def test_train_writes_the_whole_run_folder(tiny, capsys):
     assert {path.name for path in Path("here/tensorboard").iterdir()} == {"PPO", "supervised", "soft"}
     assert events.Tags()["images"] == ["routes/share_of_big"]
     curve = events.Scalars("rollout/return")
-    assert [point.step for point in curve] == [8 * 2 * 64 * k for k in range(1, len(curve) + 1)]
+    assert [point.step for point in curve] == [8 * 2 * 32 * k for k in range(1, len(curve) + 1)]
     assert curve[-1].step >= 20_000
 
     # the saved router deploys, and another evaluation of it gives the run's own numbers
@@ -207,7 +207,7 @@ COMPARE = """
 agents: {PPO: PPO, REINFORCE: REINFORCE, ReinMax: {class_path: ReinMax, init_args: {learning_rate: 1.0e-9}}}
 starts: {ReinMax: soft}
 own_env: {ReinMax: {group_size: 1, windows_per_batch: 2}, soft: {windows_per_batch: 2}}
-env: {windows_per_batch: 1, group_size: 2, window: 32, prices: [0.02, 0.8]}
+env: {windows_per_batch: 1, group_size: 2, window: 16, prices: [0.02, 0.8]}
 total_decisions: 1500
 seeds: 2
 targets: [0.3, 0.5]
@@ -350,7 +350,7 @@ def test_oracle_command(tiny, context):
 
 PAPER = """
 total_decisions: 2000
-env: {windows_per_batch: 1, group_size: 2, window: 32}
+env: {windows_per_batch: 1, group_size: 2, window: 8}
 soft: {updates: 1}
 soft_windows: 1
 size: {windows: 2, pattern_windows: 1, random_patterns: 5, big: [1], prices: [0.3]}

@@ -225,20 +225,19 @@ class Bandit(HeadLearner):
 
 @pytest.mark.slow
 def test_a_learner_a_router_and_an_input_from_the_current_folder(here):
-    """Named `mine`, and nowhere but there; the second run is another process, as a user's next command is."""
+    """Named `mine`, and nowhere but there; what follows is another process, as a user's next command is."""
     Path("mine.py").write_text(MINE)
     own = ["--agents", "{Bandit: mine.Bandit}", "--env.inputs", "[update_norm, mine.depth]", "--processes", "1"]
-    save = "from mine import Alternating; Alternating().save_pretrained('alternating')"
-    subprocess.run([sys.executable, "-c", save], check=True)
     main(["compare", *own, *OWN_ENV, *here, "--out", "run"])
     assert rows("run")["Bandit"]["seeds"] == 1
     router = duorl.routers.load("run/routers/Bandit")
     assert router.config["inputs"] == ["update_norm", "mine.depth"]
     deploy(router)
-    code = "from duorl.cli import main; main()"
+    code = "from mine import Alternating\nfrom duorl.cli import main\nAlternating().save_pretrained('alternating')\n"
     for saved in ("run/routers/Bandit", "alternating"):
         words = ["evaluate", "--router", saved, "--window=32", *here, "--out", f"{Path(saved).name}-measured"]
-        subprocess.run([sys.executable, "-c", code, *words], check=True, capture_output=True)
+        code += f"main({words})\n"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     again, trained = rows("Bandit-measured")["routers/Bandit"], rows("run")["Bandit"]
     assert (again["loss"], again["compute"]) == pytest.approx((trained["loss"], trained["compute"]))
     assert rows("alternating-measured")["alternating"]["actions"] == {"skip": 0, "small": 0.5, "big": 0.5}
