@@ -195,7 +195,7 @@ def test_train_writes_the_whole_run_folder(tiny, capsys):
     evaluation = yaml.safe_load(TINY)["evaluation"]
     flags = [f"--evaluation.{name}={value}" for name, value in evaluation.items()]
     flags += ["--evaluation.bound=exhaustive", "--evaluation.baseline=enumeration"]
-    main(["evaluate", "--router", str(Path("here/router").absolute()), "--window=64", "--out", "again", *flags])
+    main(["evaluate", "--router", str(Path("here/router").absolute()), "--window=32", "--out", "again", *flags])
     again = json.loads(Path("again/comparison.json").read_text())["rows"]
     expected = next(row for row in saved["rows"] if row["router"] == "PPO")
     assert again[0]["router"] == "here/router"
