@@ -21,6 +21,7 @@ from duorl.envs.dynamics import RoutingDynamics
 from duorl.envs.order import WindowOrder
 from duorl.envs.places import checked_actions, chosen_place, draw_place, drawn_route, objects, places_to_tensors
 from duorl.models import check_windows, load, load_tokenizer
+from duorl.models.footprint import Batch, require_room
 from duorl.rewards import Reward, Step
 from duorl.routed_pass import Context
 
@@ -152,6 +153,7 @@ class DuoRoutingEnv(gymnasium.Env):
             inputs=inputs,
             big_layers=big_layers,
         )
+        require_room(self.dynamics.model, Batch(1, self.windows.shape[1] - 1), "lower window")
         self.observation_space = observation_space(self.dynamics)
         self.action_space = spaces.Discrete(len(self.dynamics.actions))
         self.render_mode = render_mode
@@ -221,7 +223,7 @@ class DuoRoutingVectorEnv(VectorEnv):
     The other arguments are those of `DuoRoutingEnv`.
 
     Raises:
-        ValueError: num_envs has the wrong size, or the context needs whole windows.
+        ValueError: num_envs has the wrong size, or the context needs whole windows, or a pass does not fit into memory.
     """
 
     metadata = {"render_modes": ["ansi"], "autoreset_mode": AutoresetMode.SAME_STEP}  # noqa: RUF012  (the protocol)
@@ -258,6 +260,9 @@ class DuoRoutingVectorEnv(VectorEnv):
         self.num_envs, self.render_mode = num_envs, render_mode
         self.group_size, self.whole_windows = group_size, tokens_per_window == length
         self.batch = num_envs // (tokens_per_window * group_size)
+        # Single tokens read an all-big pass of their window, and have few scores of their own.
+        taken = Batch(num_envs // tokens_per_window, length, context=context if self.whole_windows else "routed")
+        require_room(self.dynamics.model, taken, f"lower num_envs ({num_envs})")
         self.single_observation_space = observation_space(self.dynamics)
         self.single_action_space = spaces.Discrete(len(self.dynamics.actions))
         self.observation_space = batch_space(self.single_observation_space, num_envs)

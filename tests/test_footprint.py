@@ -151,3 +151,19 @@ def test_a_prompt_that_does_not_fit_is_refused(monkeypatch):
         ValueError, match=r"4,096 tokens at once do not .*; shorten the prompt, or lower max_new_tokens"
     ):
         generate._require_room(model, 4096, options)
+
+
+@pytest.mark.parametrize(
+    ("make", "fix"),
+    [
+        (lambda options: envs.DuoRoutingEnv(**options), "lower window"),
+        (lambda options: envs.DuoRoutingVectorEnv(num_envs=9, tokens_per_window=9, **options), r"lower num_envs \(9\)"),
+        (lambda options: envs.DuoRoutingVectorEnv(num_envs=2, **options), r"lower num_envs \(2\)"),
+    ],
+)
+def test_environments_that_do_not_fit_are_refused(make, fix, duo, monkeypatch):
+    options = {"model": duo, "windows": torch.randint(61, (4, 10), generator=torch.Generator().manual_seed(0))}
+    make(options)
+    monkeypatch.setattr("duorl.devices.free_bytes", lambda device: 1000)
+    with pytest.raises(ValueError, match=f"do not fit into memory: .*{fix}"):
+        make(options)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import duorl
+from duorl.checks import BadInput
 from duorl.cli import main
 from duorl.corpus import documents
 from duorl.evaluation.tasks import ALL_BIG, _harness, load_tasks, task_rows
@@ -66,6 +67,13 @@ def test_all_big_is_above_chance(task):
     assert row["questions"] == 240 and row["compute"] == pytest.approx(1.0)
     low, high = row["metrics"]["acc_norm"]["interval"]
     assert 0.25 < 0.3 < low < row["metrics"]["acc_norm"]["value"] < high < 0.6
+
+
+def test_texts_that_do_not_fit_into_memory_are_refused(task, monkeypatch):
+    model, tokenizer, routers = duorl.load(), duorl.load_tokenizer(), {ALL_BIG: ConstantRouter("big")}
+    monkeypatch.setattr("duorl.devices.free_bytes", lambda device: 2**20)
+    with pytest.raises(BadInput, match=r"tokens at once do not fit into memory: .*lower task_batch \(4\)"):
+        task_rows(model, tokenizer, routers, load_tasks([task]), limit=8, batch=4)
 
 
 def test_one_question_has_no_interval(task):

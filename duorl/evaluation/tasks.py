@@ -15,10 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from duorl.checks import BadInput
 from duorl.evaluation.frontier import Frontier, Ladder
 from duorl.evaluation.statistics import Estimate, estimate, named
 from duorl.models import DuoForCausalLM, Transcript
 from duorl.models.bases import said
+from duorl.models.footprint import Batch, require_room
 from duorl.models.transcript import NOT_ROUTED
 from duorl.routers import ConstantRouter, PatternRouter, Router
 
@@ -159,10 +161,19 @@ def _harness() -> Any:
             return self.total / max(1, self.tokens)
 
         def _model_call(self, inps: Tensor, attn_mask: Any = None, labels: Any = None) -> Tensor:
+            self._require_room(inps)
             transcript = Transcript(self.router, self.duo)
             logits = self.duo(input_ids=inps, router=transcript).logits
             self._called = list(transcript.routes)
             return logits
+
+        def _require_room(self, texts: Tensor) -> None:
+            """The harness begins with the longest texts, so what does not fit is refused at the beginning."""
+            logits = 4 * texts.numel() * self.duo.config.backbone.vocab_size  # float32, of all tokens at once
+            try:
+                require_room(self.duo, Batch(*texts.shape), f"lower task_batch ({self.batch_size})", beside=logits)
+            except ValueError as error:
+                raise BadInput(str(error)) from error
 
         def _select_cont_toks(self, logits: Tensor, contlen: int | None = None, inplen: int | None = None) -> Tensor:
             """Of the next row of the last call, whose length is known here alone: it is filled up on the right."""
