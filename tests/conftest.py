@@ -1,4 +1,4 @@
-"""Small random models of several families, and duo-tiny."""
+"""Small random models of several families, duo-tiny, and what many tests of the command line use."""
 
 import os
 from pathlib import Path
@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 
 import duorl
+from duorl.cli import main
 
 _LLAMA_LIKE = {
     "vocab_size": 61,
@@ -203,3 +204,33 @@ def hub_cache(tmp_path, monkeypatch):
         return repository / "snapshots" / COMMIT
 
     return kept
+
+
+TINY = """
+total_decisions: 20000
+validations: 2
+env: {windows_per_batch: 1, group_size: 2, window: 32}
+evaluation:
+  {windows: 4, reference_windows: 1, fixed_windows: 1, finalists: 2, final_windows: 2, batch: 4}
+rivals:
+  supervised: {class_path: Supervised, init_args: {windows: 1, epochs: 1}}
+  soft: {class_path: Soft, init_args: {updates: 2}}
+"""
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """A configuration that runs in seconds, in an empty working folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text(TINY)
+    return tmp_path
+
+
+def refused(arguments, capsys) -> str:
+    """The one line with which a command refuses its input."""
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2
+    assert len(lines) == 1 and lines[0].startswith("duorl: error: "), lines
+    return lines[0]

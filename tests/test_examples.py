@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_cli import TINY
+from conftest import TINY
 
 import duorl
 from duorl import agents

@@ -9,10 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import COMMIT, make_duo, make_original
+from conftest import COMMIT, make_duo, make_original, refused
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_cli import refused
 from torch.nn.functional import kl_div
 
 import duorl

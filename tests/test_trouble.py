@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import refused
 from safetensors.torch import load_file, save_file
-from test_cli import refused
 
 import duorl
 from duorl.cli import main
