@@ -26,3 +26,10 @@ def require_positive(**numbers: float) -> None:
     for name, number in numbers.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, not {number}")
+
+
+def in_words(error: BaseException) -> str:
+    """What an error says to a user: its words, and its class where they alone say little."""
+    if isinstance(error, OSError) and error.strerror is not None:  # of the operating system, with a number
+        return error.strerror if error.filename is None else f"{error.strerror}: {error.filename}"
+    return str(error) if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {error}"

@@ -6,7 +6,7 @@
 
     list(named(RunOptions, {"corpus": "mine/*.txt", ...}))       # [("text", "mine/*.txt"), ...]
 
-From this follow the checks before a run, and what is sent to the machines of a cluster (`duorl.cli.reading`).
+From this follow the checks before a run, and what is sent to the machines of a cluster (`duorl.experiments.reading`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import duorl
 from duorl import routers
-from duorl.cli import comparing, main
+from duorl.cli import main
+from duorl.experiments import comparing
 
 pytestmark = pytest.mark.slow
 LAYERS = 18

@@ -200,7 +200,7 @@ def test_the_worked_examples_of_parts_apply_and_work(tmp_path):
         "from conftest import make_original\n"
         "import duorl\n"
         "from duorl import agents, inputs, rewards, routers, testing\n"
-        "from duorl.cli.learners import named\n"
+        "from duorl.experiments.learners import named\n"
         "testing.check_reward(rewards.SmallBonus())\n"
         "testing.check_router(routers.EarlyRouter(2))\n"
         "testing.check_input(inputs.INPUTS['big_so_far'])\n"

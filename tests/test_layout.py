@@ -29,6 +29,7 @@ ORDER = [
     {"paper"},
     {"reports"},
     {"testing"},
+    {"experiments"},
     {"cli"},
     {"__main__"},
 ]

@@ -11,11 +11,11 @@ from conftest import make_duo
 from test_routed_pass import reference_losses, routed_losses
 
 import duorl
-from duorl.cli import dense as cli_dense
 from duorl.corpus import Windows
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
 from duorl.evaluation.statistics import estimate
+from duorl.experiments import dense as cli_dense
 from duorl.learners import Soft
 from duorl.models.pretrain import Pretraining, PretrainOptions
 from duorl.oracle import exhaustive

@@ -9,11 +9,12 @@ import pytest
 import yaml
 from conftest import refused
 
+from duorl.checks import in_words
 from duorl.cli import main
-from duorl.cli.commands import COMMANDS, in_words
+from duorl.cli.commands import COMMANDS
 from duorl.cli.console import resume_command
-from duorl.cli.learners import LEARNERS, named
 from duorl.cli.parser import build_parser, parse
+from duorl.experiments.learners import LEARNERS, named
 from duorl.learners.base import Learner
 from duorl.paper import StudySize
 from duorl.routers import HeadRouter

@@ -13,7 +13,8 @@ from jsonargparse.typing import import_object
 from duorl import convert
 from duorl.cli import COMMANDS, main
 from duorl.cli.parser import parse
-from duorl.cli.reading import files_read, option_class
+from duorl.experiments.built import option_class
+from duorl.experiments.reading import files_read
 from duorl.models import find_base, save_small
 from duorl.paths import OptionsOf, Reads, RouterPath, TextPath, named, option_types
 from duorl.routers import ConstantRouter
@@ -44,7 +45,7 @@ def test_types_say_what_options_read():
 
 
 def test_the_learners_say_what_they_read():
-    from duorl.cli.learners import LEARNERS
+    from duorl.experiments.learners import LEARNERS
 
     for path in LEARNERS.values():
         types = option_types(import_object(path))
@@ -115,7 +116,7 @@ def test_a_job_names_paths_as_paths():
 
 @pytest.mark.parametrize("option", ["--corpus", "--transfer"])
 def test_a_missing_text_is_refused_before_a_model_is_loaded(option, place, capsys, monkeypatch):
-    monkeypatch.setattr("duorl.cli.material.load", lambda *given, **more: pytest.fail("loaded"))
+    monkeypatch.setattr("duorl.experiments.material.load", lambda *given, **more: pytest.fail("loaded"))
     with pytest.raises(SystemExit) as stopped:
         main(["compare", option, "[gone.txt]", "--targets=[0.5]", "--env.prices=[0.1, 1.0]", "--out=mine"])
     assert stopped.value.code == 2 and "no text at 'gone.txt'" in capsys.readouterr().err and not Path("mine").exists()

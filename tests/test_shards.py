@@ -10,9 +10,9 @@ import torch
 from conftest import make_duo
 
 from duorl.cli import main
-from duorl.cli import oracle as command
 from duorl.evaluation import RouteSearchOptions, choose_starts, plan_route_search, search_windows
 from duorl.evaluation.columns import joined_columns, save_columns
+from duorl.experiments import oracle as command
 
 ALL = ("skip", "small", "big")
 

@@ -16,9 +16,9 @@ from torch.nn.functional import kl_div
 
 import duorl
 from duorl import hub
-from duorl.cli.convert import _base, _run
 from duorl.corpus import load_windows
 from duorl.costs import BIG
+from duorl.experiments.convert import _base, _run
 from duorl.models.footprint import Batch, peak_bytes
 from duorl.models.shared import WEIGHTS, small_weights
 from duorl.models.trainer import random_routes
@@ -408,7 +408,7 @@ def test_a_model_that_does_not_fit_is_refused_before_it_is_read(place, capsys, m
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "original and its duo model do not fit into memory: they take about 1." in said
     monkeypatch.setattr(duorl.devices, "free_bytes", lambda device: 1000 if device.type == "cuda" else 2**40)
-    monkeypatch.setattr("duorl.cli.convert.pick_trainers_device", lambda name: torch.device("cuda"))
+    monkeypatch.setattr("duorl.experiments.convert.pick_trainers_device", lambda name: torch.device("cuda"))
     line = refused(["convert", "--model", "original", "--out", "small"], capsys)
     assert "the weights of the duo model of original do not fit" in line and "cuda has 0.0 MiB free" in line
 

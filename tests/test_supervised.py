@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from duorl import devices, routers
-from duorl.cli.learners import named
 from duorl.envs import Lockstep
 from duorl.evaluation.compare import measure
+from duorl.experiments.learners import named
 from duorl.inputs import View
 from duorl.learners import KNN, Ensemble, Soft, Supervised
 from duorl.learners.ensemble import bootstrap

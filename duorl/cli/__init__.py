@@ -2,11 +2,11 @@
 
 Every option is typed, has the same name in YAML (`--config FILE`) and as a flag, and is explained by `--help`.
 
-    commands                                       one line for each command
-    learners, options, paper_options -> parser     options and their parser
-    console, workbench, comparing, trainings       code that several commands use
-    train, compare, evaluate, oracle, paper, dense, pretrain, report     one module for each command
-    running                                        parses, checks and runs a command
+    commands             which command was typed
+    parser               options from words
+    console              the terminal
+    generate, report     the commands that are no experiments
+    running              parses, checks and runs a command; the others are `duorl.experiments`
 
 Large libraries are imported only if a command needs them.
 """
@@ -17,7 +17,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from duorl.cli.commands import COMMANDS, chosen, fail, in_words
+from duorl.checks import in_words
+from duorl.cli.commands import COMMANDS, chosen, fail
 from duorl.files import is_no_room
 
 __all__ = ["COMMANDS", "main", "train_main"]

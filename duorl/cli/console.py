@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TimeElapsedColumn
 
+from duorl.experiments.voice import Update, Voice
 from duorl.runs.jobs import Job
 
 console = Console()
@@ -35,22 +36,39 @@ def resume_command(folder: Path) -> str:
     return shlex.join([*words, "--resume"])
 
 
-def quieten() -> None:
-    """Switch off the progress bars and warnings of transformers: bad input gets one line."""
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-
-
 def say(line: str) -> None:
     """Print a line without markup."""
     console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def say_written(folder: Path, *parts: str) -> None:
-    """Print where the results of a run are: those of its parts that are there."""
-    say(f"wrote {folder}/: {', '.join(part for part in parts if (folder / part).exists())}")
+class Terminal(Voice):
+    """The voice of experiments on the terminal."""
+
+    @property
+    def command(self) -> str:  # type: ignore[override]
+        """The typed command, without --resume."""
+        return typed_command()
+
+    def say(self, line: str) -> None:
+        """Print a line."""
+        say(line)
+
+    def show(self, thing: Any) -> None:
+        """Print a table or the like."""
+        console.print(thing)
+
+    @contextmanager
+    def status(self, line: str) -> Iterator[Update]:
+        """Show what is being done, until it is done."""
+        with console.status(line) as shown:
+            yield shown.update
+
+    @contextmanager
+    def job_bars(self, total: int, done: int) -> Iterator[JobBars]:
+        """Show progress bars while jobs run; they disappear at the end."""
+        columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), "{task.fields[note]}")
+        with Progress(*columns, console=console, transient=True) as progress:
+            yield JobBars(progress, total, done)
 
 
 def is_unicode() -> bool:
@@ -87,11 +105,3 @@ class JobBars:
             if job.name not in self._running:
                 self._running[job.name] = self._progress.add_task(job.name, total=None, note="")
             self._progress.update(self._running[job.name], **said)
-
-
-@contextmanager
-def job_bars(total: int, done: int) -> Iterator[JobBars]:
-    """Show progress bars while jobs run; they disappear at the end."""
-    columns = ("{task.description}", BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), "{task.fields[note]}")
-    with Progress(*columns, console=console, transient=True) as progress:
-        yield JobBars(progress, total, done)

@@ -16,10 +16,9 @@ from transformers.generation import BaseStreamer
 
 from duorl.checks import require_positive
 from duorl.cli.console import console, is_unicode, say, typed_command
-from duorl.cli.material import placed
-from duorl.cli.parser import read_config
 from duorl.colours import as_hex, of_compute
 from duorl.costs import ACTIONS
+from duorl.experiments.material import placed
 from duorl.files import write_text
 from duorl.models import DuoForCausalLM, Transcript, check_windows, load, load_tokenizer
 from duorl.models.families import keys_width
@@ -34,7 +33,7 @@ if TYPE_CHECKING:
 _CELLS = {True: "·▁█", False: ".sB"}  # skip, small, big; on a terminal without these characters
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path | None], None]]:
+def prepare(options: Namespace, config: dict[str, Any]) -> tuple[str, Callable[[Path | None], None]]:
     """The function that generates a text and shows it.
 
     Raises:
@@ -60,7 +59,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path | None
             writer.show_routes()
         if options.html is not None:
             rows = token_rows(model, router, text, tokenizer, written=prompt.shape[1])
-            settings = {"command": typed_command(), **read_config(config)}
+            settings = {"command": typed_command(), **config}
             write_text(options.html, generated_page(str(tokenizer.decode(text[0, :1])), rows, settings))
             say(f"wrote {options.html}")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import inspect
 import io
@@ -11,47 +10,23 @@ import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Collection, Sequence
 from contextlib import redirect_stderr
-from importlib import import_module
 from pathlib import Path
 from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, Union, get_args, get_origin
 
 import torch
 import yaml
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace, lazy_instance
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 
-from duorl.cli.commands import COMMANDS, fail, in_words
-from duorl.cli.learners import LEARNERS, LearnerFactory, make_known, named, spelled, yaml_files
-from duorl.devices import DeviceOptions, MapOptions, TrainerDeviceOptions, pick_device, pick_dtype
+from duorl.cli.commands import COMMANDS, fail
+from duorl.devices import pick_device, pick_dtype
+from duorl.experiments.built import AGENT, condensed, fill, instantiated
+from duorl.experiments.learners import LEARNERS, make_known, named, spelled, yaml_files
 from duorl.extensions import find
 from duorl.models.bases import find_base
 from duorl.models.loading import price_of_model, width_of_model
 from duorl.runs.folders import versions
 from duorl.version import VERSION
-
-_COMPARE_ONLY = (
-    "agents",
-    "starts",
-    "seeds",
-    "processes",
-    "cluster",
-    "targets",
-    "reach_targets",
-    "transfer",
-    "knowable",
-)
-_TRAIN_ONLY = ("target_compute",)
-_AGENT, _AGENTS = "PPO", ("PPO", "REINFORCE")
-"""What `train` and `compare` train by default."""
-_FLAGS = {
-    "overwrite": "replace the run in the output folder",
-    "resume": "continue the run in the output folder",
-    "quick": "other defaults, for a look: few windows, and with `paper` short trainings, and Fig. 8 on small models if "
-    "there is no dense.json; results are noisy",
-    "whole": "also write the weights of the model itself, so that the folder needs nothing else",
-}
-_WHERE = {"device": DeviceOptions, "map": MapOptions, "trainer": TrainerDeviceOptions}
-
 
 _TYPE = re.compile(r"Expected an? <class '(\w+)'>\.? Got value:")
 _CHOICES = re.compile(r"Expected an? typing\.Literal\[(.+?)\]\.? Got value:")
@@ -68,7 +43,7 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Print one line and exit."""
-        line = " ".join(_condensed(str(message)).split()).replace('Parser key "', 'option "')
+        line = " ".join(condensed(str(message)).split()).replace('Parser key "', 'option "')
         line = _TYPE.sub(lambda found: f"must be {_KINDS.get(found[1], found[1])}, not", line)
         line = _CHOICES.sub(lambda found: f"choose from {found[1].replace(chr(39), '')}, not", line)
         line = line.replace("Expected a dot import path string:", "there is no class")
@@ -97,68 +72,21 @@ class _Parser(ArgumentParser):
 
 def _imported() -> list[str]:
     """The learners that are imported already, and the default one: those that a command line is about."""
-    return [name for name, path in LEARNERS.items() if name == _AGENT or path.rpartition(".")[0] in sys.modules]
-
-
-def _condensed(message: str) -> str:
-    """The parser's words on an option with several types: what each type says of it, once, and what was given."""
-    before, _, rest = message.partition("Does not validate against any of the Union subtypes")
-    _, _, errors = rest.partition("Errors:")
-    said, _, given = errors.partition("Given value type:")
-    _, _, value = given.partition("Given value:")
-    reasons = list(dict.fromkeys(reason.strip() for reason in re.split(r"\n\s*- ", said) if reason.strip()))
-    return f"{before}{' or '.join(map(_condensed, reasons))} (given:{value})" if reasons else message
+    return [name for name, path in LEARNERS.items() if name == AGENT or path.rpartition(".")[0] in sys.modules]
 
 
 def build_parser(name: str, without: Collection[str] = (), price: float | None = None, quick: bool = False) -> _Parser:
-    """The parser of a command.
-
-    Args:
-        name: name of the command.
-        without: the options among `agent` and `reward` that get no default.
-        price: the price of a default reward; None: that of the command line.
-        quick: whether the defaults are those of `--quick`.
-    """
-    command = COMMANDS[name]
+    """The parser of a command; see `duorl.experiments.built.fill` for the arguments."""
     parser = _Parser(
-        prog=f"duorl {name}", description=command.summary, allow_abbrev=False, formatter_class=_HelpFormatter
+        prog=f"duorl {name}", description=COMMANDS[name].summary, allow_abbrev=False, formatter_class=_HelpFormatter
     )
-    module, _, options = command.options.partition(":")
-    kind = getattr(import_module(module), options)
     if name == "report":
         parser.add_argument("run", type=str, help="folder of a comparison or of a paper run")
         return parser
-    parser.add_argument("--config", action="config", help="YAML file with the options below")
-    parser.add_class_arguments(kind, skip=set({"train": _COMPARE_ONLY, "compare": _TRAIN_ONLY}.get(name, ())))
-    for flag in command.flags:
-        if flag in _FLAGS:
-            parser.add_argument(f"--{flag}", action="store_true", help=_FLAGS[flag])
-    for flag, where in _WHERE.items():
-        if flag in command.flags:
-            parser.add_class_arguments(where)
-    if quick:
-        parser.set_defaults(kind.quick())
     if name in ("train", "compare"):
-        _add_defaults(parser, name, without, price)
-    elif price is not None and name == "evaluate":
-        parser.set_defaults({"price": price})
+        parser.epilog = _rewards_section()
+    fill(parser, name, without, price, quick)
     return parser
-
-
-def _add_defaults(parser: _Parser, name: str, without: Collection[str], price: float | None) -> None:
-    from duorl.cli.options import DEFAULT_PRICE
-    from duorl.rewards import LossImprovement
-
-    parser.epilog = _rewards_section()
-    parser.set_defaults(
-        {"reward": None if "reward" in without else lazy_instance(LossImprovement, price=price or DEFAULT_PRICE)}
-    )
-    if name == "train":
-        learners = f"the learner, {', '.join(LEARNERS)}, or an import path"
-        default = None if "agent" in without else named(_AGENT)
-        parser.add_argument("--agent", type=LearnerFactory, default=default, help=learners)
-    else:
-        parser.set_defaults({"agents": {name: {"class_path": LEARNERS[name]} for name in _AGENTS}})
 
 
 def _rewards_section() -> str:
@@ -191,7 +119,7 @@ def parse(name: str, words: Sequence[str]) -> tuple[Namespace, str]:
     """
     parser, parsed = _resolved(name, words)
     text = parser.dump(parsed, skip_unset=False)
-    return _instantiated(parser, parsed), text
+    return instantiated(parser, parsed), text
 
 
 def complete(name: str, path: Path) -> str:
@@ -292,50 +220,6 @@ def _check_yaml(path: Path) -> None:
         waiting += parts
 
 
-def _instantiated(parser: _Parser, parsed: Namespace) -> Namespace:
-    try:
-        return parser.instantiate(parsed)
-    except (Exception, SystemExit) as error:  # a user's class may raise anything
-        cause: BaseException = error
-        while cause.__cause__ is not None:
-            cause = cause.__cause__
-        said = in_words(cause)
-        named = re.search(r"class_path='([\w.]+)'", str(error))
-        where = f"{named[1]}: " if named and named[1] not in said else ""
-        raise ValueError(f"{where}{_condensed(said)}") from error
-
-
-def typed(kind: Callable[..., Any], values: Any, where: str, skip: Collection[str] = ()) -> dict[str, Any]:
-    """Options that are given as a dictionary within an option, with the types that a class asks for.
-
-    Args:
-        kind: the class.
-        values: the dictionary.
-        where: its name.
-        skip: arguments of the class that are not options.
-
-    Raises:
-        ValueError: it is no dictionary, or holds an unknown option or a value of another type; names it.
-    """
-    if not isinstance(values, dict):
-        raise ValueError(f"{where} must be options by name, not {values!r}")
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(kind, skip=set(skip))
-    if unknown := [name for name in values if name not in inspect.signature(kind).parameters or name in skip]:
-        raise ValueError(f"{where}: {unknown[0]!r} is not an option there")
-    try:
-        parsed = parser.parse_object(values)
-        built = parser.instantiate(parsed)
-    except Exception as error:  # the parser's own, or the class's
-        said = _condensed(str(error)).replace('Parser key "', 'option "')
-        raise ValueError(f"{where}: {said}") from error
-    hints = get_type_hints(kind if dataclasses.is_dataclass(kind) else kind.__init__)
-    for name, value in values.items():
-        if value is None and type(None) not in get_args(hints[name]):
-            raise ValueError(f"{where}: {name} cannot be null")
-    return {name: built[name] for name in values}
-
-
 def _replaced(parsed: Namespace, defaults: Namespace) -> list[str]:
     """Which of agent and reward have another class than the default."""
     both = [key for key in ("agent", "reward") if parsed.get(key) and defaults.get(key)]
@@ -344,8 +228,3 @@ def _replaced(parsed: Namespace, defaults: Namespace) -> list[str]:
 
 def _class_path(value: Any) -> str:
     return value if isinstance(value, str) else str(getattr(value, "class_path", value))
-
-
-def read_config(text: str) -> dict[str, Any]:
-    """The complete options as plain values."""
-    return yaml.safe_load(text) or {}

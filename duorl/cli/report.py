@@ -11,7 +11,7 @@ from duorl.cli.console import say
 from duorl.reports import page
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+def prepare(options: Namespace, config: dict) -> tuple[str, Callable[[Path], None]]:
     """The folder, and the function that writes the page; see `duorl.reports.page.page` for the errors."""
     run = Path(options.run)
     try:

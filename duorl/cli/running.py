@@ -11,17 +11,19 @@ from contextlib import ExitStack, redirect_stdout
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
+import yaml
 from jsonargparse import Namespace
 
 from duorl import ranks
-from duorl.checks import BadInput, require_positive, require_seed
-from duorl.cli.commands import COMMANDS, fail, in_words
-from duorl.cli.console import quieten, resume_command
-from duorl.cli.parser import complete, parse, read_config
-from duorl.cli.reading import check_read
+from duorl.checks import BadInput, in_words, require_positive, require_seed
+from duorl.cli.commands import COMMANDS, fail
+from duorl.cli.console import Terminal, resume_command, say_logdir
+from duorl.cli.parser import complete, parse
+from duorl.experiments.reading import check_read
+from duorl.experiments.voice import speaking
 from duorl.files import is_no_room
 from duorl.runs import folders, interrupts
 from duorl.runs.allocator import keep_freed_memory
@@ -44,20 +46,26 @@ def run_command(name: str, words: list[str]) -> None:
         _connect(name, stack)
         try:
             stack.enter_context(interrupts.listening())
+            stack.enter_context(speaking(Terminal()))
             try:
                 options, config = parse(name, words)
                 _require_same(config)
-                check_cheaply(name, options, config)
+                values = yaml.safe_load(config) or {}
+                check_cheaply(name, options, config, values)
                 if options.get("threads") is not None:
                     torch.set_num_threads(options.threads)
+                from duorl.models.gateway import quieten  # here, because it imports transformers
+
                 quieten()
-                called, work = import_module(COMMANDS[name].module).prepare(options, config)
+                called, work = import_module(COMMANDS[name].module).prepare(options, values)
                 if "overwrite" in COMMANDS[name].flags:
                     claimed = stack.enter_context(_claimed(called, options, config)) if ranks.first() else Path()
                     folder = Path(ranks.of_first(str(claimed)))
             except Exception as error:  # of the input; running is outside, where an error is a bug and keeps its trace
                 fail(in_words(error))
             _work(name, work, folder)
+            if folder is not None and (folder / "tensorboard").is_dir() and ranks.first():
+                say_logdir(folder)
         except interrupts.Interrupted as stop:
             _say_stopped(name, folder)
             raise SystemExit(stop.exit_code) from None
@@ -83,7 +91,7 @@ def _require_same(config: str) -> None:
     """
     first = ranks.of_first(config)
     if config != first:
-        own, other = (dict(folders.flatten(read_config(text))) for text in (config, first))
+        own, other = (dict(folders.flatten(yaml.safe_load(text))) for text in (config, first))
         option = min(name for name in own.keys() | other.keys() if own.get(name) != other.get(name))
         said = f"rank {ranks.rank()} was started with {option} {own.get(option)}, rank 0 with {other.get(option)}"
         print(f"duorl: error: {said}: give all the same options", file=sys.stderr)
@@ -91,13 +99,13 @@ def _require_same(config: str) -> None:
         raise SystemExit(2)
 
 
-def check_cheaply(name: str, options: Namespace, config: str) -> None:
+def check_cheaply(name: str, options: Namespace, config: str, values: dict[str, Any]) -> None:
     """Check everything that can be checked before anything is loaded.
 
     Raises:
         ValueError, OSError: the folder, the model or a text cannot be used.
     """
-    _require_finite(config)
+    _require_finite(values)
     if "seed" in options:
         require_seed(options.seed)
     if options.get("threads") is not None:
@@ -107,12 +115,12 @@ def check_cheaply(name: str, options: Namespace, config: str) -> None:
         folders.check(options.out, resume=resume, overwrite=options.overwrite)
     if resume and ranks.first():
         folders.check_same_options(options.out, config, partial(complete, name))
-    check_read(name, read_config(config))
+    check_read(name, values)
 
 
-def _require_finite(config: str) -> None:
+def _require_finite(values: dict[str, Any]) -> None:
     """Refuse options that are NaN or infinite."""
-    for name, value in folders.flatten(read_config(config)):
+    for name, value in folders.flatten(values):
         for number in value if isinstance(value, list) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise ValueError(f"{name} must be a finite number, not {number}")
@@ -125,7 +133,7 @@ def _claimed(called: str, options: Namespace, config: str):
 
 def _work(name: str, work: Callable[[Path | None], None], folder: Path | None) -> None:
     """Do the work. If it fails and cannot be resumed, its folder can be used again."""
-    from duorl.cli.trainings import JobsFailed
+    from duorl.experiments.trainings import JobsFailed
     from duorl.routers.fit import UnusableRouter
 
     resumable = "resume" in COMMANDS[name].flags

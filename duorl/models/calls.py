@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from duorl.costs import SKIP
 from duorl.inputs import View
-from duorl.models.scoped import Scoped
+from duorl.models.scoped import Scoped, uncompiled
 
 if TYPE_CHECKING:
     from duorl.models.ffn import DuoFFN
@@ -199,7 +199,7 @@ def _asking(base: Any, part: Part) -> Any:
     return type(base)(base.__name__, (base,), {**names, "__qualname__": base.__qualname__})
 
 
-@torch.compiler.disable
+@uncompiled
 def _ask(part: Part, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     call = current()
     return forward(*args, **kwargs) if call is None else getattr(call, part)(forward, *args, **kwargs)

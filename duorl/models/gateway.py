@@ -65,3 +65,11 @@ def _without_code(what: Any) -> Iterator[None]:
             raise
         fix = "give a model of one of transformers' own families"
         raise ValueError(f"{what} needs code of its own, which DuoRL never runs: {fix}") from problem
+
+
+def quieten() -> None:
+    """Switch off the progress bars and warnings of transformers: bad input gets one line."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

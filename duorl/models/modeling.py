@@ -26,6 +26,7 @@ from duorl.models.families import attention_of, attention_width, decoder_of, fam
 from duorl.models.ffn import AddingDuoFFN, DuoFFN
 from duorl.models.gateway import fresh_model
 from duorl.models.generation import RoutedGenerationMixin
+from duorl.models.scoped import uncompiled
 from duorl.models.shared import (
     CARD,
     OF_MODEL,
@@ -278,7 +279,7 @@ class DuoForCausalLM(PreTrainedModel, RoutedGenerationMixin):
             return self.backbone(**inputs)
         return self._routed(routes, router, inputs)
 
-    @torch.compiler.disable  # which networks run follows from numbers
+    @uncompiled  # which networks run follows from numbers
     def _routed(
         self, routes: Tensor | None, router: RouterLike | None, inputs: dict[str, Any]
     ) -> CausalLMOutputWithPast:

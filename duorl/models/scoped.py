@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import wraps
 from threading import Lock
-from typing import Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
+
+import torch
 
 Value = TypeVar("Value")
+_Given = ParamSpec("_Given")
+
+
+def uncompiled(function: Callable[_Given, Value]) -> Callable[_Given, Value]:
+    """A function that torch.compile calls as it is.
+
+    `torch.compiler.disable` does this too, but it imports the compiler, which takes a second, also where nobody
+    compiles.
+    """
+
+    @wraps(function)
+    def called(*args: _Given.args, **kwargs: _Given.kwargs) -> Value:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return called
 
 
 class Scoped(Generic[Value]):

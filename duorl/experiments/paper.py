@@ -13,15 +13,15 @@ from typing import Any
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.console import console, say, typed_command
-from duorl.cli.material import Material
-from duorl.cli.parser import read_config, typed
-from duorl.cli.trainings import Workers, options_again
-from duorl.cli.workbench import make_lockstep
 from duorl.corpus import source_names
 from duorl.envs import Lockstep
 from duorl.evaluation import check_searches
 from duorl.evaluation.bound import can_search
+from duorl.experiments.built import again, typed
+from duorl.experiments.material import Material
+from duorl.experiments.trainings import Workers
+from duorl.experiments.voice import command, say, status
+from duorl.experiments.workbench import make_lockstep
 from duorl.files import write_json, write_text
 from duorl.learners import Soft
 from duorl.learners.base import Learner
@@ -41,7 +41,7 @@ _LEAST_WINDOW = 8
 _SAVE_EVERY = 120.0
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+def prepare(options: Namespace, config: dict[str, Any]) -> tuple[str, Callable[[Path], None]]:
     """The default name of the folder, and the study; see `Paper`."""
     paper = Paper(options, config)
     return "paper", partial(paper.run, Workers("paper", options, config, paper.model, paper.model.device))
@@ -52,13 +52,13 @@ class Paper:
 
     Args:
         options: `PaperOptions` and the folder flags.
-        config: the resolved options as YAML.
+        config: the options as plain values.
 
     Raises:
         ValueError, OSError: the input cannot be used; the message names the thing and the fix.
     """
 
-    def __init__(self, options: Namespace, config: str):
+    def __init__(self, options: Namespace, config: dict[str, Any]):
         self.options, self.config, self.size = options, config, options.size
         require_positive(total_decisions=options.total_decisions, soft_windows=options.soft_windows)
         if options.env.window < _LEAST_WINDOW:
@@ -102,12 +102,11 @@ class Paper:
             say(f"{self.too_many}: a search takes the oracle's place, a {LOWER_BOUND}")
         study = self._study(folder)
         workers.finish(self._jobs(study.wanted(), folder, workers), folder)
-        with console.status("") as status:
-            self.say = status.update
+        with status("") as self.say:
             figures = self._measure(study)
         draw(figures, folder)
-        write_json(folder / "settings.json", {"command": typed_command(), **read_config(self.config)})
-        write_text(folder / "claims.md", claims_page(figures, model=self.options.model, command=typed_command()))
+        write_json(folder / "settings.json", {"command": command(), **self.config})
+        write_text(folder / "claims.md", claims_page(figures, model=self.options.model, command=command()))
         page.write(folder)
         say(f"wrote {folder}/: figure-*.png and .json, claims.md, report.html")
         if not any(name.startswith("8") for name in figures):
@@ -187,7 +186,7 @@ def train_apart(run: Path, tell: Tell, **arguments: Any) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _paper(run: Path) -> Paper:
-    return Paper(*options_again("paper", run))
+    return Paper(*again("paper", run))
 
 
 def _place(wanted: Wanted, folder: Path) -> Path:

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from duorl.checks import require_positive
-from duorl.cli.learners import LearnerFactory
 from duorl.evaluation.options import EvaluationOptions
+from duorl.experiments.learners import LearnerFactory
 from duorl.models.calls import Skip
 from duorl.oracle.table import SearchContext
 from duorl.paths import DuoPath, RouterPath, TextPath

@@ -11,9 +11,10 @@ import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.console import say
-from duorl.cli.material import Material
-from duorl.cli.trainings import Workers, options_again
+from duorl.experiments.built import again
+from duorl.experiments.material import Material
+from duorl.experiments.trainings import Workers
+from duorl.experiments.voice import say
 from duorl.learners.shards import ABOUT, SHARDS, write_about, write_shard
 from duorl.learners.sources import Source
 from duorl.prices import check_price, check_prices, ladder
@@ -24,7 +25,7 @@ _RUNGS = 5  # prices of a range
 _SHARD = Path(SHARDS).name.replace("*", "labels")
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+def prepare(options: Namespace, config: dict[str, Any]) -> tuple[str, Callable[[Path], None]]:
     """The default name of the folder, and what labels text in it.
 
     Raises:
@@ -78,7 +79,7 @@ def shard_apart(run: Path, number: int, place: Path, tell: Tell) -> dict[str, An
 
 @lru_cache(maxsize=1)
 def _labelling(run: Path) -> Labelling:
-    return Labelling(options_again("label", run)[0])
+    return Labelling(again("label", run)[0])
 
 
 def _run(labelling: Labelling, workers: Workers, folder: Path) -> None:

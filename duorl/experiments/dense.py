@@ -10,9 +10,8 @@ from typing import Any
 from jsonargparse import Namespace
 from rich.markdown import Markdown
 
-from duorl.cli.console import console, say, typed_command
-from duorl.cli.parser import read_config
-from duorl.cli.trainings import Workers
+from duorl.experiments.trainings import Workers
+from duorl.experiments.voice import command, say, show
 from duorl.files import write_json, write_text
 from duorl.models.pretrain import Pretraining
 from duorl.paper import dense
@@ -21,7 +20,7 @@ from duorl.runs.jobs import Job
 from duorl.runs.pretraining import pretrain
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+def prepare(options: Namespace, config: dict[str, Any]) -> tuple[str, Callable[[Path], None]]:
     """The default name of the folder, and the function that trains and measures the models in it.
 
     Raises:
@@ -38,10 +37,10 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
     def work(folder: Path) -> None:
         workers.finish(plan(settings, folder, where), folder)
         rows = dense.measure_all(settings, folder, device=options.device)
-        numbers = {"settings": {"command": typed_command(), **read_config(config)}, "rows": rows}
+        numbers = {"settings": {"command": command(), **config}, "rows": rows}
         write_json(folder / "dense.json", numbers)
         write_text(folder / "dense.md", dense.markdown(rows))
-        console.print(Markdown(dense.markdown(rows)))
+        show(Markdown(dense.markdown(rows)))
         say(f"wrote {folder}/: dense.json, dense.md, and a folder for each model")
 
     return "dense", work

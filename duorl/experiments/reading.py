@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from duorl.cli.commands import COMMANDS
 from duorl.corpus import check_sources, source_files
+from duorl.experiments.built import option_class
 from duorl.models.loading import model_folder, own_files
 from duorl.paths import Kind, named, option_types
-
-
-def option_class(command: str) -> Any:
-    """The class with the options of a command."""
-    module, _, name = COMMANDS[command].options.partition(":")
-    return getattr(import_module(module), name)
 
 
 def check_read(command: str, options: Mapping[str, Any]) -> None:

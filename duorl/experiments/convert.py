@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from duorl import ranks
 from duorl.checks import BadInput
-from duorl.cli.console import console, say, typed_command
-from duorl.cli.trainings import finish_all
 from duorl.corpus import load_windows, source_names, spread
 from duorl.devices import pick_dtype, pick_trainers_device, require_memory
 from duorl.evaluation.choice import duration, flops_per_second
+from duorl.experiments.trainings import finish_all
+from duorl.experiments.voice import command, say, show
 from duorl.files import write_json
 from duorl.models.bases import Base, cast_weights, find_base, read_object, recorded_in
 from duorl.models.card import write_small_card
@@ -54,7 +54,7 @@ _SAYS = {
 }
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+def prepare(options: Namespace, config: dict[str, Any]) -> tuple[str, Callable[[Path], None]]:
     """The folder, and the function that makes the small networks in it.
 
     Raises:
@@ -196,7 +196,7 @@ def _facts(making: Making, base: Base, jobs: list[Job]) -> dict[str, Any]:
     return {
         "name": f"Small networks for {base}",
         "base": str(base),
-        "command": typed_command(),
+        "command": command(),
         "inner size of big and small": f"{inner_size(model.config.backbone)}, {model.config.small_size}",
         "layers, hidden size": f"{model.num_layers}, {model.hidden_size}",
         "text": ", ".join(source_names(settings.corpus)),
@@ -217,4 +217,4 @@ def _print(losses: dict[str, dict[str, float]]) -> None:
     for text, found in losses.items():
         cells = [f"{found[name]:.3f}" for name in ("all_small", "half_big", "all_big")]
         table.add_row(text, f"{found['tokens']:,}", *cells)
-    console.print(table)
+    show(table)

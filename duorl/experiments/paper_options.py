@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from duorl.cli.learners import LearnerFactory, named
-from duorl.cli.options import EnvironmentOptions, Skip
+from duorl.experiments.learners import LearnerFactory, named
+from duorl.experiments.options import EnvironmentOptions, Skip
 from duorl.paper.size import StudySize
 from duorl.paths import DuoPath, FilePath, OptionsOf, TextPath
 

@@ -13,15 +13,15 @@ import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.comparing import RESULTS, check_evaluation, compare, make_comparer, unlearned, write, write_cards
-from duorl.cli.console import say, say_logdir, say_written, typed_command
-from duorl.cli.trainings import WORK, Place, Workers, do_apart, held_out_texts, ladder_path, router_text
-from duorl.cli.workbench import KNOWABLE, Workbench
 from duorl.corpus import Windows, source_names
 from duorl.costs import ACTIONS
 from duorl.evaluation.budgets import MeasuredText, save_texts
 from duorl.evaluation.frontier import Ladder
 from duorl.evaluation.transfer import transfer_rows
+from duorl.experiments.comparing import RESULTS, check_evaluation, compare, make_comparer, unlearned, write, write_cards
+from duorl.experiments.trainings import WORK, Place, Workers, do_apart, held_out_texts, ladder_path, router_text
+from duorl.experiments.voice import command, say, say_written
+from duorl.experiments.workbench import KNOWABLE, Workbench
 from duorl.files import write_json, write_text, writing
 from duorl.reports import page
 from duorl.reports.figures import budget_frontiers, budgets_markdown
@@ -32,12 +32,12 @@ FIXED = "fixed"  # folder of the fixed patterns in a run's folder
 LADDERS = "ladders.safetensors.gz"  # all ladders, from which budgets.json follows
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+def prepare(options: Namespace, config: dict[str, Any]) -> tuple[str, Callable[[Path], None]]:
     """The default name of the run's folder, and the function that runs in it.
 
     Args:
         options: `RunOptions` and the folder flags.
-        config: the resolved options as YAML.
+        config: the options as plain values.
 
     Raises:
         ValueError, OSError: bad input; the message names it and the fix.
@@ -80,7 +80,6 @@ class Compare:
         if self.options.targets:
             self._compare_budgets(folder)
         say_written(folder, *RESULTS, "budgets.json", "routers/", "config.yaml")
-        say_logdir(folder)
 
     def places(self, folder: Path) -> list[Place]:
         """The place of every learner with every seed."""
@@ -135,7 +134,7 @@ class Compare:
             "best fixed": [comparer.fixed],
             **{name: [bench.deployed(router, bench.price) for router in seeds] for name, seeds in learned.items()},
         }
-        comparison = compare(comparer, routers, {"command": typed_command(), "price": bench.price, **bench.config})
+        comparison = compare(comparer, routers, {"command": command(), "price": bench.price, **bench.config})
         write(comparison, comparer.traces(bench.tokenizer), folder)
         write_cards(comparison, [(place.name, place.router) for place in places])
 
@@ -150,7 +149,7 @@ class Compare:
             for text, found in measured.items():
                 rows = transfer_rows(found.ladders, at_home, self.options.targets, found.files)
                 texts[text]["transfer"] = {"learned": text in learned, "rows": rows}
-        numbers = {"command": typed_command(), "texts": texts}
+        numbers = {"command": command(), "texts": texts}
         write_json(folder / "budgets.json", numbers)
         write_text(folder / "budgets.md", budgets_markdown(numbers))
         for text, tables in texts.items():

@@ -10,7 +10,7 @@ from typing import Any
 from jsonargparse import Namespace
 
 from duorl import ranks
-from duorl.cli.comparing import (
+from duorl.experiments.comparing import (
     MIX,
     RESULTS,
     check_evaluation,
@@ -21,20 +21,20 @@ from duorl.cli.comparing import (
     write,
     write_cards,
 )
-from duorl.cli.console import say, say_logdir, say_written, typed_command
-from duorl.cli.trainings import Place, finish_all
-from duorl.cli.workbench import Workbench
+from duorl.experiments.trainings import Place, finish_all
+from duorl.experiments.voice import command, say, say_written
+from duorl.experiments.workbench import Workbench
 from duorl.routers import Router
 from duorl.routers import load as load_router
 from duorl.runs.jobs import InProcess, Job
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+def prepare(options: Namespace, config: dict[str, Any]) -> tuple[str, Callable[[Path], None]]:
     """The default name of the run's folder, and the function that runs in it.
 
     Args:
         options: `RunOptions` with `agent` in place of `agents`, and the folder flags.
-        config: the resolved options as YAML.
+        config: the options as plain values.
 
     Raises:
         ValueError, OSError: bad input; the message names it and the fix.
@@ -88,8 +88,7 @@ def _run(bench: Workbench, folder: Path) -> None:
         **mix,
         **deployed,
     }
-    comparison = compare(comparer, everything, {"command": typed_command(), "price": price, **bench.config})
+    comparison = compare(comparer, everything, {"command": command(), "price": price, **bench.config})
     write(comparison, comparer.traces(bench.tokenizer), folder)
     write_cards(comparison, [(job.name, job.place) for job in jobs])
     say_written(folder, *RESULTS, "router/", "routers/", "config.yaml")
-    say_logdir(folder)

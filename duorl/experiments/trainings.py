@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -13,15 +13,15 @@ import torch
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.console import job_bars, quieten
-from duorl.cli.parser import parse, read_config
-from duorl.cli.reading import files_read
-from duorl.cli.workbench import Workbench
 from duorl.corpus import Windows, source_names
 from duorl.devices import processes_for
 from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.choice import choose, flops_per_second
 from duorl.evaluation.frontier import Ladder
+from duorl.experiments.built import again
+from duorl.experiments.reading import files_read
+from duorl.experiments.voice import job_bars
+from duorl.experiments.workbench import Workbench
 from duorl.files import writing
 from duorl.models import DuoConfig, DuoForCausalLM
 from duorl.models.footprint import weight_bytes
@@ -29,7 +29,6 @@ from duorl.routers import PatternRouter, Router
 from duorl.routers import load as load_router
 from duorl.runs import interrupts
 from duorl.runs.cluster import Needs, OnCluster, connect
-from duorl.runs.folders import CONFIG
 from duorl.runs.jobs import RESULT, Executor, Function, Job, Tell, executor, run
 
 _STEPS = 7  # prices at which a router is measured
@@ -55,7 +54,7 @@ class Workers:
     Args:
         command: name of the command.
         options: of the command; `processes`, `cluster` and `threads` are used.
-        config: the resolved options as YAML; machines of a cluster get the files that they name.
+        config: the options as plain values; machines of a cluster get the files that they name.
         model: the model that every job loads.
         device: where it will be.
         most: maximum number of jobs at the same time.
@@ -71,7 +70,7 @@ class Workers:
         self,
         command: str,
         options: Namespace,
-        config: str,
+        config: Mapping[str, Any],
         model: DuoForCausalLM,
         device: torch.device,
         most: int | None = None,
@@ -94,7 +93,7 @@ class Workers:
     def finish(self, jobs: list[Job], folder: Path) -> None:
         """Run the jobs of a run in a folder that are not finished; errors as for `finish_all`."""
         if self._ray:
-            inputs = files_read(self._command, read_config(self._config))
+            inputs = files_read(self._command, self._config)
             place: Executor = OnCluster(self._ray, folder, self._needs, len(jobs), inputs)
         else:
             place = executor(min(self._processes, len(jobs)), self.threads)
@@ -145,12 +144,6 @@ class Place:
     def load(self, bench: Workbench) -> Router:
         """The trained router."""
         return load_router(self.router).to(bench.model.device)
-
-
-def options_again(command: str, run: Path) -> tuple[Namespace, str]:
-    """The options of a run in a folder, and the same as YAML, read by a job in another process."""
-    quieten()
-    return parse(command, ["--config", str(run / CONFIG)])
 
 
 def do_apart(run: Path, work: str, tell: Tell, **arguments: Any) -> dict[str, Any]:
@@ -280,4 +273,4 @@ WORK: dict[str, Callable[..., dict[str, Any]]] = {
 @lru_cache(maxsize=1)
 def _bench(run: Path) -> Workbench:
     torch.manual_seed(0)
-    return Workbench(*options_again("compare", run))
+    return Workbench(*again("compare", run))

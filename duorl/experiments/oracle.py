@@ -12,10 +12,6 @@ from typing import Any
 from jsonargparse import Namespace
 
 from duorl.checks import require_positive
-from duorl.cli.console import console, say, typed_command
-from duorl.cli.material import Material
-from duorl.cli.parser import read_config
-from duorl.cli.trainings import Workers, options_again
 from duorl.evaluation import (
     RouteSearchOptions,
     RouteSearchPlan,
@@ -28,6 +24,10 @@ from duorl.evaluation import (
 from duorl.evaluation.columns import joined_columns, save_columns
 from duorl.evaluation.difficulty import TokenRow, named_rows, save_table
 from duorl.evaluation.route_search import starts_count
+from duorl.experiments.built import again
+from duorl.experiments.material import Material
+from duorl.experiments.trainings import Workers
+from duorl.experiments.voice import command, say, show
 from duorl.files import write_json, write_text, writing
 from duorl.prices import check_price
 from duorl.reports import page
@@ -38,7 +38,7 @@ from duorl.runs.jobs import RESULT, Job, Tell
 _SHARD = "found.safetensors"
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+def prepare(options: Namespace, config: dict[str, Any]) -> tuple[str, Callable[[Path], None]]:
     """The default name of the folder, and what searches the routes in it.
 
     Raises:
@@ -116,7 +116,7 @@ def starts_apart(run: Path, tell: Tell) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def _search(run: Path) -> Search:
-    return Search(options_again("oracle", run)[0])
+    return Search(again("oracle", run)[0])
 
 
 def _jobs(search: Search, method: str, workers: Workers, folder: Path) -> tuple[list[Job], list[Job]]:
@@ -132,20 +132,20 @@ def _jobs(search: Search, method: str, workers: Workers, folder: Path) -> tuple[
     return before, shards
 
 
-def _run(search: Search, plan: RouteSearchPlan, workers: Workers, config: str, folder: Path) -> None:
+def _run(search: Search, plan: RouteSearchPlan, workers: Workers, config: dict[str, Any], folder: Path) -> None:
     say(plan.text(flops_per_second(search.model, search.tokens)))
     before, shards = _jobs(search, plan.method, workers, folder)
     workers.finish([*before, *shards], folder)
     columns = joined_columns([job.place / _SHARD for job in shards])
     found = summarize(search.model, search.tokens, search.tokenizer, search.asked, plan.method, columns)
-    console.print(budget_table(found.rows, found.title) if found.rows else found.title)
+    show(budget_table(found.rows, found.title) if found.rows else found.title)
     say(found.summary)
-    write_json(folder / "oracle.json", {"settings": read_config(config), **found.numbers})
+    write_json(folder / "oracle.json", {"settings": config, **found.numbers})
     if found.difficulty:
         title = (
             "Token difficulty" if found.exact else f"Token difficulty, at least: the routes are those of {found.method}"
         )
-        settings = {"command": typed_command(), **read_config(config)}
+        settings = {"command": command(), **config}
         _write_difficulty(found.difficulty, found.exact, title, settings, folder)
     say(f"wrote {folder}/: " + ", ".join([*sorted(path.name for path in folder.glob("[!.]*.*")), "shards/"]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property, partial
@@ -15,17 +16,17 @@ from torch import Tensor
 
 from duorl import ranks
 from duorl.checks import require_positive
-from duorl.cli.comparing import MIX
-from duorl.cli.learners import LearnerFactory, named
-from duorl.cli.material import Material
-from duorl.cli.options import EnvironmentOptions
-from duorl.cli.parser import read_config, typed
 from duorl.corpus import Windows
 from duorl.costs import action_ids
 from duorl.envs import Lockstep
 from duorl.evaluation.bound import ROWS
 from duorl.evaluation.compare import flatten
 from duorl.evaluation.measure import evaluate, measure
+from duorl.experiments.built import typed
+from duorl.experiments.comparing import MIX
+from duorl.experiments.learners import LearnerFactory, named
+from duorl.experiments.material import Material
+from duorl.experiments.options import EnvironmentOptions
 from duorl.learners import Supervised
 from duorl.learners.base import Learner, Rule
 from duorl.learners.target import TargetCompute, check_target
@@ -48,7 +49,7 @@ class Workbench:
 
     Args:
         options: `RunOptions`, with `agent` in place of `agents` for one agent.
-        config: the same options as YAML.
+        config: the same options as plain values.
 
     Attributes:
         price: nats per all-big pass; with a target, the price at the start.
@@ -60,8 +61,8 @@ class Workbench:
         ValueError, OSError: bad input; the message names it and the fix.
     """
 
-    def __init__(self, options: Namespace, config: str):
-        self.options, self.config = options, read_config(config)
+    def __init__(self, options: Namespace, config: dict[str, Any]):
+        self.options, self.config = options, config
         require_positive(total_decisions=options.total_decisions)
         action_ids([options.reference]), action_ids(options.actions)
         self.reward = as_reward(options.reward)
@@ -222,7 +223,7 @@ class Workbench:
         learner, options = self.learner(name, seed, start), self.options
         work = _Work(self, name, learner, self.price, tell)
         if price_from is not None:
-            work.price = read_config((price_from / RESULT).read_text())["price"]
+            work.price = json.loads((price_from / RESULT).read_text())["price"]
             if self.prices is None:
                 learner.charge(work.price)
         elif self.target is not None:

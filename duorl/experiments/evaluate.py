@@ -11,15 +11,14 @@ from jsonargparse import Namespace
 from torch import Tensor
 
 from duorl.checks import require_positive
-from duorl.cli.comparing import MIX, RESULTS, check_evaluation, compare, fixed_mix, make_comparer, write
-from duorl.cli.console import console, say, say_written, typed_command
-from duorl.cli.material import Material
-from duorl.cli.parser import read_config
 from duorl.costs import ACTIONS, action_ids
 from duorl.evaluation.compare import Comparer
 from duorl.evaluation.measure import measure
 from duorl.evaluation.tasks import ALL_BIG, load_tasks, task_rows
 from duorl.evaluation.transfer import learned_on
+from duorl.experiments.comparing import MIX, RESULTS, check_evaluation, compare, fixed_mix, make_comparer, write
+from duorl.experiments.material import Material
+from duorl.experiments.voice import command, say, say_written, status
 from duorl.files import write_json
 from duorl.models import DuoForCausalLM
 from duorl.prices import check_price
@@ -29,7 +28,7 @@ from duorl.routers import ConstantRouter, LogitRouter, Router, spent
 from duorl.routers import load as load_router
 
 
-def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None]]:
+def prepare(options: Namespace, config: dict[str, Any]) -> tuple[str, Callable[[Path], None]]:
     """The default name of the folder, and the function that measures the router.
 
     Raises:
@@ -61,7 +60,7 @@ def prepare(options: Namespace, config: str) -> tuple[str, Callable[[Path], None
         routers: dict[str, list[Router]] = {name: [router], "best fixed": [comparer.fixed]}
         routers |= fixed_mix(comparer, router, training[: comparer.options.fixed_windows])
         routers |= {f"all-{action}": [ConstantRouter(action)] for action in ("small", "big")}
-        settings = {"command": typed_command(), **read_config(config)}
+        settings = {"command": command(), **config}
         if calibration is not None:
             routers |= calibration.rows(name, comparer)
             settings["calibration"] = calibration.found
@@ -104,7 +103,7 @@ class _Calibration:
         if (target := options.target_compute) is None:
             return None
         windows = training[: options.evaluation.sized(model.num_layers).fixed_windows]
-        with console.status(f"calibrate {options.router}"):
+        with status(f"calibrate {options.router}"):
             router = router.calibrated(model, windows, compute=target)
             compute = spent(model, router, windows)
         found = {"target_compute": target, "text": options.corpus, "split": "router", "windows": len(windows)}

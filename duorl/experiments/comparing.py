@@ -9,11 +9,11 @@ from typing import Any
 from jsonargparse import Namespace
 from torch import Tensor
 
-from duorl.cli.console import console, say
 from duorl.costs import ACTIONS
 from duorl.evaluation.baseline import Baseline
 from duorl.evaluation.choice import choose, flops_per_second
 from duorl.evaluation.compare import Comparer, Comparison
+from duorl.experiments.voice import say, show, status
 from duorl.files import write_json, write_text, writing
 from duorl.models import DuoForCausalLM
 from duorl.models.footprint import Batch, require_room
@@ -56,7 +56,7 @@ def make_comparer(
     if not ranked:
         say(choice.text(flops_per_second(model, training)))
     baseline = Baseline.from_state(ranked, model, training, choice.options) if ranked else None
-    with console.status("search the bound" if ranked else "search the best fixed pattern and the bound"):
+    with status("search the bound" if ranked else "search the best fixed pattern and the bound"):
         given |= {"price": price, "reference": options.reference, "files": files, "baseline": baseline}
         return Comparer(model, training, held_out, **given)
 
@@ -92,8 +92,8 @@ def check_evaluation(options: Namespace, model: DuoForCausalLM, training: Tensor
 
 def compare(comparer: Comparer, routers: Mapping[str, list[Router]], settings: dict[str, Any]) -> Comparison:
     """Compare all routers, the bound last; a line on the terminal names the router that is being measured."""
-    with console.status("") as status:
-        return comparer.compare({**routers, **comparer.bounds}, settings, status.update)
+    with status("") as update:
+        return comparer.compare({**routers, **comparer.bounds}, settings, update)
 
 
 def unlearned(actions: list[str], seed: int) -> dict[str, list[Router]]:
@@ -104,7 +104,7 @@ def unlearned(actions: list[str], seed: int) -> dict[str, list[Router]]:
 
 def write(comparison: Comparison, traces: dict[str, Any], folder: Path) -> None:
     """Print a comparison's table and write its numbers, its figure and its report."""
-    console.print(table(comparison))
+    show(table(comparison))
     comparison.save(folder)
     write_text(folder / "comparison.md", markdown(comparison))
     with writing(folder / "figures" / "frontier.png") as beside:
