@@ -124,8 +124,8 @@ def instantiated(parser: ArgumentParser, parsed: Namespace) -> Namespace:
         while cause.__cause__ is not None:
             cause = cause.__cause__
         said = in_words(cause)
-        named = re.search(r"class_path='([\w.]+)'", str(error))
-        where = f"{named[1]}: " if named and named[1] not in said else ""
+        kind = re.search(r"class_path='([\w.]+)'", str(error))
+        where = f"{kind[1]}: " if kind and kind[1] not in said else ""
         raise ValueError(f"{where}{condensed(said)}") from error
 
 

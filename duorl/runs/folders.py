@@ -95,9 +95,8 @@ def check_same_options(out: str, config: str, reread: Callable[[Path], str] | No
     if not path.is_file():
         return
     try:
-        kept = path.read_text(encoding="utf8")
-        yaml.safe_load(kept)
-        now, then = (dict(flatten(yaml.safe_load(text))) for text in (config, reread(path) if reread else kept))
+        kept = reread(path) if reread else path.read_text(encoding="utf8")
+        now, then = (dict(flatten(yaml.safe_load(text))) for text in (config, kept))
     except (ValueError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {path}: {error}: give --overwrite to begin anew") from error
     for name in sorted(now.keys() | then.keys()):
